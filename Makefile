@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up everything they need in .venv; PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A relative path would be read from pip's temporary build folder.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc _build -type f 2>/dev/null)
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.installed  ## compress the embedded model and show where the pictures are
+	$(BIN)/python -m fastdistill.compress --drop-blocks 4 --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/.installed-dev  ## everything that runs without a GPU
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-dev  ## operators against eager, torch.compile and a plain copy
+	$(BIN)/python -m benchmarks.run
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf $(VENV) build fastdistill/*.so *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || (echo "no venv module: on Debian, apt-get install python3-venv" && exit 1)
+
+# torch first: the build then takes its headers instead of downloading a second copy.
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet torch
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

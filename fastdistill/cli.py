@@ -1,0 +1,33 @@
+"""What every command does around its work: read the options, and say in one line what went wrong."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from fastdistill.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: str) -> None:
+    """Parse ``config_type`` from the command line and call ``main``. Exit codes: 2 wrong input, 1 full disk, 130 Ctrl-C."""
+    try:
+        main(tyro.cli(config_type, prog=prog))
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted; what was finished is kept, the same command continues", 130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _leave("error: the disk is full; free some space and give the same command again to continue", 1)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

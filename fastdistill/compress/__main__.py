@@ -1,0 +1,94 @@
+"""``python -m fastdistill.compress``: a FLUX pipeline in, a smaller stock diffusers pipeline and a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastdistill.cli import run
+from fastdistill.compress.config import CompressConfig
+
+GRID_COLUMNS = 10
+
+
+def main(config: CompressConfig) -> None:
+    # Only now: `--help` and a mistyped option should not wait for torch.
+    from rich.console import Console
+
+    from fastdistill.compress.job import compress, validate
+    from fastdistill.compress.report import manifest, report
+    from fastdistill.compress.workspace import RESULT, Workspace, write_json
+    from fastdistill.models.loading import load, read_prompts
+
+    console = Console(stderr=True, highlight=False)
+    output = config.output or Path("runs") / f"compress-{Path(config.model).name}-{'-'.join(config.drop_blocks).replace(':', '')}"
+    prompts = read_prompts(config.prompts) if config.prompts else None
+    console.print(f"loading {config.model}")
+    loaded = load(config.model, config.device)
+    prompts = prompts or loaded.prompts
+    validate(config, loaded.pipeline)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+    workspace = Workspace(output, settings)
+    if workspace.resumed:
+        console.print(f"continuing the interrupted run in {output}")
+    evaluate = Evaluator(config, prompts, loaded.sampling, workspace.work, console)
+    outcome = compress(config, loaded.pipeline, prompts, loaded.sampling, workspace, evaluate, console)
+    evaluate.grid().save(output / "grid.png")
+    record = manifest(config, outcome, len(prompts))
+    (output / "report.md").write_text(report(record), encoding="utf-8")
+    write_json(output / RESULT, record)
+    workspace.finish()
+    _summarise(record, output, console)
+
+
+class Evaluator:
+    """Measures a pipeline and keeps its pictures in the workspace, for the reference and the grid."""
+
+    def __init__(self, config: CompressConfig, prompts: list[str], sampling: Any, work: Path, console: Any) -> None:
+        from math import ceil
+
+        count = max(config.evaluate_pictures, GRID_COLUMNS)
+        self.prompts = [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
+        rounds = ceil(count / len(self.prompts)) if config.evaluate_pictures else 1
+        self.seeds = [config.seed + k for k in range(rounds)]
+        self.measure = config.evaluate_pictures > 0
+        self.batch, self.sampling, self.work, self.console = config.batch, sampling, work, console
+
+    def __call__(self, pipeline: Any, name: str) -> dict[str, Any]:
+        from safetensors.torch import load_file, save_file
+
+        from fastdistill.evaluation.suite import evaluate
+        from fastdistill.progress import bar
+
+        reference = None if name == "full" else load_file(self.work / "pictures-full.safetensors")["pictures"].float()
+        with bar(self.console, f"evaluate {name}", len(self.prompts) * len(self.seeds)) as tick:
+            result = evaluate(
+                pipeline, self.prompts, self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
+            )
+        save_file({"pictures": result.pictures.half()}, self.work / f"pictures-{name}.safetensors")
+        return result.metrics if self.measure else {}
+
+    def grid(self) -> Any:
+        import torch
+        from safetensors.torch import load_file
+
+        from fastdistill.grid import grid
+
+        names = ("full", "cut", "recovered")
+        columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
+        pictures = torch.stack([load_file(self.work / f"pictures-{name}.safetensors")["pictures"][columns].float() for name in names])
+        return grid(pictures, names, [self.prompts[i] for i in columns])
+
+
+def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
+    sizes = record["parameters"]
+    console.print(f"{sizes['full'] / 1e6:.2f} M -> {sizes['compressed'] / 1e6:.2f} M parameters")
+    accuracy = {name: values.get("caption_accuracy") for name, values in record["evaluation"].items()}
+    if all(value is not None for value in accuracy.values()):
+        console.print("caption accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items()))
+    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run(CompressConfig, main, prog="python -m fastdistill.compress")

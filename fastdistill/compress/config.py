@@ -1,0 +1,76 @@
+"""The options of ``python -m fastdistill.compress``. Imports no torch, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Make a FLUX pipeline smaller: score its transformer blocks, cut some out, and recover by knowledge distillation.
+
+    Writes a stock diffusers pipeline to OUTPUT/model, with report.md, grid.png, compress.json and metrics.jsonl beside it. An
+    interrupted run continues when the same command is given again.
+    """
+
+    drop_blocks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="4 | double:1,2 single:0,5-7")]
+    """How many blocks to drop, or which ones."""
+    model: str = "emoji"
+    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    output: Path | None = None
+    """Folder to write to, new or empty; default runs/compress-<model>-<blocks>."""
+    seed: int = 0
+    """Seed of calibration, recovery and evaluation."""
+
+    criterion: Literal["output", "bi"] = "output"
+    """What a block is worth: the output error without it, or its block influence. Both are reported."""
+    prompts: Path | None = None
+    """Text file with one calibration prompt a line; default: the model's own prompts.txt, else a small general list."""
+    calibration_pictures: int = 400
+    """Pictures sampled from the full model to score and recover on."""
+    calibration_steps: int = 14
+    """Sampling steps of each; fewer than for display, as the latents only have to be plausible."""
+    calibration_points: int = 256
+    """Points on those trajectories at which blocks are scored."""
+
+    steps: int = 400
+    """Recovery steps; 0 cuts only."""
+    batch: int = 64
+    """Samples per forward pass; 1 to 4 for a model of FLUX.1-dev's size."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; cosine decay to zero."""
+    ema_decay: float = 0.98
+    """Decay of the averaged weights, which are what is saved."""
+    l_task: float = 1.0
+    """Weight of the flow-matching loss."""
+    l_out: float = 1.0
+    """Weight of the error to the full model's output (OutKD)."""
+    l_feat: float = 0.1
+    """Weight of the relative error to the full model's block outputs (FeatKD)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, far less memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of recovery; bf16 is autocast over float32 weights."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the saved transformer."""
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
+
+    evaluate_pictures: int = 200
+    """Pictures of each of the three models to measure; 0 skips the measurement."""
+
+    def __post_init__(self) -> None:
+        from fastdistill.errors import UserError
+
+        for name in ("calibration_pictures", "calibration_steps", "calibration_points", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "evaluate_pictures", "l_task", "l_out", "l_feat"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if self.steps and not (self.l_task or self.l_out or self.l_feat):
+            raise UserError("with --l-task, --l-out and --l-feat all zero there is nothing to recover by; set one, or --steps 0")

@@ -1,0 +1,90 @@
+"""Recovery of a cut model by knowledge distillation from the full one, as a method of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.latents import LatentBatch
+from fastdistill.diffusion.process import RectifiedFlow, logit_normal, noise_like
+from fastdistill.models.family import BlockId, Family
+from fastdistill.models.features import Streams, block_ids, captured
+from fastdistill.train.method import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryWeights:
+    """The weights of the losses on the data, the full model's output and its features; zero leaves a loss out."""
+
+    task: float
+    out: float
+    feat: float
+
+
+def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tensor:
+    """``mean over pairs and streams of ||f_S - f_T||^2 / ||f_T||^2``.
+
+    Divided by the teacher's norm, as features of FLUX differ by orders of magnitude between blocks and a plain sum sees only the last
+    ones (LAPTOP-Diff, arXiv 2404.11098, section 3.3). The text stream of the last pair is left out: nothing reads it.
+    """
+    terms = []
+    for position, (f_s, f_t) in enumerate(zip(student, teacher, strict=True)):
+        last = position == len(student) - 1
+        for stream in f_t:
+            if stream == "text" and last:
+                continue
+            target = f_t[stream].float()
+            terms.append((f_s[stream].float() - target).square().mean() / target.square().mean())
+    return torch.stack(terms).mean()
+
+
+class Recovery:
+    """``L = task L_task + out L_OutKD + feat L_FeatKD`` (BK-SDM, arXiv 2305.15798, equation 4; KOALA, arXiv 2312.04005).
+
+    ``boundaries`` maps each kept block of the full model to the one whose output it should reproduce; the student's blocks are the
+    kept ones in order.
+    """
+
+    trains: Sequence[str] = ("student",)
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, family: Family, boundaries: Mapping[BlockId, BlockId], weights: RecoveryWeights
+    ) -> None:
+        self.networks = {"student": student, "teacher": teacher}
+        self.family, self.weights = family, weights
+        self.process = RectifiedFlow()
+        self.student_blocks = block_ids(student, family)
+        self.teacher_blocks = list(boundaries.values())
+
+    def turns(self, step: int) -> Sequence[str]:
+        return self.trains
+
+    def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
+        noise = noise_like(batch.latents, rng)
+        t = logit_normal(len(batch), rng).to(noise.device)
+        x_t = self.process.add_noise(batch.latents, noise, t)
+        student, teacher = self.networks["student"], self.networks["teacher"]
+        with ExitStack() as stack:
+            student_features = stack.enter_context(captured(student, self.family, self.student_blocks if self.weights.feat else []))
+            teacher_features = stack.enter_context(captured(teacher, self.family, self.teacher_blocks if self.weights.feat else []))
+            with torch.no_grad():
+                target = self.family.predict(teacher, x_t, t, batch.conditioning).float()
+            velocity = self.family.predict(student, x_t, t, batch.conditioning).float()
+        terms = {
+            "task": (velocity - self.process.velocity(batch.latents, noise)).square().mean(),
+            "out": (velocity - target).square().mean(),
+        }
+        if self.weights.feat:
+            terms["feat"] = feature_loss(
+                [student_features[block_id] for block_id in self.student_blocks],
+                [teacher_features[block_id] for block_id in self.teacher_blocks],
+            )
+        total = torch.stack([getattr(self.weights, name) * value for name, value in terms.items()]).sum()
+        return Loss(total=total, logs=terms)
+
+    def after_step(self, step: int) -> None:
+        pass

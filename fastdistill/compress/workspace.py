@@ -1,0 +1,69 @@
+"""The output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdistill.errors import UserError
+
+RESULT = "compress.json"
+
+
+class Workspace:
+    """``output`` with its ``work`` folder, where every finished stage leaves its result for a run that is started again."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+        """Claim ``output`` for a run with ``settings``.
+
+        Raises:
+            UserError: the folder holds a finished run, another run, or other files.
+        """
+        self.output, self.work = output, output / "work"
+        recorded = self.work / "settings.json"
+        settings = json.loads(json.dumps(settings, default=str))
+        if (output / RESULT).exists():
+            raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
+        if recorded.exists():
+            earlier = json.loads(recorded.read_text())
+            changed = sorted(name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name))
+            if changed:
+                names = ", ".join("--" + name.replace("_", "-") for name in changed)
+                raise UserError(f"{output} holds an interrupted run with another {names}; repeat its options, or choose another --output")
+            self.resumed = True
+            return
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} exists and is not empty; choose another --output")
+        self.work.mkdir(parents=True)
+        recorded.write_text(json.dumps(settings, indent=1))
+        self.resumed = False
+
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value of stage ``name``: read if it is there, else made and written."""
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        return json.loads(path.read_text())
+
+    def require(self, needed_bytes: int) -> None:
+        """Raise :class:`UserError` if the disk has less than ``needed_bytes`` left."""
+        free = shutil.disk_usage(self.output).free
+        if free < needed_bytes:
+            raise UserError(
+                f"{self.output} needs about {needed_bytes / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free; "
+                "free some space, or choose an --output on another disk"
+            )
+
+    def finish(self) -> None:
+        """Remove what only a restart would have needed."""
+        shutil.rmtree(self.work)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,47 @@
+"""Latents with their conditioning: what every training method of the project takes as a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdistill.models.family import Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentBatch:
+    """Clean latents (B, C, H, W) in the transformer's scale, and their conditioning."""
+
+    latents: Tensor
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPool:
+    """A cached pool of latents (N, C, H, W), the prompt of each (N,), and the conditioning of every prompt (P, ...).
+
+    The last row of ``conditioning`` is that of the empty prompt, which stands in with odds ``dropout`` so that the student can be
+    sampled with classifier-free guidance (Ho & Salimans 2022).
+    """
+
+    latents: Tensor
+    prompts: Tensor
+    conditioning: Conditioning
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.latents.shape[0] != self.prompts.shape[0] or self.latents.shape[0] == 0:
+            raise ValueError(f"a pool needs one prompt per latent and at least one: {self.latents.shape[0]} and {self.prompts.shape[0]}")
+
+    def batch(self, size: int, generator: torch.Generator) -> LatentBatch:
+        """``size`` latents with replacement."""
+        rows = torch.randint(self.latents.shape[0], (size,), generator=generator)
+        dropped = torch.rand(size, generator=generator) < self.dropout
+        prompts = torch.where(dropped, len(self.conditioning) - 1, self.prompts[rows])
+        device = self.conditioning.prompt_embeds.device
+        return LatentBatch(latents=self.latents[rows].float().to(device), conditioning=self.conditioning[prompts.to(device)])

@@ -1,0 +1,36 @@
+"""The forward process ``x_t = alpha(t) x_0 + sigma(t) eps``: data at ``t = 0``, noise at ``t = 1``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand_time(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` (B,) with trailing singleton dimensions, to broadcast against ``like`` (B, ...)."""
+    if t.ndim != 1 or t.shape[0] != like.shape[0]:
+        raise ValueError(f"t must have shape ({like.shape[0]},), one time per sample, got {tuple(t.shape)}")
+    return t.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape, dtype and device of ``x``, drawn on ``rng``'s device: the same bits wherever ``x`` lives."""
+    return torch.randn(x.shape, generator=rng, device=rng.device).to(x)
+
+
+class RectifiedFlow:
+    """Straight paths, ``alpha = 1 - t`` and ``sigma = t`` (Liu et al. 2022, equation 1; FLUX's process)."""
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t`` of shape (B, ...) for ``t`` (B,) in [0, 1]."""
+        t = expand_time(t, x_0)
+        return (1 - t) * x_0 + t * noise
+
+    def velocity(self, x_0: Tensor, noise: Tensor) -> Tensor:
+        """``dx_t / dt = eps - x_0``, what a flow-matching network predicts (Lipman et al. 2023)."""
+        return noise - x_0
+
+
+def logit_normal(batch: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """``batch`` times ``t = sigmoid(mean + std * z)``, ``z ~ N(0, 1)`` (Esser et al. 2024, section 3.1)."""
+    return torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=generator.device))

@@ -1,0 +1,24 @@
+"""How sure a number is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z_95 = 1.959964
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927): sound also near 0 and 1, where the normal one is not."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"need 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
+    proportion, z2 = successes / trials, Z_95**2
+    centre = (proportion + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 / (1 + z2 / trials) * math.sqrt(proportion * (1 - proportion) / trials + z2 / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Sample standard deviation over seeds; 0 for a single one."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else 0.0

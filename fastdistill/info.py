@@ -1,0 +1,115 @@
+"""What this installation can do: `python -m fastdistill.info`, or `fastdistill.info()` for the same as a
+dict."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+from types import ModuleType
+from typing import Any
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandbytes", "xformers")
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, and for every operator, device and dtype the backend that `auto` picks and why not
+    the others.
+
+    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`.
+    """
+    import torch
+
+    from fastdistill import __version__
+    from fastdistill.ops import OPERATORS
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "fastdistill": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernels": _cpu_capability()},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "operators": {
+            name: {device: _backends(op, device) for device in devices} for name, op in OPERATORS.items()
+        },
+    }
+
+
+def _backends(op: Any, device: str) -> dict[str, Any]:
+    from fastdistill.ops.backend import BACKENDS, choose, why_not
+
+    table = {}
+    for dtype in op.dtypes("eager", device):
+        reasons = {backend: why_not(op, backend, device, dtype) for backend in BACKENDS}
+        table[str(dtype).removeprefix("torch.")] = {
+            "auto": choose(op.name, "auto", device, dtype),
+            "refused": {backend: reason for backend, reason in reasons.items() if reason},
+        }
+    return table
+
+
+def _cpu_capability() -> str | None:
+    """The instruction set of the compiled CPU kernels, or None without them."""
+    from fastdistill.ops.backend import LIBRARY, load_native
+
+    if load_native() is not None:
+        return None
+    function = ctypes.CDLL(str(LIBRARY)).fastdistill_cpu_capability
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = info()
+    packages = ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items())
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"fastdistill {facts['fastdistill']}, Python {facts['python']}, {facts['platform']}")
+    console.print(packages)
+    cpu = facts["cpu"]
+    console.print(f"cpu: {cpu['cores']} cores, {cpu['threads']} threads, kernels: {cpu['kernels'] or 'none'}")
+    console.print(f"gpu: {', '.join(facts['gpus']) or 'none'}")
+
+    table = Table("operator", "device", "dtype", "runs on", "not on")
+    for name, devices in facts["operators"].items():
+        for device, dtypes in devices.items():
+            for dtype, row in dtypes.items():
+                table.add_row(name, device, dtype, row["auto"], ", ".join(row["refused"]))
+    console.print(table)
+    reasons = {
+        (backend, reason): None
+        for devices in facts["operators"].values()
+        for dtypes in devices.values()
+        for row in dtypes.values()
+        for backend, reason in row["refused"].items()
+    }
+    for backend, reason in reasons:
+        console.print(f"not on {backend}: {reason}")
+
+
+class _CallableModule(ModuleType):
+    """`fastdistill.info` is this module once anything imports it, and the function that users call: let it be
+    both."""
+
+    def __call__(self) -> dict[str, Any]:
+        return info()
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    main()

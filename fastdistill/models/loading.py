@@ -1,0 +1,135 @@
+"""Opening a pipeline, and saying what is wrong with a folder that is none."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.errors import UserError
+from fastdistill.models.sampling import SamplingDefaults
+
+EMBEDDED = "emoji"
+PIPELINES = ("FluxPipeline",)
+
+# For a model that brings no prompts.txt: subjects, styles, text, counting and places that a general model should keep.
+GENERAL_PROMPTS = (
+    "a photograph of an astronaut riding a horse on the moon",
+    "a red fox in fresh snow, golden hour",
+    "a bowl of ramen with a soft-boiled egg, top view",
+    "an oil painting of a stormy sea with a small lighthouse",
+    "a street sign that says 'fast and small'",
+    "three green apples and two oranges on a wooden table",
+    "portrait of an old fisherman with a white beard, studio light",
+    "a watercolour of a mountain village in spring",
+    "a macro photograph of a dew drop on a spider web",
+    "an isometric illustration of a tiny bookshop",
+    "a glass sphere on a beach reflecting the sunset",
+    "a crowded night market in the rain, neon reflections",
+    "a pencil sketch of a violin",
+    "a robot reading a newspaper in a cafe",
+    "a bird's-eye view of a winding river through autumn forest",
+    "a still life with a blue vase to the left of a yellow lemon",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A pipeline with what its folder says of it."""
+
+    name: str
+    pipeline: Any
+    sampling: SamplingDefaults
+    prompts: list[str]
+
+
+def embedded_folder() -> Path:
+    return Path(str(resources.files("fastdistill"))) / "assets" / "emoji" / "pipeline"
+
+
+def load(model: str, device: str | None = None) -> Loaded:
+    """Open a FLUX pipeline: ``"emoji"`` for the embedded one, a local folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = embedded_folder() if model == EMBEDDED else Path(model)
+    local = model == EMBEDDED or folder.exists()
+    if local:
+        _check_folder(folder)
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {model}; give a FLUX pipeline's folder, a hub id such as owner/name, or {EMBEDDED!r}")
+    quiet()
+    from diffusers import DiffusionPipeline
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder if local else model, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
+    _check_class(type(pipeline).__name__, model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{model}: transformer weight {name} has NaN or infinite values; get a sound copy of the weights")
+    return Loaded(name=model, pipeline=pipeline, sampling=SamplingDefaults.load(folder), prompts=_prompts(folder))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a text file.
+
+    Raises:
+        UserError: no such file, or no line in it.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no prompt file {path}")
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def quiet() -> None:
+    """Keep libraries from talking about optional packages and their own progress."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # rms_norm under autocast: the fused path is not taken, the result is right.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that save_pretrained wrote")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{index} is not valid JSON; get a sound copy of the pipeline") from error
+    _check_class(entries.get("_class_name", "a pipeline without a class"), str(folder))
+    missing = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] and not (folder / name).is_dir()]
+    if missing:
+        raise UserError(f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of the pipeline")
+
+
+def _check_class(name: str, model: str) -> None:
+    if name not in PIPELINES:
+        raise UserError(f"{model} is a {name}; supported: {', '.join(PIPELINES)}")
+
+
+def _prompts(folder: Path) -> list[str]:
+    path = folder / "prompts.txt"
+    return read_prompts(path) if path.exists() else list(GENERAL_PROMPTS)

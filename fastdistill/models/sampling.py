@@ -1,0 +1,77 @@
+"""How a pipeline is meant to be sampled, kept beside its weights, and sampling it through diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = "fastdistill.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's ``fastdistill.json`` overrides them."""
+
+    steps: int = 28
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance with the empty prompt, ``u + w (c - u)``; 1 is off."""
+    guidance_scale: float = 3.5
+    """Embedded guidance of a guidance-distilled model; others ignore it."""
+    height: int = 1024
+    """Pixels."""
+    width: int = 1024
+    """Pixels."""
+    max_sequence_length: int = 512
+    """T5 tokens."""
+
+    @classmethod
+    def load(cls, folder: Path) -> SamplingDefaults:
+        """Those of ``folder``, or FLUX.1-dev's if it names none (diffusers ignores the file)."""
+        path = folder / FILE
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    sampling: SamplingDefaults,
+    *,
+    seeds: Sequence[int],
+    batch: int,
+    tick: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] of ``prompts``, picture ``i`` from noise of seed ``seeds[i]`` whatever the model and the batch."""
+    if len(prompts) != len(seeds):
+        raise ValueError(f"one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+    pictures = []
+    guided = {"negative_prompt": ""} if sampling.true_cfg_scale > 1 else {}
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        output = pipeline(
+            prompt=list(prompts[part]),
+            **{name: [text] * len(generators) for name, text in guided.items()},
+            generator=generators,
+            num_inference_steps=sampling.steps,
+            true_cfg_scale=sampling.true_cfg_scale,
+            guidance_scale=sampling.guidance_scale,
+            height=sampling.height,
+            width=sampling.width,
+            max_sequence_length=sampling.max_sequence_length,
+            output_type="pt",
+        )
+        pictures.append(output.images.float().cpu() * 2 - 1)
+        tick(len(generators))
+    # The decoder may answer in channels-last order.
+    return torch.cat(pictures).contiguous()

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operator. Imported only when the triton backend is chosen."""

@@ -1,0 +1,34 @@
+"""A progress bar with the time left on a terminal; without one, a line every ten seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+@contextmanager
+def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields ``advance(count, note="")``."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    began = spoke = time.monotonic()
+    done = start
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(describe, total=total, completed=start, note="")
+
+        def advance(count: int, note: str = "") -> None:
+            nonlocal done, spoke
+            done += count
+            progress.update(task, completed=done, note=note)
+            now = time.monotonic()
+            if not console.is_terminal and (now - spoke > PLAIN_EVERY_SECONDS or done >= total):
+                spoke = now
+                left = (now - began) / max(1, done - start) * (total - done)
+                console.print(f"{describe}: {done}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False)
+
+        yield advance

@@ -1,0 +1,85 @@
+"""``python -m fastdistill.sample``: pictures of any FLUX pipeline, as one labelled grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastdistill.cli import run
+from fastdistill.errors import UserError
+
+EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "penguin", "birthday cake", "robot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draw pictures of a FLUX pipeline with its own scheduler and write them as one labelled grid.
+
+    Options that are left out take the values of the model's fastdistill.json, else those of FLUX.1-dev.
+    """
+
+    model: str = "emoji"
+    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    prompts: tuple[str, ...] = ()
+    """What to draw; default: a few of the model's own prompts."""
+    pictures: int = 4
+    """Pictures of each prompt, from seeds SEED, SEED + 1 ..."""
+    output: Path = Path("grid.png")
+    """PNG file to write."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace the file if it exists."""
+    seed: int = 0
+    batch: int = 64
+    """Pictures at once."""
+    steps: int | None = None
+    true_cfg_scale: float | None = None
+    """Classifier-free guidance with the empty prompt; 1 is off."""
+    guidance_scale: float | None = None
+    """Embedded guidance of a guidance-distilled model."""
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "batch", "steps", "height", "width", "max_sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def main(config: SampleConfig) -> None:
+    if config.output.exists() and not config.overwrite:
+        raise UserError(f"{config.output} exists; choose another --output, or give --overwrite")
+    if not config.output.parent.is_dir():
+        raise UserError(f"there is no folder {config.output.parent} for --output")
+
+    from rich.console import Console
+
+    from fastdistill.grid import grid
+    from fastdistill.models.loading import load
+    from fastdistill.models.patch import patched
+    from fastdistill.models.sampling import SamplingDefaults, sample
+    from fastdistill.progress import bar
+
+    loaded = load(config.model, config.device)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingDefaults)}
+    sampling = dataclasses.replace(loaded.sampling, **{name: value for name, value in given.items() if value is not None})
+    known = [prompt for prompt in EMOJI_PROMPTS if prompt in loaded.prompts]
+    prompts = config.prompts or tuple(known) or tuple(loaded.prompts[:4])
+    everything = [prompt for prompt in prompts for _ in range(config.pictures)]
+    seeds = [config.seed + i for _ in prompts for i in range(config.pictures)]
+    console = Console(stderr=True, highlight=False)
+    with patched(loaded.pipeline.transformer), bar(console, "sample", len(everything)) as tick:
+        pictures = sample(loaded.pipeline, everything, sampling, seeds=seeds, batch=config.batch, tick=tick)
+    rows = pictures.view(len(prompts), config.pictures, *pictures.shape[1:])
+    grid(rows, prompts, [f"seed {config.seed + i}" for i in range(config.pictures)]).save(config.output)
+    console.print(f"wrote {config.output}")
+
+
+if __name__ == "__main__":
+    run(SampleConfig, main, prog="python -m fastdistill.sample")

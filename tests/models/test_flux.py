@@ -1,0 +1,112 @@
+"""The FLUX family against diffusers' own pipeline, and what steps into the network: captures, skips, patches."""
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from fastdistill.models.features import block_ids, captured, captured_inputs, skipped
+from fastdistill.models.flux import Flux, image_ids, pack, unpack
+from fastdistill.models.patch import patched
+from fastdistill.models.registry import family_of
+from tests.tiny import tiny_flux_pipeline, tiny_inputs
+
+
+@pytest.fixture
+def transformer():
+    return tiny_flux_pipeline().transformer
+
+
+def test_packing_is_the_pipelines():
+    latents = torch.randn(2, 16, 6, 10)
+    tokens = pack(latents)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 10))
+    assert torch.equal(unpack(tokens, 6, 10), latents)
+    assert torch.equal(image_ids(6, 10, latents.device), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
+
+
+def test_trajectory_follows_the_predicted_velocity():
+    """Euler over the pipeline's own times with ``predict`` and guidance gives the states that the pipeline visits."""
+    pipeline, family = tiny_flux_pipeline(), Flux()
+    conditioning = family.encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
+    conditional, unconditional = conditioning[:2], conditioning[2:][torch.tensor([0, 0])]
+    noise = torch.randn(2, *family.latent_shape(pipeline, 64, 64))
+    states, times = family.trajectory(
+        pipeline, noise, conditional, unconditional, steps=3, true_cfg_scale=2.0, guidance_scale=3.5
+    )
+    assert len(states) == len(times) == 4
+    x = noise
+    for state, t, t_next in zip(states[1:], times, times[1:], strict=False):
+        with torch.no_grad():
+            v_c, v_u = (family.predict(pipeline.transformer, x, t.expand(2), part) for part in (conditional, unconditional))
+        x = x + (t_next - t) * (v_u + 2.0 * (v_c - v_u))
+        torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-5)
+
+
+def test_skipping_every_block_leaves_only_the_ends(transformer):
+    x, t, conditioning = tiny_inputs(transformer)
+    family = family_of(transformer)
+    blocks = block_ids(transformer, family)
+    before = family.predict(transformer, x, t, conditioning)
+    with skipped(transformer, family, blocks), captured(transformer, family, blocks) as outputs:
+        without = family.predict(transformer, x, t, conditioning)
+    assert all(torch.equal(outputs[block]["image"], outputs[blocks[0]]["image"]) for block in blocks)
+    assert not torch.allclose(without, before)
+    assert torch.equal(family.predict(transformer, x, t, conditioning), before)
+
+
+def test_captured_outputs_are_the_next_blocks_inputs(transformer):
+    x, t, conditioning = tiny_inputs(transformer)
+    family = family_of(transformer)
+    blocks = block_ids(transformer, family)
+    with captured(transformer, family, blocks) as outputs, captured_inputs(transformer, family, blocks) as inputs:
+        family.predict(transformer, x, t, conditioning)
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        for stream in ("image", "text"):
+            assert torch.equal(outputs[block][stream], inputs[following][stream])
+
+
+def gradients(transformer, x, t, conditioning):
+    transformer.zero_grad()
+    out = family_of(transformer).predict(transformer, x, t, conditioning)
+    out.square().mean().backward()
+    return out.detach(), {name: parameter.grad.clone() for name, parameter in transformer.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_patched_equals_stock_and_undoes_to_the_bit(transformer, backend):
+    x, t, conditioning = tiny_inputs(transformer)
+    keys = list(transformer.state_dict())
+    stock, stock_gradients = gradients(transformer, x, t, conditioning)
+    with patched(transformer, backend=backend) as patches:
+        assert sum(patches.counts.values()) == 2 * len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks) + 1
+        fast, fast_gradients = gradients(transformer, x, t, conditioning)
+        assert list(transformer.state_dict()) == keys
+    torch.testing.assert_close(fast, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
+    for name, gradient in stock_gradients.items():
+        torch.testing.assert_close(
+            fast_gradients[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    again, again_gradients = gradients(transformer, x, t, conditioning)
+    assert torch.equal(again, stock)
+    assert all(torch.equal(again_gradients[name], gradient) for name, gradient in stock_gradients.items())
+
+
+def test_patching_twice_is_refused_and_leaves_the_first_patch(transformer):
+    with patched(transformer):
+        with pytest.raises(RuntimeError, match="undo the earlier patch"):
+            patched(transformer)
+        assert "forward" in transformer.norm_out.__dict__
+    assert not any("forward" in module.__dict__ for module in transformer.modules())
+
+
+def test_patched_works_under_autocast_and_checkpointing(transformer):
+    x, t, conditioning = tiny_inputs(transformer)
+    transformer.enable_gradient_checkpointing()
+    transformer.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock, stock_gradients = gradients(transformer, x, t, conditioning)
+        with patched(transformer):
+            fast, fast_gradients = gradients(transformer, x, t, conditioning)
+    assert (fast - stock).norm() / stock.norm() < 0.02
+    name = "transformer_blocks.0.norm1.linear.weight"
+    assert (fast_gradients[name] - stock_gradients[name]).norm() / stock_gradients[name].norm() < 0.05

@@ -1,0 +1,104 @@
+"""The table that the inherited suite loops over: operator x backend x device x dtype x sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill.ops import OPERATORS
+from fastdistill.ops.backend import BACKENDS, Backend, why_not
+from fastdistill.ops.op import Operator, Sample
+
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    op: Operator
+    backend: Backend
+    device: str
+    dtype: torch.dtype
+    sample: Sample
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op.name}-{self.backend}-{self.device}-{dtype}-{self.sample.id}"
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(self.sample.make(self.dtype, torch.device(self.device)))
+
+    def run(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        return as_tuple(self.op(*arguments, backend=self.backend))
+
+
+def cases(
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    backends: Sequence[Backend] = BACKENDS,
+    every_sample: bool = True,
+) -> Callable[[Any], Any]:
+    """Parametrises a test with `case`. A backend that this machine cannot run is skipped with its reason."""
+    return pytest.mark.parametrize("case", list(_cases(dtypes, backends, every_sample)))
+
+
+def _cases(dtypes: Sequence[torch.dtype], backends: Sequence[Backend], every_sample: bool) -> Iterator[Any]:
+    for op in OPERATORS.values():
+        samples = op.samples() if every_sample else op.samples()[:1]
+        for backend in backends:
+            for device in DEVICES:
+                for dtype in dtypes:
+                    if dtype not in op.dtypes(backend, device):
+                        continue
+                    for sample in samples:
+                        case = Case(op=op, backend=backend, device=device, dtype=dtype, sample=sample)
+                        yield pytest.param(case, id=str(case), marks=_marks(case))
+
+
+def _marks(case: Case) -> list[pytest.MarkDecorator]:
+    if case.device == "cuda":
+        return [pytest.mark.gpu]
+    reason = why_not(case.op, case.backend, case.device, case.dtype)
+    return [pytest.mark.skip(reason=reason)] if reason else []
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def leaves(arguments: Sequence[Any]) -> list[Tensor]:
+    """The tensors whose gradients are compared."""
+    return [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+
+
+def converted(arguments: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The same values in another dtype, as new leaves."""
+    return tuple(
+        a.detach().to(dtype).requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in arguments
+    )
+
+
+def detached(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def gradients(
+    run: Callable[[Sequence[Any]], tuple[Tensor, ...]], arguments: Sequence[Any], upstream: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Outputs of `run`, then the gradient of every leaf for the given upstream gradients."""
+    outputs = run(arguments)
+    wanted = leaves(arguments)
+    if not wanted or not any(o.requires_grad for o in outputs):
+        return tuple(o.detach() for o in outputs)
+    grads = torch.autograd.grad(
+        outputs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    )
+    return (*(o.detach() for o in outputs), *grads)

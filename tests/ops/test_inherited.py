@@ -1,0 +1,176 @@
+"""What every operator passes on every backend, without a line of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill import ops
+from fastdistill.ops.op import FLOATS
+from tests.ops.cases import Case, as_tuple, cases, converted, detached, gradients, leaves
+
+FAST = ("native", "triton")
+# Beside an error of twice that of eager, one unit in the last place of the output's largest value.
+ERROR_RATIO = 2.0
+FLOAT32_RELATIVE = 2e-6
+
+
+def upstream_for(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.randn(o.shape, device=o.device, dtype=torch.float32).to(o.dtype) for o in outputs]
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.isfinite().all(), "NaN or infinity: an element that was never written?"
+    return (actual.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def scale_of(exact: Tensor) -> float:
+    return exact.abs().max().item() if exact.numel() else 0.0
+
+
+@cases(dtypes=FLOATS, backends=FAST)
+def test_forward_and_gradients_against_float64(case: Case) -> None:
+    arguments = case.arguments()
+    with torch.no_grad():
+        upstream = upstream_for(as_tuple(case.op.reference(*arguments)))
+    actual = gradients(case.run, arguments, upstream)
+    eager = gradients(lambda a: as_tuple(case.op.reference(*a)), arguments, upstream)
+    exact = gradients(
+        lambda a: as_tuple(case.op.reference(*a)), converted(arguments, torch.float64), upstream
+    )
+
+    # Two implementations of the same sums differ by the rounding of the largest value that passes through
+    # them.
+    conditioning = max([1.0, *(scale_of(a) for a in leaves(arguments))])
+    for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
+        assert a.shape == e.shape, f"result {i}: shape"
+        assert a.dtype == e.dtype, f"result {i}: dtype"
+        ulp = torch.finfo(a.dtype).eps * scale_of(x)
+        allowed = ERROR_RATIO * error(e, x) + ulp
+        assert error(a, x) <= allowed, (
+            f"result {i}: error {error(a, x):.3g}, eager {error(e, x):.3g}, ulp {ulp:.3g}"
+        )
+        if case.dtype == torch.float32:
+            assert error(a, x) <= FLOAT32_RELATIVE * conditioning * max(scale_of(x), 1e-30), (
+                f"result {i}: relative"
+            )
+
+
+@cases(dtypes=(torch.float64,), backends=("eager", "native"))
+def test_gradcheck(case: Case) -> None:
+    arguments = case.arguments()
+    if not leaves(arguments):
+        pytest.skip("nothing to differentiate")
+    # The whole Jacobian of a small sample, a random projection of a large one.
+    large = sum(leaf.numel() for leaf in leaves(arguments)) > 200
+    assert torch.autograd.gradcheck(lambda *a: case.run(a), arguments, fast_mode=large)
+
+
+@cases(dtypes=(torch.float32,), backends=FAST)
+def test_opcheck(case: Case) -> None:
+    """Schema, fake tensors and tracing of the registered ops; their gradient lives outside the ops."""
+    checks = ["test_schema", "test_faketensor"]
+    if case.sample.id == case.op.samples()[0].id:
+        checks.append("test_aot_dispatch_dynamic")  # seconds each, and the same for every sample
+    for op, arguments in recorded_calls(case):
+        torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+def recorded_calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The forward and backward op calls that one use of the operator makes, with their arguments."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "fastdistill":
+                calls.append((func, detached(args)))
+            return func(*args, **(kwargs or {}))
+
+    arguments = case.arguments()
+    with Recorder():
+        outputs = case.run(arguments)
+        if leaves(arguments):
+            torch.autograd.grad(outputs, leaves(arguments), upstream_for(outputs))
+    assert len(calls) == (2 if case.op.backward_schema else 1)
+    return calls
+
+
+@cases(dtypes=(torch.float32, torch.bfloat16), backends=FAST)
+def test_noncontiguous_gradient(case: Case) -> None:
+    arguments = case.arguments()
+    outputs = case.run(arguments)
+    if not any(o.requires_grad for o in outputs) or any(o.dim() < 2 for o in outputs):
+        pytest.skip("no gradient that could be strided")
+    contiguous = upstream_for(outputs)
+    wide = [torch.cat([u, u], dim=-1)[..., : u.shape[-1]] for u in contiguous]
+    transposed = [u.transpose(-1, -2).contiguous().transpose(-1, -2) for u in contiguous]
+    expected = torch.autograd.grad(outputs, leaves(arguments), contiguous, retain_graph=True)
+    for strided in (wide, transposed):
+        actual = torch.autograd.grad(outputs, leaves(arguments), strided, retain_graph=True)
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e)
+    ones = torch.autograd.grad(
+        outputs, leaves(arguments), [torch.ones_like(o) for o in outputs], retain_graph=True
+    )
+    for a, e in zip(torch.autograd.grad(sum(o.sum() for o in outputs), leaves(arguments)), ones, strict=True):
+        assert torch.equal(a, e)
+
+
+@cases(dtypes=(torch.float32, torch.bfloat16), backends=FAST)
+def test_bitwise_repeatable(case: Case) -> None:
+    arguments = case.arguments()
+    with torch.no_grad():
+        upstream = upstream_for(case.run(arguments))
+    first = gradients(case.run, arguments, upstream)
+    threads = torch.get_num_threads()
+    try:
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            for a, b in zip(first, gradients(case.run, arguments, upstream), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cases(dtypes=(torch.float32,), backends=("eager", "native"))
+def test_compiles_whole(case: Case) -> None:
+    """One graph with dynamic sizes, forward and backward; Inductor, which takes seconds, for one sample."""
+    arguments = case.arguments()
+    if any(isinstance(a, Tensor) and a.numel() == 0 for a in arguments):
+        pytest.skip("the compiler specialises on empty tensors")
+    torch._dynamo.reset()
+    compiler = "inductor" if case.sample.id == case.op.samples()[0].id else "aot_eager"
+    compiled = torch.compile(
+        lambda *a: case.op(*a, backend=case.backend), fullgraph=True, dynamic=True, backend=compiler
+    )
+    upstream = upstream_for(case.run(detached(arguments)))
+    expected = gradients(case.run, arguments, upstream)
+    actual = gradients(lambda a: as_tuple(compiled(*a)), arguments, upstream)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@cases(dtypes=(torch.float32,), backends=FAST, every_sample=False)
+def test_second_derivative_is_refused(case: Case) -> None:
+    arguments = case.arguments()
+    outputs = case.run(arguments)
+    if not leaves(arguments):
+        pytest.skip("nothing to differentiate")
+    with pytest.raises(RuntimeError, match=f"{case.op.name}: its gradient cannot be differentiated"):
+        torch.autograd.grad(outputs, leaves(arguments), upstream_for(outputs), create_graph=True)
+
+
+@cases(dtypes=(torch.float32,), backends=FAST, every_sample=False)
+def test_no_gradient_is_computed_in_no_grad(case: Case) -> None:
+    with torch.no_grad():
+        assert not any(o.requires_grad for o in case.run(case.arguments()))
+
+
+def test_every_operator_is_in_the_public_namespace() -> None:
+    for name in ops.OPERATORS:
+        assert callable(getattr(ops, name))
+        assert name in ops.__all__

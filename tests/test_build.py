@@ -1,0 +1,93 @@
+"""The build decides by what it finds, says what is wrong, and makes a library that any torch >= 2.10 can
+load."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdistill.ops.backend import LIBRARY, load_native
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "_build"))
+
+import native  # noqa: E402  (the build's own module, outside the package)
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without a C++ compiler")
+
+
+def dynamic_symbols() -> list[str]:
+    listing = subprocess.run(["nm", "-DC", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    return [line[17:] for line in listing.splitlines()]
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_library_uses_only_the_stable_c_interface() -> None:
+    undefined = [s[2:] for s in dynamic_symbols() if s.startswith(("U ", "w "))]
+    assert any(s.startswith("aoti_torch_") for s in undefined)
+    unstable = [s for s in undefined if re.search(r"\b(at|c10|torch)::", s)]
+    assert not unstable
+    ours = [
+        s for s in undefined if not re.search(r"@|^(aoti_)?torch_|^_ITM_|^__cxa_finalize|^__gmon_start__", s)
+    ]
+    assert not ours, "symbols that are neither libc's, libstdc++'s nor torch's C interface"
+
+
+@needs_library
+def test_library_is_no_python_module_and_knows_no_build_machine() -> None:
+    assert not any("PyInit" in s for s in dynamic_symbols())
+    content = LIBRARY.read_bytes()
+    assert str(native.find_torch()).encode() not in content, "a path of the build machine"
+    assert load_native() is None
+
+
+def test_cuda_switch() -> None:
+    assert native.cuda_compiler({"FASTDISTILL_CUDA": "0", "PATH": "/usr/local/bin"}) is None
+    with pytest.raises(native.BuildError, match=r"FASTDISTILL_CUDA='yes': expected auto"):
+        native.cuda_compiler({"FASTDISTILL_CUDA": "yes"})
+
+
+def test_cuda_asked_for_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "find_nvcc", lambda env: None)
+    assert native.cuda_compiler({}) is None
+    with pytest.raises(native.BuildError, match="no nvcc"):
+        native.cuda_compiler({"FASTDISTILL_CUDA": "1"})
+
+
+def test_nvcc_decides_and_not_a_gpu(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    assert native.cuda_compiler({"PATH": str(tmp_path)}) == str(nvcc)
+
+
+def test_architecture_list() -> None:
+    read = {"TORCH_CUDA_ARCH_LIST": "8.0 9.0a;10.0+PTX"}
+    assert native.cuda_architectures("nvcc", read) == "80-real;90a-real;100"
+    with pytest.raises(native.BuildError, match="cannot read 'Hopper'"):
+        native.cuda_architectures("nvcc", {"TORCH_CUDA_ARCH_LIST": "Hopper"})
+
+
+def test_max_jobs() -> None:
+    assert native.jobs({"MAX_JOBS": "3"}) == 3
+    with pytest.raises(native.BuildError, match="MAX_JOBS"):
+        native.jobs({"MAX_JOBS": "many"})
+
+
+def test_torch_is_found_where_an_isolated_build_hides_it() -> None:
+    """-S and -I leave site-packages off sys.path, as build isolation does."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / '_build')!r}); import native; print(native.find_torch())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip(), "include").is_dir()
+
+
+def test_without_a_compiler_nothing_is_downloaded() -> None:
+    assert native.build_requirements({"PATH": ""}) == []

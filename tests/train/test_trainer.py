@@ -1,0 +1,149 @@
+"""The training loop: what it computes, and that an interrupted run ends with the same bits."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fastdistill.train import checkpoint
+from fastdistill.train.ema import EMA
+from fastdistill.train.method import Loss
+from fastdistill.train.trainer import Diverged, TrainConfig, Trainer
+
+
+class Regression:
+    """Fits ``student`` to a fixed linear map; ``teacher`` is there to be left alone."""
+
+    trains = ("student",)
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.networks = {"student": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)}
+
+    def turns(self, step):
+        return self.trains
+
+    def loss(self, role, batch, rng):
+        noisy = batch + 0.1 * torch.randn(batch.shape, generator=rng)
+        with torch.no_grad():
+            target = self.networks["teacher"](batch)
+        return Loss(total=(self.networks["student"](noisy) - target).square().mean())
+
+    def after_step(self, step):
+        pass
+
+
+def batches(step, generator):
+    return torch.randn(8, 4, generator=generator)
+
+
+def config(**changes):
+    return TrainConfig(**({"steps": 30, "learning_rate": 1e-2, "warmup_steps": 5, "checkpoint_every": 7, "log_every": 10} | changes))
+
+
+def trained(run, source=batches, **changes):
+    trainer = Trainer(Regression(), source, config(**changes), run)
+    trainer.fit()
+    return trainer
+
+
+def weights(trainer):
+    return {**trainer.method.networks["student"].state_dict(), **{f"ema.{k}": v for k, v in trainer.emas["student"].shadow.items()}}
+
+
+def test_it_learns(tmp_path):
+    trainer = trained(tmp_path, steps=300, learning_rate=3e-2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 300
+    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
+    assert trainer.step == 300
+
+
+@pytest.mark.parametrize("stop_at", [3, 7, 20])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop_at, error):
+    expected = weights(trained(tmp_path / "whole"))
+
+    def interrupted(step, generator):
+        if step == stop_at:
+            raise error
+        return batches(step, generator)
+
+    with pytest.raises(error):
+        trained(tmp_path / "broken", interrupted)
+    resumed = trained(tmp_path / "broken")
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30]
+
+
+def test_only_the_trained_role_changes(tmp_path):
+    before = {name: value.clone() for name, value in Regression().networks["teacher"].state_dict().items()}
+    trainer = trained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in trainer.method.networks["teacher"].parameters())
+    for name, value in trainer.method.networks["teacher"].state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_nan_stops_before_it_reaches_the_weights(tmp_path):
+    def poisoned(step, generator):
+        return batches(step, generator) * (float("nan") if step == 8 else 1)
+
+    with pytest.raises(Diverged, match="step 8"):
+        trained(tmp_path, poisoned)
+    state = checkpoint.latest(tmp_path)
+    assert state is not None and state.name == "checkpoint-7"
+
+
+def test_another_configuration_is_refused(tmp_path):
+    trained(tmp_path, steps=7)
+    with pytest.raises(ValueError, match="learning_rate"):
+        trained(tmp_path, steps=7, learning_rate=5e-2)
+
+
+def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    trainer = trained(tmp_path, steps=7)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    trainer.step = 8
+    with pytest.raises(OSError, match="No space"):
+        trainer.save()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-7"]
+
+
+def test_learning_rate_warms_up_and_decays(tmp_path):
+    trainer = Trainer(Regression(), batches, config(steps=105), tmp_path)
+    rates = []
+    for trainer.step in range(105):
+        rates.append(trainer._learning_rate())
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
+    assert rates[55] == pytest.approx(0.005)
+    assert 0 < rates[-1] < 1e-5
+
+
+def test_ema_is_the_recursion_and_undoes_itself():
+    network = nn.Linear(2, 2)
+    ema = EMA(network, decay=0.9)
+    expected = network.weight.detach().clone()
+    for update in range(1, 30):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(2, 2))
+        ema.update(network)
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * network.weight.detach()
+    torch.testing.assert_close(ema.shadow["weight"], expected)
+    trained_weight = network.weight.detach().clone()
+    with ema.applied(network):
+        torch.testing.assert_close(network.weight, expected)
+    assert torch.equal(network.weight, trained_weight)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"learning_rate": 0.0}, {"clip_norm": -1.0}, {"checkpoint_every": 0}])
+def test_bad_configuration_is_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        config(**changes)
