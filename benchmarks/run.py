@@ -38,9 +38,7 @@ def machine() -> tuple[str, dict[str, Any]]:
     facts = fastdistill.info()
     gpu = facts["gpus"][0] if facts["gpus"] else None
     device = gpu or f"{cpu_name()} {os.cpu_count()} cores"
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=HERE, capture_output=True, text=True
-    )
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=HERE, capture_output=True, text=True)
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"), {
         "device": device,
         "threads": torch.get_num_threads(),
@@ -64,10 +62,7 @@ def measure() -> None:
             cwd=HERE.parent,
         )
         measured = json.loads(raw.read_text())["benchmarks"]
-    rows = [
-        {**b["extra_info"], **{f"{q}_ms": round(b["stats"][q] * 1e3, 4) for q in ("median", "q1", "q3")}}
-        for b in measured
-    ]
+    rows = [{**b["extra_info"], **{f"{q}_ms": round(b["stats"][q] * 1e3, 4) for q in ("median", "q1", "q3")}} for b in measured]
     target = HERE / "results" / folder / "ops.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
@@ -92,9 +87,7 @@ def table(results: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * 4 + "---:|" * (len(header) - 4)]
     for key, t in times.items():
         cells = [f"{t[c]:.2f}" if c in t else "" for c in shown]
-        cells += [
-            f"{t[b] / t[c]:.2f}x" if c in t and b in t else "" for c in fast for b in ("eager", "compile")
-        ]
+        cells += [f"{t[b] / t[c]:.2f}x" if c in t and b in t else "" for c in fast for b in ("eager", "compile")]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(lines)
 

@@ -46,9 +46,7 @@ def rows() -> list[Any]:
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("op", "sample", "dtype"), rows())
-def test_op(
-    benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mode: str, contender: str
-) -> None:
+def test_op(benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mode: str, contender: str) -> None:
     if contender in ("native", "triton") and (reason := why_not(op, contender, DEVICE, dtype)):  # type: ignore[arg-type]
         pytest.skip(reason)
     if contender == "triton" and DEVICE == "cpu":
@@ -58,9 +56,7 @@ def test_op(
     torch.manual_seed(0)
     arguments = sample.make(dtype, torch.device(DEVICE))
     forward_bytes, backward_bytes = op.bytes_moved(*arguments)
-    moved = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}[
-        mode
-    ]
+    moved = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}[mode]
     run = copy_of(moved) if contender == "copy" else step(function(op, contender), arguments, mode)
 
     benchmark.extra_info.update(

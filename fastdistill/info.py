@@ -33,9 +33,7 @@ def info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernels": _cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "operators": {
-            name: {device: _backends(op, device) for device in devices} for name, op in OPERATORS.items()
-        },
+        "operators": {name: {device: _backends(op, device) for device in devices} for name, op in OPERATORS.items()},
     }
 
 

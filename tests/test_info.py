@@ -20,10 +20,7 @@ def test_import_loads_neither_torch_nor_diffusers() -> None:
 
 
 def test_ops_import_leaves_triton_alone() -> None:
-    assert (
-        run("-c", "import fastdistill.ops, sys; print('fastdistill.ops.triton' in sys.modules)").strip()
-        == "False"
-    )
+    assert run("-c", "import fastdistill.ops, sys; print('fastdistill.ops.triton' in sys.modules)").strip() == "False"
 
 
 def test_info_names_a_backend_for_every_operator() -> None:

@@ -1,5 +1,6 @@
-// What every kernel of a (B, S, D) tensor needs to know about an argument: sizes, strides, and that they are sane.
-// Friendly messages come from Python; these checks keep a direct call of the op from reading out of bounds.
+// What every kernel of a (B, S, D) tensor needs to know about an argument: sizes, strides, and that they are
+// sane. Friendly messages come from Python; these checks keep a direct call of the op from reading out of
+// bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +34,8 @@ inline Rows rows_of(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(dim == 2 || dim == 3, name, ": expected (B, S, D) or (S, D), got ", dim, " dimensions");
     check_last_stride(t, name);
     const bool batched = dim == 3;
-    return {batched ? t.size(0) : 1, t.size(dim - 2), t.size(dim - 1), batched ? t.stride(0) : 0, t.stride(dim - 2)};
+    return {batched ? t.size(0) : 1, t.size(dim - 2), t.size(dim - 1), batched ? t.stride(0) : 0,
+            t.stride(dim - 2)};
 }
 
 // A (D), (B, D), (B, 1, D) or (B, S, D) tensor that modulates the rows of x; next to an (S, D) x, (S, D).
@@ -45,7 +47,8 @@ inline Rows modulation_of(const Tensor& t, const Tensor& x, const char* name) {
     const bool batch_axis = dim == 3 || (dim == 2 && x.dim() == 3);
     Rows rows{batch_axis ? t.size(0) : 1, token_axis ? t.size(dim - 2) : 1, t.size(dim - 1),
               batch_axis ? t.stride(0) : 0, token_axis ? t.stride(dim - 2) : 0};
-    STD_TORCH_CHECK(dim <= x.dim() && rows.channels == of.channels && (rows.batch == 1 || rows.batch == of.batch) &&
+    STD_TORCH_CHECK(dim <= x.dim() && rows.channels == of.channels &&
+                        (rows.batch == 1 || rows.batch == of.batch) &&
                         (rows.tokens == 1 || (rows.tokens == of.tokens && rows.batch == of.batch)),
                     name, ": expected (D), (B, D), (B, 1, D) or (B, S, D) for x of shape (B, S, D)");
     if (rows.batch == 1) rows.batch_stride = 0;

@@ -10,27 +10,35 @@ namespace fastdistill {
 
 inline Scalar scalar_of(const Tensor& t, const char* name) {
     switch (t.scalar_type()) {
-        case ScalarType::Float: return Scalar::float32;
-        case ScalarType::Double: return Scalar::float64;
-        case ScalarType::BFloat16: return Scalar::bfloat16;
-        case ScalarType::Half: return Scalar::float16;
-        default: STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+        case ScalarType::Float:
+            return Scalar::float32;
+        case ScalarType::Double:
+            return Scalar::float64;
+        case ScalarType::BFloat16:
+            return Scalar::bfloat16;
+        case ScalarType::Half:
+            return Scalar::float16;
+        default:
+            STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
     }
 }
 
 // Rows per thread below which waking a thread costs more than it saves.
-inline int64_t grain(int64_t channels) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, channels)); }
+inline int64_t grain(int64_t channels) {
+    return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, channels));
+}
 
-// Chunks of a batch element's tokens that are summed apart. A function of the shape alone, never of the number of
-// threads, so that the sums do not depend on it.
+// Chunks of a batch element's tokens that are summed apart. A function of the shape alone, never of the
+// number of threads, so that the sums do not depend on it.
 inline int64_t chunks_of(const Rows& rows) {
-    const int64_t at_least_16_rows = (rows.tokens + 15) / 16, enough_for_64_threads = 64 / std::max<int64_t>(1, rows.batch);
+    const int64_t at_least_16_rows = (rows.tokens + 15) / 16,
+                  enough_for_64_threads = 64 / std::max<int64_t>(1, rows.batch);
     return std::max<int64_t>(1, std::min(at_least_16_rows, enough_for_64_threads));
 }
 
-// out[g, i] = sum over j of partials[g, j, i], added in the order of j. `partials` has `groups * count` rows of `stride`
-// elements and `out` has `groups` rows of `size`.
-void sum_partials(const void* partials, size_t accumulator_bytes, int64_t count, int64_t stride, const Tensor& out,
-                  int64_t groups, int64_t size);
+// out[g, i] = sum over j of partials[g, j, i], added in the order of j. `partials` has `groups * count` rows
+// of `stride` elements and `out` has `groups` rows of `size`.
+void sum_partials(const void* partials, size_t accumulator_bytes, int64_t count, int64_t stride,
+                  const Tensor& out, int64_t groups, int64_t size);
 
 }  // namespace fastdistill

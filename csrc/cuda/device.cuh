@@ -1,4 +1,5 @@
-// Device code shared by the CUDA kernels: 16-byte vectors of storage types, ordered block sums. Free of torch.
+// Device code shared by the CUDA kernels: 16-byte vectors of storage types, ordered block sums. Free of
+// torch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,19 +9,39 @@
 
 namespace fastdistill::cuda {
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(float v) {
+    return v;
+}
+__device__ inline float to_float(__half v) {
+    return __half2float(v);
+}
+__device__ inline float to_float(__nv_bfloat16 v) {
+    return __bfloat162float(v);
+}
 
-template <class T> __device__ inline T from_float(float v);
-template <> __device__ inline float from_float<float>(float v) { return v; }
-template <> __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <class T>
+__device__ inline T from_float(float v);
+template <>
+__device__ inline float from_float<float>(float v) {
+    return v;
+}
+template <>
+__device__ inline __half from_float<__half>(float v) {
+    return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
 
-template <class T, int N> struct alignas(sizeof(T) * N) Pack { T v[N]; };
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T v[N];
+};
 
 // N consecutive elements as float; the pointer must be aligned to all of them.
-template <int N, class T> __device__ inline void load(float (&to)[N], const T* from) {
+template <int N, class T>
+__device__ inline void load(float (&to)[N], const T* from) {
     // At most 16 bytes fit one load; a float32 modulation beside 8 bfloat16 takes two.
     constexpr int AT_ONCE = sizeof(T) * N > 16 ? 16 / sizeof(T) : N;
 #pragma unroll
@@ -31,7 +52,8 @@ template <int N, class T> __device__ inline void load(float (&to)[N], const T* f
     }
 }
 
-template <int N, class T> __device__ inline void store(T* to, const float (&from)[N]) {
+template <int N, class T>
+__device__ inline void store(T* to, const float (&from)[N]) {
     constexpr int AT_ONCE = sizeof(T) * N > 16 ? 16 / sizeof(T) : N;
 #pragma unroll
     for (int i = 0; i < N; i += AT_ONCE) {
@@ -42,10 +64,14 @@ template <int N, class T> __device__ inline void store(T* to, const float (&from
     }
 }
 
-struct Sums { float a, b; };
+struct Sums {
+    float a, b;
+};
 
-// The sums of a and b over the block, in an order that depends only on the block's size; every thread receives them.
-template <int THREADS> __device__ inline Sums block_sums(float a, float b) {
+// The sums of a and b over the block, in an order that depends only on the block's size; every thread
+// receives them.
+template <int THREADS>
+__device__ inline Sums block_sums(float a, float b) {
     static_assert(THREADS % 32 == 0, "whole warps");
     constexpr int WARPS = THREADS / 32;
     __shared__ Sums of_warp[WARPS];

@@ -9,7 +9,7 @@
 
 // Weak, because only a CUDA build of torch has it: the library must also load beside a CPU build.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                    void** ret_stream);
+                                                                                   void** ret_stream);
 
 namespace fastdistill::cuda {
 
@@ -30,11 +30,13 @@ inline int multiprocessors(int32_t device) {
     return count;
 }
 
-// Launches `kernel` with `bytes` of dynamic shared memory, raising its limit above the default 48 KiB when it must.
+// Launches `kernel` with `bytes` of dynamic shared memory, raising its limit above the default 48 KiB when it
+// must.
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, int threads, size_t bytes, cudaStream_t stream, Args... args) {
     if (bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(bytes)),
               "x: D is too large for this GPU's shared memory");
     kernel<<<grid, threads, bytes, stream>>>(args...);
     check(cudaGetLastError(), "kernel launch");

@@ -10,10 +10,13 @@ namespace {
 
 using torch::stable::new_empty;
 
-RowStrides strides_of(const Rows& rows) { return {rows.batch_stride, rows.token_stride}; }
+RowStrides strides_of(const Rows& rows) {
+    return {rows.batch_stride, rows.token_stride};
+}
 
 // Calls run(T{}, M{}) with the device types of x and of scale.
-template <class Run> void with_types(const Tensor& x, const Tensor& modulation, Run&& run) {
+template <class Run>
+void with_types(const Tensor& x, const Tensor& modulation, Run&& run) {
     const ScalarType type = x.scalar_type(), wide = modulation.scalar_type();
     STD_TORCH_CHECK(wide == type || wide == ScalarType::Float, "scale: expected the dtype of x, or float32");
     const bool is_wide = wide == ScalarType::Float;
@@ -39,16 +42,25 @@ std::tuple<Tensor, Tensor> modulate(const Tensor& x, const Tensor& scale, const 
     if (rows.count() == 0) return {out, stats};
 
     float* mean = static_cast<float*>(stats.mutable_data_ptr());
-    const ModulateForward args{x.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
-                               out.mutable_data_ptr(), mean, mean + rows.count(), rows.tokens, rows.channels,
-                               strides_of(rows), strides_of(scale_rows), strides_of(shift_rows),
+    const ModulateForward args{x.const_data_ptr(),
+                               scale.const_data_ptr(),
+                               shift.const_data_ptr(),
+                               out.mutable_data_ptr(),
+                               mean,
+                               mean + rows.count(),
+                               rows.tokens,
+                               rows.channels,
+                               strides_of(rows),
+                               strides_of(scale_rows),
+                               strides_of(shift_rows),
                                static_cast<float>(eps)};
     const cudaStream_t stream = current_stream(x.get_device_index());
     with_types(x, scale, [&](auto t, auto m) {
         using T = decltype(t);
         using M = decltype(m);
         constexpr int N = 16 / sizeof(T);
-        const bool aligned = rows_aligned(x, rows, N) && rows_aligned(scale, scale_rows, N) && rows_aligned(shift, shift_rows, N);
+        const bool aligned = rows_aligned(x, rows, N) && rows_aligned(scale, scale_rows, N) &&
+                             rows_aligned(shift, shift_rows, N);
         launch(aligned ? modulate_forward<T, M, N> : modulate_forward<T, M, 1>, dim3(rows.count()), THREADS,
                rows.channels * sizeof(float), stream, args);
     });
@@ -59,8 +71,8 @@ template <class T, class M, ModulationGrad MODULATION>
 void launch_backward(const ModulateBackward& args, bool aligned, dim3 grid, cudaStream_t stream) {
     constexpr int N = 16 / sizeof(T);
     const size_t bytes = MODULATION == ModulationGrad::summed ? 2 * args.channels * sizeof(float) : 0;
-    launch(aligned ? modulate_backward<T, M, N, MODULATION> : modulate_backward<T, M, 1, MODULATION>, grid, THREADS,
-           bytes, stream, args);
+    launch(aligned ? modulate_backward<T, M, N, MODULATION> : modulate_backward<T, M, 1, MODULATION>, grid,
+           THREADS, bytes, stream, args);
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulate_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
@@ -70,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> modulate_backward(const Tensor& grad, const T
     check_same_rows(grad, x, "grad");
     for (const Tensor* t : {&grad, &scale, &stats}) check_same_device(*t, x, "grad, scale, stats");
     STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad: expected the dtype of x");
-    STD_TORCH_CHECK(stats.numel() == 2 * rows.count() && stats.is_contiguous() && stats.scalar_type() == ScalarType::Float,
+    STD_TORCH_CHECK(stats.numel() == 2 * rows.count() && stats.is_contiguous() &&
+                        stats.scalar_type() == ScalarType::Float,
                     "stats: expected the contiguous statistics that modulate returned");
     STD_TORCH_CHECK(rows.batch <= 65535, "x: expected a batch of at most 65535");
     const int32_t device = x.get_device_index();
@@ -89,29 +102,41 @@ std::tuple<Tensor, Tensor, Tensor> modulate_backward(const Tensor& grad, const T
 
     const float* mean = static_cast<const float*>(stats.const_data_ptr());
     float* partial = static_cast<float*>(partials.mutable_data_ptr());
-    const ModulateBackward args{grad.const_data_ptr(), x.const_data_ptr(), scale.const_data_ptr(), mean,
-                                mean + rows.count(), dx.mutable_data_ptr(), dscale.mutable_data_ptr(),
-                                dshift.mutable_data_ptr(), partial, rows.tokens, rows.channels,
-                                strides_of(grad_rows), strides_of(rows), strides_of(scale_rows)};
+    const ModulateBackward args{grad.const_data_ptr(),
+                                x.const_data_ptr(),
+                                scale.const_data_ptr(),
+                                mean,
+                                mean + rows.count(),
+                                dx.mutable_data_ptr(),
+                                dscale.mutable_data_ptr(),
+                                dshift.mutable_data_ptr(),
+                                partial,
+                                rows.tokens,
+                                rows.channels,
+                                strides_of(grad_rows),
+                                strides_of(rows),
+                                strides_of(scale_rows)};
     const cudaStream_t stream = current_stream(device);
     with_types(x, scale, [&](auto t, auto m) {
         using T = decltype(t);
         using M = decltype(m);
         constexpr int N = 16 / sizeof(T);
-        const bool aligned = rows_aligned(x, rows, N) && rows_aligned(grad, grad_rows, N) && rows_aligned(scale, scale_rows, N);
+        const bool aligned = rows_aligned(x, rows, N) && rows_aligned(grad, grad_rows, N) &&
+                             rows_aligned(scale, scale_rows, N);
         const dim3 grid(chunks, rows.batch);
         const bool any = rows.batch > 0 && rows.channels > 0;
         if (any && summed) launch_backward<T, M, ModulationGrad::summed>(args, aligned, grid, stream);
         if (any && per_token) launch_backward<T, M, ModulationGrad::per_token>(args, aligned, grid, stream);
-        if (any && !modulation_grads) launch_backward<T, M, ModulationGrad::none>(args, aligned, grid, stream);
+        if (any && !modulation_grads)
+            launch_backward<T, M, ModulationGrad::none>(args, aligned, grid, stream);
         if (!summed || scale.numel() == 0) return;
 
         const bool per_batch = scale_rows.batch == rows.batch;
         const int64_t groups = per_batch ? rows.batch : 1, count = per_batch ? chunks : rows.batch * chunks;
         const dim3 columns((rows.channels + THREADS - 1) / THREADS, groups);
         for (auto [from, to] : {std::pair(partial, &dscale), std::pair(partial + rows.channels, &dshift)})
-            launch(column_sum<M>, columns, THREADS, 0, stream, from, static_cast<M*>(to->mutable_data_ptr()), count,
-                   2 * rows.channels, rows.channels);
+            launch(column_sum<M>, columns, THREADS, 0, stream, from, static_cast<M*>(to->mutable_data_ptr()),
+                   count, 2 * rows.channels, rows.channels);
     });
     return {dx, dscale, dshift};
 }

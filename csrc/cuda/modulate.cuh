@@ -1,7 +1,8 @@
 // Device code of modulate. The formula and the shapes: fastdistill/ops/modulate.py. Free of torch.
 //
-// T is the type of x, M that of scale and shift; N elements are loaded at once (1 when the rows are not aligned). The
-// columns of a thread are the same for every row, so its part of a row buffer in shared memory needs no barrier.
+// T is the type of x, M that of scale and shift; N elements are loaded at once (1 when the rows are not
+// aligned). The columns of a thread are the same for every row, so its part of a row buffer in shared memory
+// needs no barrier.
 #pragma once
 
 #include "device.cuh"
@@ -11,7 +12,9 @@ namespace fastdistill::cuda {
 constexpr int THREADS = 256;
 
 // Strides count elements; a broadcast axis has stride 0.
-struct RowStrides { int64_t batch, token; };
+struct RowStrides {
+    int64_t batch, token;
+};
 
 struct ModulateForward {
     const void *x, *scale, *shift;
@@ -32,7 +35,8 @@ struct ModulateBackward {
 };
 
 // One block per row. x is read once, into shared memory: D floats.
-template <class T, class M, int N> __global__ void __launch_bounds__(THREADS) modulate_forward(ModulateForward a) {
+template <class T, class M, int N>
+__global__ void __launch_bounds__(THREADS) modulate_forward(ModulateForward a) {
     extern __shared__ float4 shared[];
     float* row = reinterpret_cast<float*>(shared);
     const int64_t index = blockIdx.x, b = index / a.tokens, s = index % a.tokens, D = a.channels;
@@ -75,8 +79,9 @@ template <class T, class M, int N> __global__ void __launch_bounds__(THREADS) mo
 
 enum class ModulationGrad { none, summed, per_token };
 
-// Grid (chunks, B): a block walks one chunk of the tokens of one batch element. x and grad are read from memory once;
-// the second visit to a row finds it in L1 or L2. Sums for dscale and dshift stay in shared memory: 2 D floats.
+// Grid (chunks, B): a block walks one chunk of the tokens of one batch element. x and grad are read from
+// memory once; the second visit to a row finds it in L1 or L2. Sums for dscale and dshift stay in shared
+// memory: 2 D floats.
 template <class T, class M, int N, ModulationGrad MODULATION>
 __global__ void __launch_bounds__(THREADS) modulate_backward(ModulateBackward a) {
     extern __shared__ float4 shared[];
@@ -93,7 +98,8 @@ __global__ void __launch_bounds__(THREADS) modulate_backward(ModulateBackward a)
         const int64_t index = b * a.tokens + s;
         const T* grad = static_cast<const T*>(a.grad) + b * a.grad_strides.batch + s * a.grad_strides.token;
         const T* x = static_cast<const T*>(a.x) + b * a.x_strides.batch + s * a.x_strides.token;
-        const M* scale = static_cast<const M*>(a.scale) + b * a.scale_strides.batch + s * a.scale_strides.token;
+        const M* scale =
+            static_cast<const M*>(a.scale) + b * a.scale_strides.batch + s * a.scale_strides.token;
         T* dx = static_cast<T*>(a.dx) + index * D;
         const float mean = a.mean[index], rstd = a.rstd[index];
 

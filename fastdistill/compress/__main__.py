@@ -59,13 +59,13 @@ class Evaluator:
         from safetensors.torch import load_file, save_file
 
         from fastdistill.evaluation.suite import evaluate
+        from fastdistill.models.patch import patched
         from fastdistill.progress import bar
 
         reference = None if name == "full" else load_file(self.work / "pictures-full.safetensors")["pictures"].float()
-        with bar(self.console, f"evaluate {name}", len(self.prompts) * len(self.seeds)) as tick:
-            result = evaluate(
-                pipeline, self.prompts, self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
-            )
+        pictures = len(self.prompts) * len(self.seeds)
+        with patched(pipeline.transformer), bar(self.console, f"evaluate {name}", pictures) as tick:
+            result = evaluate(pipeline, self.prompts, self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick)
         save_file({"pictures": result.pictures.half()}, self.work / f"pictures-{name}.safetensors")
         return result.metrics if self.measure else {}
 

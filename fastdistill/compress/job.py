@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import nn
 from fastdistill.compress.calibrate import Calibration, calibrate
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.importance import CRITERIA
-from fastdistill.compress.importance.criterion import Tick
 from fastdistill.compress.importance.output_error import joint_output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.select import Request, choose, parse, spell
@@ -75,14 +74,14 @@ def compress(
         UserError: a request that cannot be met, or too small a disk; before any long work.
     """
     request = validate(config, pipeline)
-    teacher: nn.Module = pipeline.transformer
+    teacher = pipeline.transformer
     teacher.requires_grad_(False)
     family = family_of(teacher)
     blocks = block_ids(teacher, family)
     size = sum(parameter.numel() for parameter in teacher.parameters())
     # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, and the result.
     workspace.require(size * 4 * (8 if config.steps else 2))
-    clock = Clock()
+    clock = workspace.clock
 
     with clock("calibrate"), patched(teacher):
         calibration = _calibrate(config, pipeline, family, prompts, sampling, workspace, console)
@@ -117,21 +116,8 @@ def compress(
         joint_error=joint_error,
         parameters={"full": size, "compressed": saved},
         evaluation=evaluation,
-        seconds=clock.seconds,
+        seconds=workspace.seconds,
     )
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def _calibrate(
@@ -166,23 +152,21 @@ def _scores(
 
     def score(criterion: str) -> list[float]:
         with bar(console, f"score by {criterion}", len(blocks)) as advance:
-            tick: Tick = lambda: advance(1)  # noqa: E731 - a name for the type
-            scores = CRITERIA[criterion](teacher, family, calibration.points, config.batch, tick)
+            scores = CRITERIA[criterion](teacher, family, calibration.points, config.batch, lambda: advance(1))
         return [scores[block_id] for block_id in blocks]
 
-    return {name: dict(zip(blocks, workspace.cached(f"scores-{name}", lambda n=name: score(n)), strict=True)) for name in CRITERIA}
+    values = {name: workspace.cached(f"scores-{name}", partial(score, name)) for name in CRITERIA}
+    return {name: dict(zip(blocks, values[name], strict=True)) for name in CRITERIA}
 
 
-def _joint_error(
-    config: CompressConfig, teacher: nn.Module, family: Family, calibration: Calibration, dropped: Sequence[BlockId]
-) -> float:
+def _joint_error(config: CompressConfig, teacher: nn.Module, family: Family, calibration: Calibration, dropped: Sequence[BlockId]) -> float:
     reference = predictions(teacher, family, calibration.points, config.batch)
     return joint_output_error(teacher, family, calibration.points, config.batch, dropped, reference)
 
 
 def _recover(
     config: CompressConfig,
-    student: nn.Module,
+    student: Any,
     teacher: nn.Module,
     family: Family,
     boundaries: dict[BlockId, BlockId],
@@ -225,11 +209,11 @@ def _transformer(pipeline: Any, transformer: nn.Module) -> Iterator[None]:
 def _save(pipeline: Any, student: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> int:
     """Write the stock pipeline whole or not at all; return the parameters of its transformer."""
     if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
         with _transformer(pipeline, student):
-            pipeline.save_pretrained(partial)
-        sampling.save(partial)
-        (partial / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        partial.replace(folder)
+            pipeline.save_pretrained(unfinished)
+        sampling.save(unfinished)
+        (unfinished / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        unfinished.replace(folder)
     return sum(parameter.numel() for parameter in student.parameters())

@@ -57,8 +57,5 @@ def choose(request: Request, scores: Mapping[BlockId, float]) -> list[BlockId]:
 
 def spell(blocks: Sequence[BlockId], family: Family) -> str:
     """The blocks as the user would type them: ``double:1,2 single:0``."""
-    words = []
-    for stack in family.stacks:
-        if indices := sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute):
-            words.append(f"{stack.short}:{','.join(map(str, indices))}")
-    return " ".join(words)
+    indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in family.stacks}
+    return " ".join(f"{stack.short}:{','.join(map(str, found))}" for stack, found in indices.items() if found)

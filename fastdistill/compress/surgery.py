@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from fastdistill.models.features import block_ids
 from fastdistill.models.registry import family_of
 
 
-def cut(transformer: nn.Module, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> nn.Module:
+def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> Any:
     """A new transformer without the dropped blocks; the kept ones are re-indexed without gaps and copied bit by bit.
 
     Args:
@@ -45,7 +46,7 @@ def cut(transformer: nn.Module, drop: Mapping[str, Sequence[int]] | Iterable[Blo
         state[name] = tensor.detach().clone()
     # Built without memory: initialising billions of weights only to overwrite them takes minutes.
     with torch.device("meta"):
-        result: nn.Module = type(transformer).from_config(config)
+        result = type(transformer).from_config(config)
     result.load_state_dict(state, strict=True, assign=True)
     return result.train(transformer.training)
 

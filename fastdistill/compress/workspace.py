@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,14 @@ class Workspace:
                 names = ", ".join("--" + name.replace("_", "-") for name in changed)
                 raise UserError(f"{output} holds an interrupted run with another {names}; repeat its options, or choose another --output")
             self.resumed = True
+            timed = self.work / "seconds.json"
+            self.seconds: dict[str, float] = json.loads(timed.read_text()) if timed.exists() else {}
             return
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not empty; choose another --output")
         self.work.mkdir(parents=True)
         recorded.write_text(json.dumps(settings, indent=1))
-        self.resumed = False
+        self.resumed, self.seconds = False, {}
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of stage ``name``: read if it is there, else made and written."""
@@ -47,6 +51,16 @@ class Workspace:
         if not path.exists():
             write_json(path, make())
         return json.loads(path.read_text())
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Adds the time inside to ``seconds[stage]``, over all runs of the command that it took."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+            write_json(self.work / "seconds.json", self.seconds)
 
     def require(self, needed_bytes: int) -> None:
         """Raise :class:`UserError` if the disk has less than ``needed_bytes`` left."""

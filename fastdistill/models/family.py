@@ -6,7 +6,7 @@ of multiplying.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,6 +93,7 @@ class Family(Protocol):
         """What a block hands to the next, by stream: ``image`` and ``text``, each (B, S, D)."""
         ...
 
-    def pass_through(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def pass_through(self) -> Callable[..., Any]:
         """A block's forward that returns its inputs as its output."""
         ...

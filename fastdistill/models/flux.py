@@ -39,7 +39,7 @@ class Flux:
     """FLUX.1-dev, FLUX.1-schnell and models of their class."""
 
     name = "flux"
-    stacks = (
+    stacks: tuple[Stack, ...] = (
         Stack(attribute="transformer_blocks", config_field="num_layers", short="double"),
         Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -71,7 +71,7 @@ def load(model: str, device: str | None = None) -> Loaded:
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if local else model, torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(folder if local else model, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
@@ -100,8 +100,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def quiet() -> None:
     """Keep libraries from talking about optional packages and their own progress."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    # They set their loggers' levels when they are imported, from these.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -122,7 +123,9 @@ def _check_folder(folder: Path) -> None:
     _check_class(entries.get("_class_name", "a pipeline without a class"), str(folder))
     missing = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] and not (folder / name).is_dir()]
     if missing:
-        raise UserError(f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of the pipeline")
+        raise UserError(
+            f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of the pipeline"
+        )
 
 
 def _check_class(name: str, model: str) -> None:

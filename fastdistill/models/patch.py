@@ -77,7 +77,7 @@ def _without_affine(module: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine
 
 
-def _modulated(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, backend: Request | None) -> Tensor:
+def _modulated(module: Any, x: Tensor, scale: Tensor, shift: Tensor, backend: Request | None) -> Tensor:
     # Autocast computes the modulation in bfloat16 beside a float32 stream; the operator takes it in the stream's dtype or wider.
     if scale.dtype != x.dtype:
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)

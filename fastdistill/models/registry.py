@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from fastdistill.errors import UserError
 from fastdistill.models.family import Family
 from fastdistill.models.flux import Flux
 
-FAMILIES: dict[str, type[Family]] = {"FluxTransformer2DModel": Flux}
+FAMILIES: dict[str, Callable[[], Family]] = {"FluxTransformer2DModel": Flux}
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -60,9 +60,7 @@ def requested() -> Request:
 def load_native() -> str | None:
     """Loads the compiled library once; returns None, or why there is none."""
     if not LIBRARY.exists():
-        return (
-            "the compiled library is not installed (reinstall with a C++17 compiler: see `pip install -v .`)"
-        )
+        return "the compiled library is not installed (reinstall with a C++17 compiler: see `pip install -v .`)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:

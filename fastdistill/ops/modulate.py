@@ -16,9 +16,7 @@ from fastdistill.ops.backend import Request
 from fastdistill.ops.op import Operator, Sample, describe
 
 
-def modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend: Request | None = None
-) -> Tensor:
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend: Request | None = None) -> Tensor:
     """`LN(x) * (1 + scale) + shift`, where `LN(x) = (x - mean) / sqrt(var + eps)` over D, without affine.
 
     The adaptive layer norm (adaLN) of DiT, arXiv 2212.09748, section 3.2, as diffusers computes it in
@@ -52,8 +50,7 @@ class Modulate(Operator):
     name = "modulate"
     schema = "(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor out, Tensor stats)"
     backward_schema = (
-        "(Tensor grad, Tensor x, Tensor scale, Tensor stats, bool modulation_grads)"
-        " -> (Tensor dx, Tensor dscale, Tensor dshift)"
+        "(Tensor grad, Tensor x, Tensor scale, Tensor stats, bool modulation_grads) -> (Tensor dx, Tensor dscale, Tensor dshift)"
     )
 
     def check(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
@@ -61,13 +58,9 @@ class Modulate(Operator):
         if len(shape) not in (2, 3):
             raise ValueError(f"x: expected (B, S, D) or (S, D), got {describe(x)}")
         if modulation != shape and not _broadcasts(modulation, shape):
-            raise ValueError(
-                f"scale: expected {_expected(shape)} beside x of {describe(x)}, got {describe(scale)}"
-            )
+            raise ValueError(f"scale: expected {_expected(shape)} beside x of {describe(x)}, got {describe(scale)}")
         if shift.shape != modulation:
-            raise ValueError(
-                f"shift: expected the shape of scale, {tuple(modulation)}, got {describe(shift)}"
-            )
+            raise ValueError(f"shift: expected the shape of scale, {tuple(modulation)}, got {describe(shift)}")
         dtype, modulation_dtype = x.dtype, scale.dtype
         if modulation_dtype != dtype and (modulation_dtype != torch.float32 or dtype == torch.float64):
             raise TypeError(f"scale: expected the dtype of x, {dtype}, or float32, got {describe(scale)}")
@@ -75,9 +68,7 @@ class Modulate(Operator):
             raise TypeError(f"shift: expected the dtype of scale, {modulation_dtype}, got {describe(shift)}")
         device = x.device
         if scale.device != device or shift.device != device:
-            raise ValueError(
-                f"scale, shift: expected on the device of x, {device}, got {scale.device}, {shift.device}"
-            )
+            raise ValueError(f"scale, shift: expected on the device of x, {device}, got {scale.device}, {shift.device}")
         if shape[-1] > 1 and not (x.stride(-1) == scale.stride(-1) == shift.stride(-1) == 1):
             name, t = next(p for p in (("x", x), ("scale", scale), ("shift", shift)) if p[1].stride(-1) != 1)
             raise ValueError(f"{name}: expected a contiguous last dimension, got strides {t.stride()}")
@@ -92,9 +83,7 @@ class Modulate(Operator):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return x.new_empty(x.shape), x.new_empty((2, *x.shape[:-1]), dtype=dtype)
 
-    def fake_backward(
-        self, grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_backward(self, grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape = scale.shape if modulation_grads else (0,)
         return x.new_empty(x.shape), scale.new_empty(shape), scale.new_empty(shape)
 
@@ -102,9 +91,7 @@ class Modulate(Operator):
         x, scale, _, _ = arguments
         ctx.save_for_backward(x, scale, results[1])
 
-    def backward(
-        self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if grad.stride(-1) != 1:
             # out.sum().backward() sends one number expanded to the whole shape.

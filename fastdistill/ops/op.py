@@ -75,9 +75,7 @@ class Operator(ABC):
     def save(self, ctx: Any, arguments: tuple[Any, ...], results: Any) -> None:  # noqa: B027
         """Saves on the autograd context what `backward` needs; `results` are those of the forward op."""
 
-    def backward(
-        self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         """One gradient or None per argument of `schema`, computed by `backward_op`."""
         raise NotImplementedError(f"{self.name} has no backward op")
 
@@ -117,9 +115,7 @@ class Operator(ABC):
             return lambda *arguments: forward_op(*arguments)[0]
         return lambda *arguments: tuple(forward_op(*arguments)[:count])
 
-    def _differentiable(
-        self, forward_op: Callable[..., Any], backward_op: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _differentiable(self, forward_op: Callable[..., Any], backward_op: Callable[..., Any]) -> Callable[..., Any]:
         op, count = self, self.visible_results
 
         # Not torch.library.register_autograd, which costs a call 6 us without and 25 us with gradients where

@@ -25,11 +25,15 @@ class Loss:
 class Method(Protocol):
     """What the trainer asks of a method."""
 
-    networks: Mapping[str, nn.Module]
-    """Every network by role: ``student``, ``teacher``, ``fake``, ``discriminator``, ``target`` ..."""
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Every network by role: ``student``, ``teacher``, ``fake``, ``discriminator``, ``target`` ..."""
+        ...
 
-    trains: Sequence[str]
-    """The roles that have an optimizer; all other networks are frozen by the trainer."""
+    @property
+    def trains(self) -> Sequence[str]:
+        """The roles that have an optimizer; all other networks are frozen by the trainer."""
+        ...
 
     def turns(self, step: int) -> Sequence[str]:
         """The roles to update in this step, in order."""

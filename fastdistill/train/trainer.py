@@ -23,6 +23,8 @@ from fastdistill.train.ema import EMA
 from fastdistill.train.log import Log
 from fastdistill.train.method import Method
 
+WSD_DECAY = 0.25
+
 BatchSource = Callable[[int, torch.Generator], Any]
 """``(step, generator) -> batch``; all randomness from the generator."""
 
@@ -36,8 +38,9 @@ class TrainConfig:
     learning_rate: float = 1e-4
     warmup_steps: int = 20
     """Steps of linear warm-up from zero."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """After warm-up: constant, or cosine to zero at ``steps``."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """After warm-up: constant; cosine to zero at ``steps``; or constant and, over the last quarter, linear to zero (warm-up, stable,
+    decay; Hu et al. 2024), which alone lets a run be resumed with another number of ``steps`` before its decay begins."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -71,9 +74,7 @@ class Trainer:
             network.requires_grad_(role in method.trains)
         self.parameters = {role: [p for p in method.networks[role].parameters() if p.requires_grad] for role in method.trains}
         self.optimizers = {
-            role: torch.optim.AdamW(
-                parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-            )
+            role: torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
             for role, parameters in self.parameters.items()
         }
         self.emas = {role: EMA(method.networks[role], config.ema_decay) for role in method.trains}
@@ -137,6 +138,8 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         if config.schedule == "constant":
             return config.learning_rate * warm
+        if config.schedule == "wsd":
+            return config.learning_rate * warm * min(1.0, (config.steps - self.step) / (WSD_DECAY * config.steps))
         done = max(0, self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
         return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
@@ -150,7 +153,8 @@ class Trainer:
             return
         recorded = json.loads((path / "state.json").read_text())["config"]
         current = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        changed = {name for name in current if name not in ("log_every", "checkpoint_every") and recorded.get(name) != current[name]}
+        free = {"log_every", "checkpoint_every"} | ({"steps"} if self.config.schedule == "wsd" else set())
+        changed = {name for name in current if name not in free and recorded.get(name) != current[name]}
         if changed:
             raise ValueError(
                 f"{path} was written with another {', '.join(sorted(changed))}: use the recorded values to continue it, "

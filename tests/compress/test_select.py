@@ -37,7 +37,9 @@ def test_spelling_reads_back():
     assert sorted(parse(spell(blocks, Flux()).split(), Flux()).blocks) == sorted(blocks)
 
 
-@pytest.mark.parametrize("words", [["0"], ["-1"], ["four"], ["double"], ["double:"], ["triple:1"], ["double:1,,2"], ["4", "5"], ["single:7-5"]])
+@pytest.mark.parametrize(
+    "words", [["0"], ["-1"], ["four"], ["double"], ["double:"], ["triple:1"], ["double:1,,2"], ["4", "5"], ["single:7-5"]]
+)
 def test_nonsense_is_refused_with_an_example(words):
     with pytest.raises(UserError, match=r"double:1,2|low to high|--drop-blocks"):
         parse(words, Flux())

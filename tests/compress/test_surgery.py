@@ -53,7 +53,7 @@ def test_cut_equals_skipped(transformer, drop):
 
 def test_saved_cut_loads_where_fastdistill_cannot_be_imported(transformer, tmp_path):
     smaller = cut(transformer, {DOUBLE: [0], SINGLE: [1]})
-    x, t, conditioning = tiny_inputs(transformer)
+    _x, _t, _conditioning = tiny_inputs(transformer)
     smaller.save_pretrained(tmp_path / "transformer")
     script = f"""
 import sys

@@ -1,5 +1,7 @@
 """The FLUX family against diffusers' own pipeline, and what steps into the network: captures, skips, patches."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -30,9 +32,7 @@ def test_trajectory_follows_the_predicted_velocity():
     conditioning = family.encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
     conditional, unconditional = conditioning[:2], conditioning[2:][torch.tensor([0, 0])]
     noise = torch.randn(2, *family.latent_shape(pipeline, 64, 64))
-    states, times = family.trajectory(
-        pipeline, noise, conditional, unconditional, steps=3, true_cfg_scale=2.0, guidance_scale=3.5
-    )
+    states, times = family.trajectory(pipeline, noise, conditional, unconditional, steps=3, true_cfg_scale=2.0, guidance_scale=3.5)
     assert len(states) == len(times) == 4
     x = noise
     for state, t, t_next in zip(states[1:], times, times[1:], strict=False):
@@ -60,7 +60,7 @@ def test_captured_outputs_are_the_next_blocks_inputs(transformer):
     blocks = block_ids(transformer, family)
     with captured(transformer, family, blocks) as outputs, captured_inputs(transformer, family, blocks) as inputs:
         family.predict(transformer, x, t, conditioning)
-    for block, following in zip(blocks, blocks[1:], strict=False):
+    for block, following in itertools.pairwise(blocks):
         for stream in ("image", "text"):
             assert torch.equal(outputs[block][stream], inputs[following][stream])
 

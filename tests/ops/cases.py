@@ -79,10 +79,7 @@ def leaves(arguments: Sequence[Any]) -> list[Tensor]:
 def converted(arguments: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
     """The same values in another dtype, as new leaves."""
     return tuple(
-        a.detach().to(dtype).requires_grad_(a.requires_grad)
-        if isinstance(a, Tensor) and a.is_floating_point()
-        else a
-        for a in arguments
+        a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
     )
 
 
@@ -98,7 +95,5 @@ def gradients(
     wanted = leaves(arguments)
     if not wanted or not any(o.requires_grad for o in outputs):
         return tuple(o.detach() for o in outputs)
-    grads = torch.autograd.grad(
-        outputs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-    )
+    grads = torch.autograd.grad(outputs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
     return (*(o.detach() for o in outputs), *grads)

@@ -30,9 +30,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backends that served calls of modulate, in order."""
     names: list[str] = []
     for name, run in MODULATE._run.items():
-        monkeypatch.setitem(
-            MODULATE._run, name, lambda *a, name=name, run=run: (names.append(name), run(*a))[1]
-        )
+        monkeypatch.setitem(MODULATE._run, name, lambda *a, name=name, run=run: (names.append(name), run(*a))[1])
     return names
 
 
@@ -56,9 +54,7 @@ def test_restored_after_an_error(arguments, ran) -> None:
 
 
 def test_named_backend_says_why_it_cannot_run(arguments, no_library) -> None:
-    with pytest.raises(
-        RuntimeError, match="backend 'native' was asked for, but the compiled library is not installed"
-    ):
+    with pytest.raises(RuntimeError, match="backend 'native' was asked for, but the compiled library is not installed"):
         ops.modulate(*arguments, backend="native")
     with pytest.raises(RuntimeError, match="float64"):
         ops.modulate(*(a.double() for a in arguments), backend="triton")

@@ -39,9 +39,7 @@ def test_forward_and_gradients_against_float64(case: Case) -> None:
         upstream = upstream_for(as_tuple(case.op.reference(*arguments)))
     actual = gradients(case.run, arguments, upstream)
     eager = gradients(lambda a: as_tuple(case.op.reference(*a)), arguments, upstream)
-    exact = gradients(
-        lambda a: as_tuple(case.op.reference(*a)), converted(arguments, torch.float64), upstream
-    )
+    exact = gradients(lambda a: as_tuple(case.op.reference(*a)), converted(arguments, torch.float64), upstream)
 
     # Two implementations of the same sums differ by the rounding of the largest value that passes through
     # them.
@@ -51,13 +49,9 @@ def test_forward_and_gradients_against_float64(case: Case) -> None:
         assert a.dtype == e.dtype, f"result {i}: dtype"
         ulp = torch.finfo(a.dtype).eps * scale_of(x)
         allowed = ERROR_RATIO * error(e, x) + ulp
-        assert error(a, x) <= allowed, (
-            f"result {i}: error {error(a, x):.3g}, eager {error(e, x):.3g}, ulp {ulp:.3g}"
-        )
+        assert error(a, x) <= allowed, f"result {i}: error {error(a, x):.3g}, eager {error(e, x):.3g}, ulp {ulp:.3g}"
         if case.dtype == torch.float32:
-            assert error(a, x) <= FLOAT32_RELATIVE * conditioning * max(scale_of(x), 1e-30), (
-                f"result {i}: relative"
-            )
+            assert error(a, x) <= FLOAT32_RELATIVE * conditioning * max(scale_of(x), 1e-30), f"result {i}: relative"
 
 
 @cases(dtypes=(torch.float64,), backends=("eager", "native"))
@@ -113,9 +107,7 @@ def test_noncontiguous_gradient(case: Case) -> None:
         actual = torch.autograd.grad(outputs, leaves(arguments), strided, retain_graph=True)
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a, e)
-    ones = torch.autograd.grad(
-        outputs, leaves(arguments), [torch.ones_like(o) for o in outputs], retain_graph=True
-    )
+    ones = torch.autograd.grad(outputs, leaves(arguments), [torch.ones_like(o) for o in outputs], retain_graph=True)
     for a, e in zip(torch.autograd.grad(sum(o.sum() for o in outputs), leaves(arguments)), ones, strict=True):
         assert torch.equal(a, e)
 
@@ -144,9 +136,7 @@ def test_compiles_whole(case: Case) -> None:
         pytest.skip("the compiler specialises on empty tensors")
     torch._dynamo.reset()
     compiler = "inductor" if case.sample.id == case.op.samples()[0].id else "aot_eager"
-    compiled = torch.compile(
-        lambda *a: case.op(*a, backend=case.backend), fullgraph=True, dynamic=True, backend=compiler
-    )
+    compiled = torch.compile(lambda *a: case.op(*a, backend=case.backend), fullgraph=True, dynamic=True, backend=compiler)
     upstream = upstream_for(case.run(detached(arguments)))
     expected = gradients(case.run, arguments, upstream)
     actual = gradients(lambda a: as_tuple(compiled(*a)), arguments, upstream)

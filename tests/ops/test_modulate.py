@@ -74,12 +74,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for sample in MODULATE.samples():
         arguments = sample.make(dtype, torch.device("cpu"))
         results = []
+        upstream = torch.randn(arguments[0].shape).to(dtype)
         for backend in ("eager", "native"):
             out = MODULATE(*arguments, backend=backend)
-            results.append((out, *torch.autograd.grad(out.float().square().sum(), arguments[:3])))
+            results.append((out, *torch.autograd.grad(out, arguments[:3], upstream)))
         for a, b in zip(*results):
-            eps = torch.finfo(a.dtype).eps
-            limit = 64 * eps * max(1.0, b.abs().max().item() if b.numel() else 0.0)
+            eps = torch.finfo(dtype).eps
+            limit = 32 * eps * max(1.0, b.abs().max().item() if b.numel() else 0.0)
             if "offset100" in sample.id: limit *= 100
             assert a.shape == b.shape and ((a - b).abs() <= limit).all(), (dtype, sample.id, limit)
 special = torch.tensor([[float("nan"), 1.0, float("inf"), 2.0]] * 3)
@@ -95,10 +96,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 def test_frozen_modulation_costs_no_gradient() -> None:
     leaf = torch.randn(2, 5, 8, requires_grad=True)
     scale, shift = torch.randn(2, 8), torch.randn(2, 8)
-    results = [
-        torch.autograd.grad(ops.modulate(leaf, scale, shift, backend=b).sum(), leaf)[0]
-        for b in ("native", "eager")
-    ]
+    results = [torch.autograd.grad(ops.modulate(leaf, scale, shift, backend=b).sum(), leaf)[0] for b in ("native", "eager")]
     torch.testing.assert_close(*results)
 
 

@@ -94,7 +94,8 @@ def test_nan_stops_before_it_reaches_the_weights(tmp_path):
     with pytest.raises(Diverged, match="step 8"):
         trained(tmp_path, poisoned)
     state = checkpoint.latest(tmp_path)
-    assert state is not None and state.name == "checkpoint-7"
+    assert state is not None
+    assert state.name == "checkpoint-7"
 
 
 def test_another_configuration_is_refused(tmp_path):

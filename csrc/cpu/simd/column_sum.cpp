@@ -22,10 +22,14 @@ namespace FASTDISTILL_CAPABILITY {
 
 ColumnSumKernel column_sum_kernel(Scalar out) {
     switch (out) {
-        case Scalar::float32: return column_sum<float>;
-        case Scalar::float64: return column_sum<double>;
-        case Scalar::bfloat16: return column_sum<bfloat16>;
-        case Scalar::float16: return column_sum<float16>;
+        case Scalar::float32:
+            return column_sum<float>;
+        case Scalar::float64:
+            return column_sum<double>;
+        case Scalar::bfloat16:
+            return column_sum<bfloat16>;
+        case Scalar::float16:
+            return column_sum<float16>;
     }
     return nullptr;
 }

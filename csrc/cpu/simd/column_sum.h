@@ -1,4 +1,5 @@
-// The second stage of every deterministic reduction over tokens: rows of partial sums are added in their order.
+// The second stage of every deterministic reduction over tokens: rows of partial sums are added in their
+// order.
 #pragma once
 
 #include "capability.h"
@@ -13,9 +14,9 @@ struct ColumnSum {
 
 using ColumnSumKernel = void (*)(const ColumnSum&);
 
-#define FASTDISTILL_DECLARE(capability)                       \
-    namespace capability {                                    \
-    ColumnSumKernel column_sum_kernel(Scalar out);            \
+#define FASTDISTILL_DECLARE(capability)            \
+    namespace capability {                         \
+    ColumnSumKernel column_sum_kernel(Scalar out); \
     }
 FASTDISTILL_FOR_EACH_CAPABILITY(FASTDISTILL_DECLARE)
 #undef FASTDISTILL_DECLARE

@@ -45,8 +45,8 @@ void forward(const ModulateForward& a, int64_t first_row, int64_t last_row) {
 // With n = (x - mean) * rstd and g = grad * (1 + scale):
 //   dx = rstd * (g - mean(g) - n * mean(g * n)),  dscale = sum grad * n,  dshift = sum grad.
 template <class T, class M, ModulationGrad MODULATION, int N>
-FASTDISTILL_INLINE void backward_rows(const ModulateBackward& a, int64_t b, int64_t s, Accumulator<T>* dscale_sum,
-                                      Accumulator<T>* dshift_sum) {
+FASTDISTILL_INLINE void backward_rows(const ModulateBackward& a, int64_t b, int64_t s,
+                                      Accumulator<T>* dscale_sum, Accumulator<T>* dshift_sum) {
     using A = Accumulator<T>;
     const int64_t D = a.channels, row = b * a.tokens + s;
     const T *grad[N], *x[N];
@@ -118,8 +118,10 @@ void backward_tasks(const ModulateBackward& a, int64_t first_task, int64_t last_
 template <class T, class M>
 void backward(const ModulateBackward& a, int64_t first_task, int64_t last_task) {
     switch (a.modulation) {
-        case ModulationGrad::none: return backward_tasks<T, M, ModulationGrad::none>(a, first_task, last_task);
-        case ModulationGrad::summed: return backward_tasks<T, M, ModulationGrad::summed>(a, first_task, last_task);
+        case ModulationGrad::none:
+            return backward_tasks<T, M, ModulationGrad::none>(a, first_task, last_task);
+        case ModulationGrad::summed:
+            return backward_tasks<T, M, ModulationGrad::summed>(a, first_task, last_task);
         case ModulationGrad::per_token:
             return backward_tasks<T, M, ModulationGrad::per_token>(a, first_task, last_task);
     }
@@ -132,8 +134,10 @@ namespace FASTDISTILL_CAPABILITY {
 ModulateKernels modulate_kernels(Scalar x, Scalar modulation) {
     const bool wide = modulation == Scalar::float32;
     switch (x) {
-        case Scalar::float32: return {forward<float, float>, backward<float, float>};
-        case Scalar::float64: return {forward<double, double>, backward<double, double>};
+        case Scalar::float32:
+            return {forward<float, float>, backward<float, float>};
+        case Scalar::float64:
+            return {forward<double, double>, backward<double, double>};
         case Scalar::bfloat16:
             if (wide) return {forward<bfloat16, float>, backward<bfloat16, float>};
             return {forward<bfloat16, bfloat16>, backward<bfloat16, bfloat16>};

@@ -19,9 +19,9 @@ enum class ModulationGrad { none, summed, per_token };
 
 struct ModulateBackward {
     const void *grad, *x, *scale, *mean, *rstd;
-    void *dx;
+    void* dx;
     void *dscale, *dshift;  // per_token: like x, contiguous
-    void *partials;         // summed: accumulators of shape (B, chunks, 2, D), dscale then dshift
+    void* partials;         // summed: accumulators of shape (B, chunks, 2, D), dscale then dshift
     int64_t tokens, channels, chunks;
     int64_t grad_batch_stride, grad_token_stride, x_batch_stride, x_token_stride;
     int64_t scale_batch_stride, scale_token_stride;
@@ -34,9 +34,9 @@ struct ModulateKernels {
     void (*backward)(const ModulateBackward&, int64_t first_task, int64_t last_task);
 };
 
-#define FASTDISTILL_DECLARE(capability)                                 \
-    namespace capability {                                              \
-    ModulateKernels modulate_kernels(Scalar x, Scalar modulation);      \
+#define FASTDISTILL_DECLARE(capability)                            \
+    namespace capability {                                         \
+    ModulateKernels modulate_kernels(Scalar x, Scalar modulation); \
     }
 FASTDISTILL_FOR_EACH_CAPABILITY(FASTDISTILL_DECLARE)
 #undef FASTDISTILL_DECLARE

@@ -1,5 +1,6 @@
-// Vectors of the widest registers this file is compiled for, by GNU vector extensions, so that one source serves AVX-512,
-// AVX2, SSE2 and NEON. Arithmetic is in an accumulator type A (float or double); storage may be 16 bit.
+// Vectors of the widest registers this file is compiled for, by GNU vector extensions, so that one source
+// serves AVX-512, AVX2, SSE2 and NEON. Arithmetic is in an accumulator type A (float or double); storage may
+// be 16 bit.
 #pragma once
 
 #include <cstdint>
@@ -21,19 +22,39 @@ constexpr int REGISTER_BYTES = 32;
 constexpr int REGISTER_BYTES = 16;
 #endif
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
 
-template <class T> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
-template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+template <class T>
+struct AccumulatorOf {
+    using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+    using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
 
-template <class A> constexpr int LANES = REGISTER_BYTES / sizeof(A);
+template <class A>
+constexpr int LANES = REGISTER_BYTES / sizeof(A);
 
-template <class A> struct VecOf;
-template <> struct VecOf<float> { typedef float type __attribute__((vector_size(REGISTER_BYTES))); };
-template <> struct VecOf<double> { typedef double type __attribute__((vector_size(REGISTER_BYTES))); };
-template <class A> using Vec = typename VecOf<A>::type;
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+    typedef float type __attribute__((vector_size(REGISTER_BYTES)));
+};
+template <>
+struct VecOf<double> {
+    typedef double type __attribute__((vector_size(REGISTER_BYTES)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
 
 typedef uint32_t U32 __attribute__((vector_size(REGISTER_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(REGISTER_BYTES / 2)));
@@ -47,7 +68,8 @@ struct Tail {
     int count(int) const { return lanes_inside; }
 };
 
-template <class V, class T> FASTDISTILL_INLINE V bit_copy(const T* from) {
+template <class V, class T>
+FASTDISTILL_INLINE V bit_copy(const T* from) {
     V v;
     __builtin_memcpy(&v, from, sizeof(V));
     return v;
@@ -97,8 +119,12 @@ FASTDISTILL_INLINE uint16_t float_to_half(float f) {
     return sign | ((body - 0x38000000 + 0xfff + ((body >> 13) & 1)) >> 13);
 }
 
-FASTDISTILL_INLINE Vec<float> load(const float* p, Full) { return bit_copy<Vec<float>>(p); }
-FASTDISTILL_INLINE Vec<double> load(const double* p, Full) { return bit_copy<Vec<double>>(p); }
+FASTDISTILL_INLINE Vec<float> load(const float* p, Full) {
+    return bit_copy<Vec<float>>(p);
+}
+FASTDISTILL_INLINE Vec<double> load(const double* p, Full) {
+    return bit_copy<Vec<double>>(p);
+}
 FASTDISTILL_INLINE Vec<float> load(const bfloat16* p, Full) {
     return reinterpret_cast<Vec<float>>(widen(&p->bits) << 16);
 }
@@ -114,8 +140,12 @@ FASTDISTILL_INLINE Vec<float> load(const float16* p, Full) {
 #endif
 }
 
-FASTDISTILL_INLINE void store(float* p, Vec<float> v, Full) { __builtin_memcpy(p, &v, sizeof(v)); }
-FASTDISTILL_INLINE void store(double* p, Vec<double> v, Full) { __builtin_memcpy(p, &v, sizeof(v)); }
+FASTDISTILL_INLINE void store(float* p, Vec<float> v, Full) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
+FASTDISTILL_INLINE void store(double* p, Vec<double> v, Full) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
 FASTDISTILL_INLINE void store(bfloat16* p, Vec<float> v, Full) {
     const U32 u = reinterpret_cast<U32>(v);
     const U32 nearest_even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -135,37 +165,46 @@ FASTDISTILL_INLINE void store(float16* p, Vec<float> v, Full) {
 }
 
 // Lanes outside the row read as zero and are never written.
-template <class T> FASTDISTILL_INLINE Vec<Accumulator<T>> load(const T* p, Tail tail) {
+template <class T>
+FASTDISTILL_INLINE Vec<Accumulator<T>> load(const T* p, Tail tail) {
     T whole[LANES<Accumulator<T>>] = {};
     for (int i = 0; i < tail.lanes_inside; ++i) whole[i] = p[i];
     return load(whole, Full{});
 }
-template <class T> FASTDISTILL_INLINE void store(T* p, Vec<Accumulator<T>> v, Tail tail) {
+template <class T>
+FASTDISTILL_INLINE void store(T* p, Vec<Accumulator<T>> v, Tail tail) {
     T whole[LANES<Accumulator<T>>];
     store(whole, v, Full{});
     for (int i = 0; i < tail.lanes_inside; ++i) p[i] = whole[i];
 }
 
-template <class A> FASTDISTILL_INLINE Vec<A> keep_inside(Vec<A> v, Full) { return v; }
-template <class A> FASTDISTILL_INLINE Vec<A> keep_inside(Vec<A> v, Tail tail) {
+template <class A>
+FASTDISTILL_INLINE Vec<A> keep_inside(Vec<A> v, Full) {
+    return v;
+}
+template <class A>
+FASTDISTILL_INLINE Vec<A> keep_inside(Vec<A> v, Tail tail) {
     for (int i = tail.lanes_inside; i < LANES<A>; ++i) v[i] = 0;
     return v;
 }
 
-template <int WIDTH, class A> FASTDISTILL_INLINE A sum_halves(A* lanes) {
+template <int WIDTH, class A>
+FASTDISTILL_INLINE A sum_halves(A* lanes) {
     for (int i = 0; i < WIDTH; ++i) lanes[i] += lanes[i + WIDTH];
     if constexpr (WIDTH > 1) return sum_halves<WIDTH / 2>(lanes);
     return lanes[0];
 }
-template <class A> FASTDISTILL_INLINE A sum_lanes(Vec<A> v) {
+template <class A>
+FASTDISTILL_INLINE A sum_lanes(Vec<A> v) {
     A lanes[LANES<A>];
     __builtin_memcpy(lanes, &v, sizeof(v));
     return sum_halves<LANES<A> / 2>(lanes);
 }
 
-// body(offset, extent, slot) over a row of `size` elements. `slot` cycles through 0..SLOTS-1: separate accumulators hide
-// the latency of the adder.
-template <class A, int SLOTS, class Body> FASTDISTILL_INLINE void sweep(int64_t size, Body&& body) {
+// body(offset, extent, slot) over a row of `size` elements. `slot` cycles through 0..SLOTS-1: separate
+// accumulators hide the latency of the adder.
+template <class A, int SLOTS, class Body>
+FASTDISTILL_INLINE void sweep(int64_t size, Body&& body) {
     constexpr int W = LANES<A>;
     int64_t i = 0;
     for (; i + SLOTS * W <= size; i += SLOTS * W) {

@@ -30,12 +30,8 @@ def _forward_kernel(
     inside = d < D
 
     x = tl.load(x_ptr + b * x_stride_b + s * x_stride_s + d, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + b * scale_stride_b + s * scale_stride_s + d, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    shift = tl.load(shift_ptr + b * shift_stride_b + s * shift_stride_s + d, mask=inside, other=0.0).to(
-        tl.float32
-    )
+    scale = tl.load(scale_ptr + b * scale_stride_b + s * scale_stride_s + d, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + b * shift_stride_b + s * shift_stride_s + d, mask=inside, other=0.0).to(tl.float32)
 
     mean = tl.sum(x, axis=0) / D
     centred = tl.where(inside, x - mean, 0.0)
@@ -62,13 +58,9 @@ def _backward_kernel(
 
     for s in range(p * S // P, (p + 1) * S // P):
         row = b * S + s
-        dy = tl.load(grad_ptr + b * grad_stride_b + s * grad_stride_s + d, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        dy = tl.load(grad_ptr + b * grad_stride_b + s * grad_stride_s + d, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + b * x_stride_b + s * x_stride_s + d, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + b * scale_stride_b + s * scale_stride_s + d, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        scale = tl.load(scale_ptr + b * scale_stride_b + s * scale_stride_s + d, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + row)
         rstd = tl.load(stats_ptr + rows + row)
 
@@ -118,9 +110,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tenso
     return out, stats
 
 
-def modulate_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, S, D = _batched_shape(x)
     per_token = modulation_grads and scale.dim() == x.dim() and scale.shape[-2] > 1
     summed = modulation_grads and not per_token
@@ -143,9 +133,7 @@ def modulate_backward(
         groups = dscale.numel() // D
         count = B * P // groups
         for which, out in enumerate((dscale, dshift)):
-            _sum_partials_kernel[(groups, triton.cdiv(D, 128))](
-                partials[0, 0, which], out, count, 2 * D, D, BLOCK_D=128
-            )
+            _sum_partials_kernel[(groups, triton.cdiv(D, 128))](partials[0, 0, which], out, count, 2 * D, D, BLOCK_D=128)
     return dx, dscale, dshift
 
 
@@ -158,16 +146,12 @@ def _row_strides(t: Tensor, x: Tensor) -> tuple[int, int]:
     dim = t.dim()
     token_axis = dim - 2 if dim == 3 or (dim == 2 and x.dim() == 2) else None
     batch_axis = 0 if dim == 3 or (dim == 2 and x.dim() == 3) else None
-    return tuple(
-        0 if axis is None or t.shape[axis] == 1 else t.stride(axis) for axis in (batch_axis, token_axis)
-    )  # type: ignore[return-value]
+    return tuple(0 if axis is None or t.shape[axis] == 1 else t.stride(axis) for axis in (batch_axis, token_axis))  # type: ignore[return-value]
 
 
 def _row_block(D: int) -> tuple[int, int]:
     if D > MAX_CHANNELS:
-        raise ValueError(
-            f"x: the triton backend holds a row in registers, expected D <= {MAX_CHANNELS}, got {D}"
-        )
+        raise ValueError(f"x: the triton backend holds a row in registers, expected D <= {MAX_CHANNELS}, got {D}")
     block = triton.next_power_of_2(D)
     return block, min(16, max(1, block // 256))
 

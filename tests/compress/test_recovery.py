@@ -1,0 +1,116 @@
+"""Criteria, the recovery loss and its routing."""
+
+import copy
+
+import pytest
+import torch
+
+from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.importance.criterion import CalibrationPoints
+from fastdistill.compress.recovery import Recovery, RecoveryWeights, feature_loss
+from fastdistill.compress.surgery import boundary_map, cut
+from fastdistill.data.latents import LatentBatch
+from fastdistill.models.family import BlockId
+from fastdistill.models.features import block_ids
+from fastdistill.models.registry import family_of
+from tests.tiny import tiny_flux_pipeline, tiny_inputs
+
+USELESS = BlockId(stack="single_transformer_blocks", index=1)
+
+
+@pytest.fixture
+def transformer():
+    transformer = tiny_flux_pipeline().transformer
+    # A random network hardly mixes: strong modulation makes every block matter.
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "norm" in name and name.endswith("linear.weight"):
+                parameter.mul_(5)
+    return transformer
+
+
+def points(transformer, count=6):
+    x_t, t, conditioning = tiny_inputs(transformer, batch=count)
+    return CalibrationPoints(x_t=x_t, t=t, conditioning=conditioning)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_planted_useless_block_scores_lowest(transformer, criterion):
+    with torch.no_grad():
+        block = transformer.single_transformer_blocks[USELESS.index]
+        block.proj_out.weight.mul_(1e-4)
+        block.proj_out.bias.zero_()
+    family, ticks = family_of(transformer), []
+    scores = CRITERIA[criterion](transformer, family, points(transformer), 4, lambda: ticks.append(1))
+    assert list(scores) == block_ids(transformer, family)
+    assert len(ticks) == len(scores)
+    others = [value for block_id, value in scores.items() if block_id != USELESS]
+    assert scores[USELESS] < 0.01 * min(others)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scores_do_not_depend_on_the_batch_and_repeat(transformer, criterion):
+    family = family_of(transformer)
+    first, second, third = (CRITERIA[criterion](transformer, family, points(transformer), batch, lambda: None) for batch in (2, 6, 6))
+    assert second == third
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4, abs=1e-7)
+
+
+def recovery(transformer, weights, drop=USELESS):
+    family = family_of(transformer)
+    boundaries = boundary_map(block_ids(transformer, family), [drop])
+    student = cut(transformer, [drop])
+    return Recovery(student, copy.deepcopy(transformer).requires_grad_(False), family, boundaries, weights)
+
+
+def batch(transformer, count=4):
+    x, _, conditioning = tiny_inputs(transformer, batch=count)
+    return LatentBatch(latents=x, conditioning=conditioning)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(transformer):
+    values = {}
+    for name, weights in {
+        "all": RecoveryWeights(task=0.5, out=2.0, feat=3.0),
+        "no_feat": RecoveryWeights(task=0.5, out=2.0, feat=0.0),
+    }.items():
+        values[name] = recovery(transformer, weights).loss("student", batch(transformer), torch.Generator().manual_seed(0))
+    logs = values["all"].logs
+    torch.testing.assert_close(values["all"].total, 0.5 * logs["task"] + 2 * logs["out"] + 3 * logs["feat"])
+    assert "feat" not in values["no_feat"].logs
+    torch.testing.assert_close(values["no_feat"].total, 0.5 * logs["task"] + 2 * logs["out"])
+
+
+def test_only_the_student_gets_a_gradient(transformer):
+    method = recovery(transformer, RecoveryWeights(task=1, out=1, feat=1))
+    method.loss("student", batch(transformer), torch.Generator().manual_seed(0)).total.backward()
+    assert all(parameter.grad is None for parameter in method.networks["teacher"].parameters())
+    assert all(parameter.grad is not None for name, parameter in method.networks["student"].named_parameters())
+
+
+def test_nothing_to_recover_means_no_distillation_loss(transformer):
+    """A student that is the teacher: output and feature terms vanish, the task term does not."""
+    family = family_of(transformer)
+    boundaries = boundary_map(block_ids(transformer, family), [])
+    method = Recovery(transformer, copy.deepcopy(transformer), family, boundaries, RecoveryWeights(task=1, out=1, feat=1))
+    logs = method.loss("student", batch(transformer), torch.Generator().manual_seed(0)).logs
+    assert logs["out"] == 0
+    assert logs["feat"] == 0
+    assert logs["task"] > 0.1
+
+
+def test_the_feature_loss_does_not_care_for_the_scale_of_a_pair():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        [{"image": torch.randn(2, 3, 4, generator=generator), "text": torch.randn(2, 5, 4, generator=generator)} for _ in range(2)]
+        for _ in range(2)
+    )
+    value = feature_loss(student, teacher)
+    scaled = [[{name: x * 1000 for name, x in pair[0].items()}, pair[1]] for pair in (student, teacher)]
+    torch.testing.assert_close(feature_loss(*scaled), value)
+    # The text of the last pair feeds nothing and is left out: two images and one text.
+    expected = sum(
+        (student[i][s] - teacher[i][s]).square().mean() / teacher[i][s].square().mean()
+        for i, s in [(0, "image"), (0, "text"), (1, "image")]
+    )
+    torch.testing.assert_close(value, expected / 3)

@@ -1,0 +1,251 @@
+"""The commands from the outside: what they write, how they stop, and that they can go on."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastdistill import cli
+from fastdistill.compress import job
+from fastdistill.compress.__main__ import main as compress_main
+from fastdistill.compress.config import CompressConfig
+from fastdistill.evaluate import EvaluateConfig
+from fastdistill.evaluate import main as evaluate_main
+from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.sample import SampleConfig
+from fastdistill.sample import main as sample_main
+from fastdistill.train.trainer import Trainer
+from tests.tiny import tiny_flux_pipeline
+
+COMMANDS = {
+    "compress": (CompressConfig, compress_main),
+    "sample": (SampleConfig, sample_main),
+    "evaluate": (EvaluateConfig, evaluate_main),
+}
+QUICK = ["--steps", "4", "--batch", "4", "--calibration-pictures", "6", "--calibration-steps", "2", "--evaluate-pictures", "4"]
+
+Ended = namedtuple("Ended", "code message")
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_flux_pipeline().save_pretrained(folder)
+    SamplingDefaults(steps=2, true_cfg_scale=2.0, height=64, width=64, max_sequence_length=8).save(folder)
+    (folder / "prompts.txt").write_text("a cat\na dog\na red fox\n")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(name, *options):
+        config, main = COMMANDS[name]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        capsys.readouterr()
+        try:
+            cli.run(config, main, prog=name)
+        except SystemExit as stop:
+            code = stop.code
+        else:
+            code = 0
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Ended(code, captured.out + captured.err)
+
+    return call
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "info"])
+def test_help_answers_in_two_seconds(name):
+    began = time.perf_counter()
+    result = subprocess.run([sys.executable, "-m", f"fastdistill.{name}", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout
+    # A loaded machine may be twice as slow as a free one.
+    assert time.perf_counter() - began < 4
+
+
+def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder, tmp_path):
+    output = tmp_path / "out"
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK)
+    assert ended.code == 0, ended.message
+    assert sorted(path.name for path in output.iterdir()) == ["compress.json", "grid.png", "metrics.jsonl", "model", "report.md"]
+    record = json.loads((output / "compress.json").read_text())
+    assert record["dropped"] == {"transformer_blocks": [0], "single_transformer_blocks": [1]}
+    assert record["kept"] == {"transformer_blocks": [1], "single_transformer_blocks": [0, 2]}
+    assert record["boundaries"] == {"double:1": "double:1", "single:0": "single:1", "single:2": "single:2"}
+    assert record["parameters"]["compressed"] < record["parameters"]["full"]
+    assert set(record["evaluation"]) == {"full", "cut", "recovered"}
+    report = (output / "report.md").read_text()
+    assert "double:0" in report
+    assert "dropped" in report
+    assert Image.open(output / "grid.png").size[0] > 300
+    script = f"""
+import sys
+sys.modules["fastdistill"] = None
+from diffusers import FluxPipeline
+pipeline = FluxPipeline.from_pretrained({str(output / "model")!r})
+assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers) == (1, 2)
+picture = pipeline("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=8).images[0]
+assert picture.size == (64, 64)
+"""
+    stranger = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert stranger.returncode == 0, stranger.stderr
+    again = command("compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK)
+    assert again.code == 2
+    assert "finished run" in again.message
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_folder, tmp_path, monkeypatch):
+    options = ["--model", pipeline_folder, "--drop-blocks", "2", *QUICK]
+    assert command("compress", *options, "--output", tmp_path / "whole").code == 0
+    whole_advance = Trainer._advance
+
+    def stop_at_two(self):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return whole_advance(self)
+
+    monkeypatch.setattr(Trainer, "_advance", stop_at_two)
+    ended = command("compress", *options, "--output", tmp_path / "broken")
+    assert ended.code == 130
+    assert "continues" in ended.message
+    monkeypatch.setattr(Trainer, "_advance", whole_advance)
+    # What is finished is not done again.
+    monkeypatch.setattr(
+        job, "calibrate", lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs)
+    )
+    assert command("compress", *options, "--learning-rate", "0.5", "--output", tmp_path / "broken").code == 2
+    assert command("compress", *options, "--output", tmp_path / "broken").code == 0
+    first, second = (load_file(tmp_path / name / "model/transformer/diffusion_pytorch_model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+real = job.calibrate
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--drop-blocks", "9"], "all 5 blocks"),
+        (["--drop-blocks", "5"], "all 5 blocks"),
+        (["--drop-blocks", "double:7"], "no block double:7"),
+        (["--drop-blocks", "tripel:1"], "double:1,2"),
+        (["--drop-blocks", "0"], "drops nothing"),
+        (["--drop-blocks", "2", "--batch", "0"], "--batch"),
+        (["--drop-blocks", "2", "--prompts", "nowhere.txt"], "no prompt file"),
+        (["--drop-blocks", "2", "--l-task", "0", "--l-out", "0", "--l-feat", "0"], "nothing to recover by"),
+        (["--drop-blocks", "2", "--stepz", "3"], "--steps"),
+    ],
+)
+def test_bad_requests_stop_before_any_work(command, pipeline_folder, tmp_path, options, message):
+    ended = command("compress", "--model", pipeline_folder, "--output", tmp_path / "out", *options)
+    assert ended.code == 2
+    assert message in ended.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_with_files_is_left_alone(command, pipeline_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path)
+    assert ended.code == 2
+    assert "not empty" in ended.message
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def broken(folder, tmp_path, spoil):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    spoil(copy)
+    return copy
+
+
+def poison(copy):
+    path = copy / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["proj_out.weight"][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def other_class(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda copy: (copy / "model_index.json").unlink(), "no model_index.json"),
+        (lambda copy: (copy / "model_index.json").write_text("{"), "not valid JSON"),
+        (lambda copy: shutil.rmtree(copy / "vae"), "lacks its part vae"),
+        (lambda copy: (copy / "transformer/config.json").unlink(), "does not load"),
+        (poison, "proj_out.weight has NaN"),
+        (other_class, "is a StableDiffusionPipeline; supported: FluxPipeline"),
+    ],
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_broken_pipelines_are_named(command, pipeline_folder, tmp_path, name, spoil, message):
+    folder = broken(pipeline_folder, tmp_path, spoil)
+    options = {"compress": ["--drop-blocks", "1"], "sample": ["--output", tmp_path / "x.png"], "evaluate": []}[name]
+    ended = command(name, "--model", folder, *options)
+    assert ended.code == 2
+    assert message in ended.message
+
+
+def test_a_model_that_is_nowhere(command, tmp_path):
+    ended = command("compress", "--model", tmp_path / "nowhere", "--drop-blocks", "1")
+    assert ended.code == 2
+    assert "there is no folder" in ended.message
+
+
+def test_too_small_a_disk_is_noticed_first(command, pipeline_folder, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 99, 1000))
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
+    assert ended.code == 2
+    assert "GiB free" in ended.message
+
+
+def test_a_disk_that_fills_up_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FluxPipeline, "save_pretrained", full)
+    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK]
+    ended = command("compress", *options)
+    assert ended.code == 1
+    assert "disk is full" in ended.message
+    monkeypatch.undo()
+
+
+def test_sample_is_repeatable_and_does_not_overwrite(command, pipeline_folder, tmp_path):
+    options = ["--model", pipeline_folder, "--prompts", "a cat", "a dog", "--pictures", "3"]
+    assert command("sample", *options, "--output", tmp_path / "a.png").code == 0
+    assert command("sample", *options, "--output", tmp_path / "b.png", "--batch", "2").code == 0
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert Image.open(tmp_path / "a.png").size == Image.open(tmp_path / "b.png").size
+    refused = command("sample", *options, "--output", tmp_path / "a.png")
+    assert refused.code == 2
+    assert "--overwrite" in refused.message
+    assert (tmp_path / "a.png").read_bytes() == first
+    assert command("sample", *options, "--output", tmp_path / "a.png", "--overwrite", "--seed", "5").code == 0
+    assert (tmp_path / "a.png").read_bytes() not in (first, second)
+
+
+def test_evaluate_against_itself_is_identical(command, pipeline_folder, tmp_path):
+    output = tmp_path / "evaluation.json"
+    options = ["--model", pipeline_folder, "--reference", pipeline_folder, "--per-prompt", "1", "--seeds", "0"]
+    ended = command("evaluate", *options, "--output", output)
+    assert ended.code == 0, ended.message
+    metrics = json.loads(output.read_text())
+    assert metrics["pictures"] == 3
+    # Identical pictures have no finite ratio.
+    assert metrics["psnr_to_reference"] is None
