@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import tyro
 
 from fastdistill.cli import run
 from fastdistill.errors import UserError
+from fastdistill.options import Sampling, SamplingOptions, at_least, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,6 @@ class EvaluateConfig:
     per_prompt: int = 4
     """Pictures of each prompt and seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int | None = None
-    """Sampling steps; default: the model's own."""
     batch: int = 64
     """Pictures at once."""
     output: Path | None = None
@@ -40,20 +39,17 @@ class EvaluateConfig:
     """Replace the file if it exists."""
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        for name in ("per_prompt", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "per_prompt", "batch")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("--seeds needs at least one seed and none twice")
 
 
 def main(config: EvaluateConfig) -> None:
-    if config.output and config.output.exists() and not config.overwrite:
-        raise UserError(f"{config.output} exists; choose another --output, or give --overwrite")
-
-    import dataclasses
+    if config.output:
+        check_output(config.output, config.overwrite)
 
     from rich.console import Console
 
@@ -66,7 +62,7 @@ def main(config: EvaluateConfig) -> None:
     loaded = load(config.model, config.device)
     distinct = read_prompts(config.prompts) if config.prompts else loaded.prompts
     prompts = distinct * config.per_prompt
-    sampling = dataclasses.replace(loaded.sampling, steps=config.steps) if config.steps else loaded.sampling
+    sampling = loaded.sampling.replaced(config.sampling)
 
     def measured(name: str, pipeline: Any, reference: Any = None) -> Any:
         with patched(pipeline.transformer), bar(console, name, len(prompts) * len(config.seeds)) as tick:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from fastdistill.cli import run
-from fastdistill.errors import UserError
+from fastdistill.options import Sampling, SamplingOptions, at_least, check_output
 
 EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "penguin", "birthday cake", "robot")
 
@@ -19,7 +18,7 @@ EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "pe
 class SampleConfig:
     """Draw pictures of a FLUX pipeline with its own scheduler and write them as one labelled grid.
 
-    Options that are left out take the values of the model's fastdistill.json, else those of FLUX.1-dev.
+    Sampling options that are left out take the values of the model's fastdistill.json, else those of FLUX.1-dev.
     """
 
     model: str = "emoji"
@@ -35,40 +34,27 @@ class SampleConfig:
     seed: int = 0
     batch: int = 64
     """Pictures at once."""
-    steps: int | None = None
-    true_cfg_scale: float | None = None
-    """Classifier-free guidance with the empty prompt; 1 is off."""
-    guidance_scale: float | None = None
-    """Embedded guidance of a guidance-distilled model."""
-    height: int | None = None
-    width: int | None = None
-    max_sequence_length: int | None = None
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "batch", "steps", "height", "width", "max_sequence_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        at_least(self, 1, "pictures", "batch")
 
 
 def main(config: SampleConfig) -> None:
-    if config.output.exists() and not config.overwrite:
-        raise UserError(f"{config.output} exists; choose another --output, or give --overwrite")
-    if not config.output.parent.is_dir():
-        raise UserError(f"there is no folder {config.output.parent} for --output")
+    check_output(config.output, config.overwrite)
 
     from rich.console import Console
 
     from fastdistill.grid import grid
     from fastdistill.models.loading import load
     from fastdistill.models.patch import patched
-    from fastdistill.models.sampling import SamplingDefaults, sample
+    from fastdistill.models.sampling import sample
     from fastdistill.progress import bar
 
     loaded = load(config.model, config.device)
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingDefaults)}
-    sampling = dataclasses.replace(loaded.sampling, **{name: value for name, value in given.items() if value is not None})
+    sampling = loaded.sampling.replaced(config.sampling)
     known = [prompt for prompt in EMOJI_PROMPTS if prompt in loaded.prompts]
     prompts = config.prompts or tuple(known) or tuple(loaded.prompts[:4])
     everything = [prompt for prompt in prompts for _ in range(config.pictures)]

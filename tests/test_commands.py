@@ -39,7 +39,7 @@ Ended = namedtuple("Ended", "code message")
 def pipeline_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     tiny_flux_pipeline().save_pretrained(folder)
-    SamplingDefaults(steps=2, true_cfg_scale=2.0, height=64, width=64, max_sequence_length=8).save(folder)
+    SamplingDefaults(num_inference_steps=2, true_cfg_scale=2.0, height=64, width=64, max_sequence_length=8).save(folder)
     (folder / "prompts.txt").write_text("a cat\na dog\na red fox\n")
     return folder
 

@@ -92,7 +92,7 @@ def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> t
         generator = torch.Generator().manual_seed(3)
         captions = torch.arange(len(data)).repeat(draws)
         latents = torch.cat([vae.encode(data.draw(chunk, generator).pixels).latent_dist.mean.half() for chunk in captions.split(100)])
-        save_file({"latents": latents, "captions": captions}, path)
+        save_file({"latents": latents.contiguous(), "captions": captions}, path)
     cached = load_file(path)
     return (cached["latents"].float() - vae.config.shift_factor) * vae.config.scaling_factor, cached["captions"]
 

@@ -32,8 +32,9 @@ def main(config: CompressConfig) -> None:
     workspace = Workspace(output, settings)
     if workspace.resumed:
         console.print(f"continuing the interrupted run in {output}")
-    evaluate = Evaluator(config, prompts, loaded.sampling, workspace.work, console)
-    outcome = compress(config, loaded.pipeline, prompts, loaded.sampling, workspace, evaluate, console)
+    sampling = loaded.sampling.replaced(config.sampling)
+    evaluate = Evaluator(config, prompts, sampling, workspace.work, console)
+    outcome = compress(config, loaded.pipeline, prompts, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
     record = manifest(config, outcome, len(prompts))
     (output / "report.md").write_text(report(record), encoding="utf-8")

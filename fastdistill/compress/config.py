@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from fastdistill.errors import UserError
+from fastdistill.options import Sampling, SamplingOptions, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +65,10 @@ class CompressConfig:
 
     evaluate_pictures: int = 200
     """Pictures of each of the three models to measure; 0 skips the measurement."""
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        from fastdistill.errors import UserError
-
-        for name in ("calibration_pictures", "calibration_steps", "calibration_points", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "evaluate_pictures", "l_task", "l_out", "l_feat"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        at_least(self, 1, "calibration_pictures", "calibration_steps", "calibration_points", "batch")
+        at_least(self, 0, "steps", "evaluate_pictures", "l_task", "l_out", "l_feat")
         if self.steps and not (self.l_task or self.l_out or self.l_feat):
             raise UserError("with --l-task, --l-out and --l-feat all zero there is nothing to recover by; set one, or --steps 0")

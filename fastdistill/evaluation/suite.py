@@ -53,7 +53,7 @@ def evaluate(
     metrics: dict[str, Any] = {
         "pictures": len(pictures),
         "seeds": list(seeds),
-        "steps": sampling.steps,
+        "steps": sampling.num_inference_steps,
         "seconds_per_picture": (time.perf_counter() - began) / len(pictures),
     }
     data = Emoji()

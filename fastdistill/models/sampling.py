@@ -19,7 +19,7 @@ FILE = "fastdistill.json"
 class SamplingDefaults:
     """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's ``fastdistill.json`` overrides them."""
 
-    steps: int = 28
+    num_inference_steps: int = 28
     true_cfg_scale: float = 1.0
     """Classifier-free guidance with the empty prompt, ``u + w (c - u)``; 1 is off."""
     guidance_scale: float = 3.5
@@ -36,6 +36,11 @@ class SamplingDefaults:
         """Those of ``folder``, or FLUX.1-dev's if it names none (diffusers ignores the file)."""
         path = folder / FILE
         return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def replaced(self, options: Any) -> SamplingDefaults:
+        """These with the values of the equally named attributes of ``options`` that are there and not None."""
+        given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -63,7 +68,7 @@ def sample(
             prompt=list(prompts[part]),
             **{name: [text] * len(generators) for name, text in guided.items()},
             generator=generators,
-            num_inference_steps=sampling.steps,
+            num_inference_steps=sampling.num_inference_steps,
             true_cfg_scale=sampling.true_cfg_scale,
             guidance_scale=sampling.guidance_scale,
             height=sampling.height,
