@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import json
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from fastdistill.cli import run
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandbytes", "xformers")
 
@@ -69,11 +73,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Say what this installation can do: versions, devices, and the backend that serves each operator."""
+
+    json: bool = False
+    """Print JSON instead."""
+
+
+def main(config: InfoConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
     facts = info()
+    if config.json:
+        print(json.dumps(facts, indent=1))
+        return
     packages = ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items())
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"fastdistill {facts['fastdistill']}, Python {facts['python']}, {facts['platform']}")
@@ -110,4 +125,4 @@ class _CallableModule(ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    main()
+    run(InfoConfig, main, prog="python -m fastdistill.info")

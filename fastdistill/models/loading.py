@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdistill.errors import UserError
 from fastdistill.models.sampling import SamplingDefaults
@@ -78,9 +79,10 @@ def load(model: str, device: str | None = None) -> Loaded:
     _check_class(type(pipeline).__name__, model)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    for name, parameter in pipeline.transformer.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{model}: transformer weight {name} has NaN or infinite values; get a sound copy of the weights")
+    for part, module in pipeline.components.items():
+        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if not bool(torch.isfinite(parameter).all()):
+                raise UserError(f"{model}: {part} weight {name} has NaN or infinite values; get a sound copy of the weights")
     return Loaded(name=model, pipeline=pipeline, sampling=SamplingDefaults.load(folder), prompts=_prompts(folder))
 
 
