@@ -16,24 +16,19 @@ import tyro
 from diffusers import AutoencoderKL
 
 from fastdistill.data.emoji import Draws, Emoji
-from fastdistill.train.method import Loss
+from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import TrainConfig, Trainer
 
 # Standard deviation of the pixel likelihood, in units of the [-1, 1] range: what it cannot explain below this the code need not carry.
 PIXEL_SIGMA = 0.07
 
 
-class Elbo:
+class Elbo(StudentMethod):
     """``-ELBO / pixels = mean (x - decode(z))^2 / (2 sigma^2) + KL(q(z|x) || N(0, 1)) / pixels`` (Kingma & Welling 2014, equation 3)."""
-
-    trains = ("student",)
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.networks = {"student": vae}
         self.vae = vae
-
-    def turns(self, step: int) -> tuple[str, ...]:
-        return self.trains
 
     def loss(self, role: str, batch: Draws, rng: torch.Generator) -> Loss:
         posterior = self.vae.encode(batch.pixels).latent_dist
@@ -41,9 +36,6 @@ class Elbo:
         error = (decoded.float() - batch.pixels).square().mean()
         kl = posterior.kl().float().mean() / batch.pixels[0].numel()
         return Loss(total=error / (2 * PIXEL_SIGMA**2) + kl, logs={"mse": error, "kl": kl})
-
-    def after_step(self, step: int) -> None:
-        pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,20 +18,15 @@ from safetensors.torch import save_file
 
 from fastdistill.data.emoji import Draws, Emoji, assets
 from fastdistill.evaluation.classifier import FILE, Classifier, predict
-from fastdistill.train.method import Loss
+from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import TrainConfig, Trainer
 
 
-class Classification:
+class Classification(StudentMethod):
     """Cross-entropy of the caption."""
-
-    trains = ("student",)
 
     def __init__(self, network: Classifier) -> None:
         self.networks = {"student": network}
-
-    def turns(self, step: int) -> tuple[str, ...]:
-        return self.trains
 
     def loss(self, role: str, batch: Draws, rng: torch.Generator) -> Loss:
         pixels = batch.pixels.clone()
@@ -41,9 +36,6 @@ class Classification:
         logits = self.networks[role](pixels)
         accuracy = (logits.argmax(dim=1) == batch.captions).float().mean()
         return Loss(total=F.cross_entropy(logits, batch.captions, label_smoothing=0.05), logs={"accuracy": accuracy})
-
-    def after_step(self, step: int) -> None:
-        pass
 
 
 @dataclass(frozen=True, kw_only=True)

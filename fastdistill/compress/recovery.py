@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.data.latents import LatentBatch
-from fastdistill.diffusion.process import RectifiedFlow, logit_normal, noise_like
+from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import Streams, block_ids, captured
-from fastdistill.train.method import Loss
+from fastdistill.train.method import Loss, StudentMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,12 @@ def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tens
     return torch.stack(terms).mean()
 
 
-class Recovery:
+class Recovery(StudentMethod):
     """``L = task L_task + out L_OutKD + feat L_FeatKD`` (BK-SDM, arXiv 2305.15798, equation 4; KOALA, arXiv 2312.04005).
 
     ``boundaries`` maps each kept block of the full model to the one whose output it should reproduce; the student's blocks are the
     kept ones in order.
     """
-
-    trains: Sequence[str] = ("student",)
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, family: Family, boundaries: Mapping[BlockId, BlockId], weights: RecoveryWeights
@@ -60,23 +58,18 @@ class Recovery:
         self.student_blocks = block_ids(student, family)
         self.teacher_blocks = list(boundaries.values())
 
-    def turns(self, step: int) -> Sequence[str]:
-        return self.trains
-
     def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        noise = noise_like(batch.latents, rng)
-        t = logit_normal(len(batch), rng).to(noise.device)
-        x_t = self.process.add_noise(batch.latents, noise, t)
+        x_t, t, data_velocity = self.process.draw(batch.latents, rng)
         student, teacher = self.networks["student"], self.networks["teacher"]
         with ExitStack() as stack:
             student_features = stack.enter_context(captured(student, self.family, self.student_blocks if self.weights.feat else []))
             teacher_features = stack.enter_context(captured(teacher, self.family, self.teacher_blocks if self.weights.feat else []))
             with torch.no_grad():
-                target = self.family.predict(teacher, x_t, t, batch.conditioning).float()
+                teacher_velocity = self.family.predict(teacher, x_t, t, batch.conditioning).float()
             velocity = self.family.predict(student, x_t, t, batch.conditioning).float()
         terms = {
-            "task": (velocity - self.process.velocity(batch.latents, noise)).square().mean(),
-            "out": (velocity - target).square().mean(),
+            "task": (velocity - data_velocity).square().mean(),
+            "out": (velocity - teacher_velocity).square().mean(),
         }
         if self.weights.feat:
             terms["feat"] = feature_loss(
@@ -85,6 +78,3 @@ class Recovery:
             )
         total = torch.stack([getattr(self.weights, name) * value for name, value in terms.items()]).sum()
         return Loss(total=total, logs=terms)
-
-    def after_step(self, step: int) -> None:
-        pass

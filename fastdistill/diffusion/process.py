@@ -26,6 +26,12 @@ class RectifiedFlow:
         t = expand_time(t, x_0)
         return (1 - t) * x_0 + t * noise
 
+    def draw(self, x_0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A training point ``(x_t, t, velocity)`` for each ``x_0``: fresh noise, and ``t`` (B,) logit-normal."""
+        noise = noise_like(x_0, rng)
+        t = logit_normal(x_0.shape[0], rng).to(x_0.device)
+        return self.add_noise(x_0, noise, t), t, self.velocity(x_0, noise)
+
     def velocity(self, x_0: Tensor, noise: Tensor) -> Tensor:
         """``dx_t / dt = eps - x_0``, what a flow-matching network predicts (Lipman et al. 2023)."""
         return noise - x_0

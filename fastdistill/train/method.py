@@ -22,6 +22,18 @@ class Loss:
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class StudentMethod:
+    """The usual case of a :class:`Method`: the student alone is trained, in every step."""
+
+    trains: Sequence[str] = ("student",)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return self.trains
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
 class Method(Protocol):
     """What the trainer asks of a method."""
 

@@ -114,3 +114,16 @@ def test_the_feature_loss_does_not_care_for_the_scale_of_a_pair():
         for i, s in [(0, "image"), (0, "text"), (1, "image")]
     )
     torch.testing.assert_close(value, expected / 3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(transformer):
+    gradients = []
+    for checkpointing in (False, True):
+        method = recovery(transformer, RecoveryWeights(task=1, out=1, feat=1))
+        student = method.networks["student"].train()
+        if checkpointing:
+            student.enable_gradient_checkpointing()
+        method.loss("student", batch(transformer), torch.Generator().manual_seed(0)).total.backward()
+        gradients.append({name: parameter.grad for name, parameter in student.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda message, name=name: f"{name}: {message}")

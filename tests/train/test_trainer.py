@@ -8,30 +8,22 @@ from torch import nn
 
 from fastdistill.train import checkpoint
 from fastdistill.train.ema import EMA
-from fastdistill.train.method import Loss
+from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import Diverged, TrainConfig, Trainer
 
 
-class Regression:
+class Regression(StudentMethod):
     """Fits ``student`` to a fixed linear map; ``teacher`` is there to be left alone."""
-
-    trains = ("student",)
 
     def __init__(self):
         torch.manual_seed(0)
         self.networks = {"student": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)}
-
-    def turns(self, step):
-        return self.trains
 
     def loss(self, role, batch, rng):
         noisy = batch + 0.1 * torch.randn(batch.shape, generator=rng)
         with torch.no_grad():
             target = self.networks["teacher"](batch)
         return Loss(total=(self.networks["student"](noisy) - target).square().mean())
-
-    def after_step(self, step):
-        pass
 
 
 def batches(step, generator):

@@ -1,0 +1,51 @@
+"""Step 4 of the emoji FLUX: put the pipeline into the package's assets and the training logs beside these scripts.
+
+    python examples/train_emoji/finish.py --run runs/emoji
+
+Writes ``fastdistill/assets/emoji/pipeline``, ``examples/train_emoji/logs/*.jsonl`` and ``curves.png``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+
+from fastdistill.data.emoji import Emoji, assets
+from fastdistill.models.sampling import SamplingDefaults
+
+LOGS = Path(__file__).parent / "logs"
+STAGES = {"classifier": "loss", "autoencoder": "mse", "transformer": "loss"}
+MAX_BYTES = 20 * 2**20
+
+
+def main(run: Path, true_cfg_scale: float = 3.0) -> None:
+    folder = assets() / "pipeline"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run / "pipeline", folder)
+    SamplingDefaults(true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=8).save(folder)
+    (folder / "prompts.txt").write_text("\n".join(Emoji().captions) + "\n", encoding="utf-8")
+    size = sum(path.stat().st_size for path in assets().rglob("*") if path.is_file())
+    print(f"assets: {size / 2**20:.1f} MiB")
+    if size > MAX_BYTES:
+        raise SystemExit(f"more than {MAX_BYTES // 2**20} MiB: the package would be too large")
+    LOGS.mkdir(exist_ok=True)
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(12, 3))
+    for axis, (stage, key) in zip(axes, STAGES.items(), strict=True):
+        log = LOGS / f"{stage}.jsonl"
+        shutil.copy(run / stage / "metrics.jsonl", log)
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        axis.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=0.8)
+        axis.set(title=stage, xlabel="step", ylabel=key, yscale="log")
+    figure.tight_layout()
+    figure.savefig(LOGS / "curves.png", dpi=80)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
