@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -15,19 +16,26 @@ ConfigT = TypeVar("ConfigT")
 
 
 def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: str) -> None:
-    """Parse ``config_type`` from the command line and call ``main``. Exit codes: 2 wrong input, 1 full disk, 130 Ctrl-C."""
+    """Parse ``config_type`` from the command line and call ``main``.
+
+    Exit codes: 2 wrong input, 1 a file that cannot be read or written, 130 Ctrl-C.
+    """
     try:
         main(tyro.cli(config_type, prog=prog))
     except UserError as error:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
         _leave("interrupted; what was finished is kept, the same command continues", 130)
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has gone; the interpreter would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _leave("error: the disk is full; free some space and give the same command again to continue", 1)
+        if error.errno == errno.ENOSPC:
+            _leave("error: the disk is full; free some space and give the same command again to continue", 1)
+        _leave(f"error: {error}", 1)
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(code)
