@@ -20,6 +20,9 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
 
     Exit codes: 2 wrong input, 1 a file that cannot be read or written, 130 Ctrl-C.
     """
+    # The libraries read their verbosity when they are imported; at their default they talk of optional packages that nothing needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         main(tyro.cli(config_type, prog=prog))
     except UserError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -101,10 +100,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def quiet() -> None:
-    """Keep libraries from talking about optional packages and their own progress."""
-    # They set their loggers' levels when they are imported, from these.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    """Keep libraries from showing progress of their own, and a warning that has no consequence."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
