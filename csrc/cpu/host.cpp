@@ -2,6 +2,16 @@
 
 namespace fastdistill {
 
+bool streams(const Tensor& out) {
+    // Half of the last-level cache that a core of today's servers reaches; what the system reports for it is
+    // unreliable in virtual machines. Measured for modulate at 4608 x 3072 float32, forward and
+    // backward: 12.0 ms without, 10.3 with. The half lines that 16-bit results fill at a time gain nothing.
+    constexpr int64_t LARGE = 16 << 20, LINE = 64;
+    const int64_t element = out.element_size();
+    return element >= 4 && out.numel() * element >= LARGE && out.size(-1) * element % LINE == 0 &&
+           reinterpret_cast<uintptr_t>(out.const_data_ptr()) % LINE == 0;
+}
+
 void sum_partials(const void* partials, size_t accumulator_bytes, int64_t count, int64_t stride,
                   const Tensor& out, int64_t groups, int64_t size) {
     constexpr int64_t BLOCK = 512;

@@ -28,6 +28,10 @@ inline int64_t grain(int64_t channels) {
     return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, channels));
 }
 
+// Whether a contiguous result is better written around the caches: too large to be found there afterwards,
+// and with rows that start at cache lines.
+bool streams(const Tensor& out);
+
 // Chunks of a batch element's tokens that are summed apart. A function of the shape alone, never of the
 // number of threads, so that the sums do not depend on it.
 inline int64_t chunks_of(const Rows& rows) {

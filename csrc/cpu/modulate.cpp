@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor> modulate(const Tensor& x, const Tensor& scale, const 
                                scale_rows.token_stride,
                                shift_rows.batch_stride,
                                shift_rows.token_stride,
-                               eps};
+                               eps,
+                               streams(out)};
     const auto kernel =
         FASTDISTILL_BEST(modulate_kernels)(scalar_of(x, "x"), scalar_of(scale, "scale")).forward;
     parallel_for(0, rows.count(), grain(rows.channels),
@@ -98,7 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> modulate_backward(const Tensor& grad, const T
                                 rows.token_stride,
                                 scale_rows.batch_stride,
                                 scale_rows.token_stride,
-                                modulation};
+                                modulation,
+                                streams(dx)};
     const auto kernel =
         FASTDISTILL_BEST(modulate_kernels)(scalar_of(x, "x"), scalar_of(scale, "scale")).backward;
     const int64_t rows_per_task = std::max<int64_t>(1, rows.tokens / chunks);

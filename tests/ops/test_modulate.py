@@ -117,6 +117,22 @@ def test_many_chunks_of_tokens() -> None:
 
 
 @pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_larger_than_the_cache(dtype: torch.dtype) -> None:
+    """They are written by streaming stores; one row of three registers shows that none of them is left out."""
+    tokens = (17 << 20) // (48 * dtype.itemsize)
+    arguments = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, tokens, 48), (48,), (48,))]
+    wide = [a.detach().double().requires_grad_() for a in arguments]
+    upstream = torch.randn(1, tokens, 48, dtype=dtype)
+    results = []
+    for leaves, backend in ((arguments, "native"), (wide, "eager")):
+        out = ops.modulate(*leaves, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))))
+    for actual, exact in zip(*results, strict=True):
+        assert (actual - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
 def test_one_graph_serves_every_number_of_tokens() -> None:
     torch._dynamo.reset()
     graphs = []

@@ -8,8 +8,8 @@ namespace {
 // Rows that share one update of the dscale/dshift accumulators, as many as the register file holds sums for.
 constexpr int ROWS = REGISTER_BYTES == 64 ? 4 : 2;
 
-template <class T, class M>
-void forward(const ModulateForward& a, int64_t first_row, int64_t last_row) {
+template <class T, class M, bool STREAM>
+void forward_rows(const ModulateForward& a, int64_t first_row, int64_t last_row) {
     using A = Accumulator<T>;
     const int64_t D = a.channels;
     for (int64_t row = first_row; row < last_row; ++row) {
@@ -35,16 +35,24 @@ void forward(const ModulateForward& a, int64_t first_row, int64_t last_row) {
 
         sweep<A, 2>(D, [&](int64_t i, auto extent, int) {
             const Vec<A> normed = (load(x + i, extent) - mean) * rstd;
-            store(out + i, normed * (load(scale + i, extent) + A(1)) + load(shift + i, extent), extent);
+            write<STREAM>(out + i, normed * (load(scale + i, extent) + A(1)) + load(shift + i, extent),
+                          extent);
         });
         static_cast<A*>(a.mean)[row] = mean;
         static_cast<A*>(a.rstd)[row] = rstd;
     }
+    if constexpr (STREAM) stream_fence();
+}
+
+template <class T, class M>
+void forward(const ModulateForward& a, int64_t first_row, int64_t last_row) {
+    return a.stream ? forward_rows<T, M, true>(a, first_row, last_row)
+                    : forward_rows<T, M, false>(a, first_row, last_row);
 }
 
 // With n = (x - mean) * rstd and g = grad * (1 + scale):
 //   dx = rstd * (g - mean(g) - n * mean(g * n)),  dscale = sum grad * n,  dshift = sum grad.
-template <class T, class M, ModulationGrad MODULATION, int N>
+template <class T, class M, ModulationGrad MODULATION, bool STREAM, int N>
 FASTDISTILL_INLINE void backward_rows(const ModulateBackward& a, int64_t b, int64_t s,
                                       Accumulator<T>* dscale_sum, Accumulator<T>* dshift_sum) {
     using A = Accumulator<T>;
@@ -91,12 +99,12 @@ FASTDISTILL_INLINE void backward_rows(const ModulateBackward& a, int64_t b, int6
         sweep<A, 2>(D, [&](int64_t i, auto extent, int) {
             const Vec<A> normed = (load(x[r] + i, extent) - mean[r]) * rstd[r];
             const Vec<A> g = load(grad[r] + i, extent) * (load(scale[r] + i, extent) + A(1));
-            store(dx + i, (g - mean_g - normed * mean_gn) * rstd[r], extent);
+            write<STREAM>(dx + i, (g - mean_g - normed * mean_gn) * rstd[r], extent);
         });
     }
 }
 
-template <class T, class M, ModulationGrad MODULATION>
+template <class T, class M, ModulationGrad MODULATION, bool STREAM>
 void backward_tasks(const ModulateBackward& a, int64_t first_task, int64_t last_task) {
     using A = Accumulator<T>;
     for (int64_t task = first_task; task < last_task; ++task) {
@@ -110,21 +118,28 @@ void backward_tasks(const ModulateBackward& a, int64_t first_task, int64_t last_
         }
         int64_t s = chunk * a.tokens / a.chunks;
         for (; s + ROWS <= end; s += ROWS)
-            backward_rows<T, M, MODULATION, ROWS>(a, b, s, dscale_sum, dshift_sum);
-        for (; s < end; ++s) backward_rows<T, M, MODULATION, 1>(a, b, s, dscale_sum, dshift_sum);
+            backward_rows<T, M, MODULATION, STREAM, ROWS>(a, b, s, dscale_sum, dshift_sum);
+        for (; s < end; ++s) backward_rows<T, M, MODULATION, STREAM, 1>(a, b, s, dscale_sum, dshift_sum);
+    }
+}
+
+template <class T, class M, bool STREAM>
+void backward_modulation(const ModulateBackward& a, int64_t first_task, int64_t last_task) {
+    switch (a.modulation) {
+        case ModulationGrad::none:
+            return backward_tasks<T, M, ModulationGrad::none, STREAM>(a, first_task, last_task);
+        case ModulationGrad::summed:
+            return backward_tasks<T, M, ModulationGrad::summed, STREAM>(a, first_task, last_task);
+        case ModulationGrad::per_token:
+            return backward_tasks<T, M, ModulationGrad::per_token, STREAM>(a, first_task, last_task);
     }
 }
 
 template <class T, class M>
 void backward(const ModulateBackward& a, int64_t first_task, int64_t last_task) {
-    switch (a.modulation) {
-        case ModulationGrad::none:
-            return backward_tasks<T, M, ModulationGrad::none>(a, first_task, last_task);
-        case ModulationGrad::summed:
-            return backward_tasks<T, M, ModulationGrad::summed>(a, first_task, last_task);
-        case ModulationGrad::per_token:
-            return backward_tasks<T, M, ModulationGrad::per_token>(a, first_task, last_task);
-    }
+    if (!a.stream) return backward_modulation<T, M, false>(a, first_task, last_task);
+    backward_modulation<T, M, true>(a, first_task, last_task);
+    stream_fence();
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ struct ModulateForward {
     int64_t x_batch_stride, x_token_stride;
     int64_t scale_batch_stride, scale_token_stride, shift_batch_stride, shift_token_stride;
     double eps;
+    bool stream;  // write out by streaming stores: it is large, and its rows are aligned
 };
 
 // Where the gradients of scale and shift go: nowhere, summed over tokens into partials, or one row per token.
@@ -26,6 +27,7 @@ struct ModulateBackward {
     int64_t grad_batch_stride, grad_token_stride, x_batch_stride, x_token_stride;
     int64_t scale_batch_stride, scale_token_stride;
     ModulationGrad modulation;
+    bool stream;  // the same for dx
 };
 
 struct ModulateKernels {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -162,6 +163,43 @@ FASTDISTILL_INLINE void store(float16* p, Vec<float> v, Full) {
 #else
     for (int i = 0; i < LANES<float>; ++i) p[i].bits = float_to_half(v[i]);
 #endif
+}
+
+// A store that goes around the caches: without it, writing a line reads it from memory first. For results too
+// large to be still in cache when they are read, at addresses aligned to the register.
+template <class T>
+FASTDISTILL_INLINE void stream(T* p, Vec<Accumulator<T>> v) {
+    alignas(REGISTER_BYTES) T whole[LANES<Accumulator<T>>];
+    store(whole, v, Full{});
+#if defined(__AVX2__)
+    if constexpr (sizeof(whole) == 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_copy<__m512i>(whole));
+#endif
+    } else if constexpr (sizeof(whole) == 32) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_copy<__m256i>(whole));
+    } else {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_copy<__m128i>(whole));
+    }
+#else
+    __builtin_memcpy(p, whole, sizeof(whole));
+#endif
+}
+// Other threads read the result after they have synchronised in the ordinary way, which streaming stores
+// ignore.
+FASTDISTILL_INLINE void stream_fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+template <bool STREAM, class T, class Extent>
+FASTDISTILL_INLINE void write(T* p, Vec<Accumulator<T>> v, Extent extent) {
+    if constexpr (STREAM && std::is_same_v<Extent, Full>) {
+        stream(p, v);
+    } else {
+        store(p, v, extent);
+    }
 }
 
 // Lanes outside the row read as zero and are never written.
