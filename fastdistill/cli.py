@@ -33,6 +33,10 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
         # The reader, `head` perhaps, has gone; the interpreter would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _leave("error: the GPU's memory is full; lower --batch (and for training --gradient-checkpointing) and give the command again", 1)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _leave("error: the disk is full; free some space and give the same command again to continue", 1)

@@ -16,7 +16,7 @@ from fastdistill.options import Sampling, SamplingOptions, at_least, check_outpu
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure a FLUX pipeline and write JSON.
+    """Measure a FLUX pipeline.
 
     On the emoji testbed: caption accuracy with its confidence interval and spread over seeds, coverage of the background colours,
     Frechet distance in latent space, PSNR of the autoencoder. With --reference, on any model: PSNR to it from the same noise.
@@ -34,7 +34,7 @@ class EvaluateConfig:
     batch: int = 64
     """Pictures at once."""
     output: Path | None = None
-    """JSON file to write as well as the table."""
+    """JSON file to write as well as the table; it has the values of every seed."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the file if it exists."""
     device: str | None = None
@@ -52,8 +52,10 @@ def main(config: EvaluateConfig) -> None:
         check_output(config.output, config.overwrite)
 
     from rich.console import Console
+    from rich.table import Table
 
     from fastdistill.evaluation.suite import autoencoder_psnr, evaluate
+    from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.patch import patched
     from fastdistill.progress import bar
@@ -74,11 +76,16 @@ def main(config: EvaluateConfig) -> None:
     metrics = measured("evaluate", loaded.pipeline, reference).metrics
     if "caption_accuracy" in metrics:
         metrics["autoencoder_psnr"] = autoencoder_psnr(loaded.pipeline.vae)
-    metrics = {"model": config.model, "reference": config.reference, **metrics}
-    text = json.dumps(metrics, indent=1)
-    print(text)
+    pictures, seeds = metrics["pictures"], ", ".join(map(str, config.seeds))
+    table = Table(title=f"{config.model}: {pictures} pictures, seeds {seeds}, {metrics['steps']} steps", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for label, (value,) in rows([metrics]):
+        table.add_row(label, value)
+    Console(highlight=False).print(table)
     if config.output:
-        config.output.write_text(text + "\n")
+        metrics = {"model": config.model, "reference": config.reference, **metrics}
+        config.output.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 if __name__ == "__main__":

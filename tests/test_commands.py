@@ -7,6 +7,7 @@ import sys
 import time
 from collections import namedtuple
 
+import psutil
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -175,6 +176,11 @@ def poison(copy):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def truncate(copy):
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 def other_class(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
@@ -187,6 +193,11 @@ def other_class(copy):
         (lambda copy: (copy / "model_index.json").write_text("{"), "not valid JSON"),
         (lambda copy: shutil.rmtree(copy / "vae"), "lacks its part vae"),
         (lambda copy: (copy / "transformer/config.json").unlink(), "does not load"),
+        (lambda copy: (copy / "text_encoder/config.json").write_text("{"), "does not load"),
+        (lambda copy: (copy / "tokenizer_2/tokenizer.json").write_text("{"), "does not load"),
+        (lambda copy: (copy / "fastdistill.json").write_text('{"stepz": 3}'), "it is a JSON object of num_inference_steps"),
+        (lambda copy: (copy / "prompts.txt").write_bytes(b"\xff\xfe\x00"), "is not UTF-8 text"),
+        (truncate, "does not load"),
         (poison, "proj_out.weight has NaN"),
         (other_class, "is a StableDiffusionPipeline; supported: FluxPipeline"),
     ],
@@ -212,6 +223,23 @@ def test_too_small_a_disk_is_noticed_first(command, pipeline_folder, tmp_path, m
     ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
     assert ended.code == 2
     assert "GiB free" in ended.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_small_a_memory_is_noticed_first(command, pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
+    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK]
+    ended = command("compress", *options)
+    assert ended.code == 2
+    assert "--steps 0" in ended.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("nan")))
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
+    assert ended.code == 2
+    assert "Lower the learning rate" in ended.message
 
 
 def test_a_disk_that_fills_up_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
@@ -249,3 +277,23 @@ def test_evaluate_against_itself_is_identical(command, pipeline_folder, tmp_path
     assert metrics["pictures"] == 3
     # Identical pictures have no finite ratio.
     assert metrics["psnr_to_reference"] is None
+    assert f"{metrics['transformer_parameters']:,}" in ended.message
+
+
+def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("cat face\nrocket\n")
+    output = tmp_path / "evaluation.json"
+    options = ["--model", pipeline_folder, "--prompts", tmp_path / "prompts.txt", "--per-prompt", "2", "--seeds", "0", "3"]
+    ended = command("evaluate", *options, "--output", output)
+    assert ended.code == 0, ended.message
+    metrics = json.loads(output.read_text())
+    assert metrics["pictures"] == 8
+    assert len(metrics["frechet_distance_by_seed"]) == len(metrics["caption_accuracy_by_seed"]) == 2
+    # An untrained model is far from what two sets of draws differ by.
+    assert metrics["frechet_distance"] > 2 * metrics["frechet_distance_of_truth"] > 0
+    assert "caption accuracy" in ended.message
+    one = command("evaluate", *options[:-5], "--per-prompt", "1", "--seeds", "0", "--output", output)
+    assert one.code == 2
+    assert "--overwrite" in one.message
+    (tmp_path / "prompts.txt").write_text("cat face\n")
+    assert command("evaluate", *options[:-5], "--per-prompt", "1", "--seeds", "0").code == 0, "a single picture has no distance"

@@ -84,7 +84,7 @@ def main(config: Config) -> None:
     trainer.emas["student"].copy_to(vae)
     psnr = finish(vae.eval(), data)
     vae.save_pretrained(config.run / "vae")
-    parameters = sum(parameter.numel() for parameter in vae.parameters())
+    parameters = vae.num_parameters()
     print(f"{parameters / 1e6:.2f} M parameters, PSNR {psnr:.2f} dB on 512 fresh draws; wrote {config.run / 'vae'}")
     assert math.isfinite(psnr)
 

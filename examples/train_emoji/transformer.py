@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     data, parts = Emoji(), Parts.load(config.run)
     torch.manual_seed(config.train.seed)
     transformer = build(config.heads)
-    print(f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.2f} M parameters in the transformer")
+    print(f"{transformer.num_parameters() / 1e6:.2f} M parameters in the transformer")
     run = config.run / "transformer"
     if config.assemble_only:
         newest = checkpoint.latest(run)

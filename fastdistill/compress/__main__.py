@@ -9,6 +9,7 @@ from typing import Any
 from fastdistill.cli import run
 from fastdistill.compress.config import CompressConfig
 
+NAMES = ("full", "cut", "recovered")
 GRID_COLUMNS = 10
 
 
@@ -19,6 +20,7 @@ def main(config: CompressConfig) -> None:
     from fastdistill.compress.job import compress, validate
     from fastdistill.compress.report import manifest, report
     from fastdistill.compress.workspace import RESULT, Workspace, write_json
+    from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
 
     console = Console(stderr=True, highlight=False)
@@ -27,7 +29,7 @@ def main(config: CompressConfig) -> None:
     console.print(f"loading {config.model}")
     loaded = load(config.model, config.device)
     prompts = prompts or loaded.prompts
-    validate(config, loaded.pipeline)
+    validate(config, loaded.pipeline, output)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
     workspace = Workspace(output, settings)
     if workspace.resumed:
@@ -37,7 +39,8 @@ def main(config: CompressConfig) -> None:
     outcome = compress(config, loaded.pipeline, prompts, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
     record = manifest(config, outcome, len(prompts))
-    (output / "report.md").write_text(report(record), encoding="utf-8")
+    measured = rows([outcome.evaluation[name] for name in NAMES])
+    (output / "report.md").write_text(report(record, measured), encoding="utf-8")
     write_json(output / RESULT, record)
     workspace.finish()
     _summarise(record, output, console)
@@ -76,10 +79,9 @@ class Evaluator:
 
         from fastdistill.grid import grid
 
-        names = ("full", "cut", "recovered")
         columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
-        pictures = torch.stack([load_file(self.work / f"pictures-{name}.safetensors")["pictures"][columns].float() for name in names])
-        return grid(pictures, names, [self.prompts[i] for i in columns])
+        pictures = torch.stack([load_file(self.work / f"pictures-{name}.safetensors")["pictures"][columns].float() for name in NAMES])
+        return grid(pictures, NAMES, [self.prompts[i] for i in columns])
 
 
 def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:

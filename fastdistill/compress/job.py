@@ -19,6 +19,7 @@ from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.output_error import joint_output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
+from fastdistill.compress.resources import require_disk, require_memory
 from fastdistill.compress.select import Request, choose, parse, spell
 from fastdistill.compress.surgery import boundary_map, check, cut
 from fastdistill.compress.workspace import Workspace
@@ -50,12 +51,23 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def validate(config: CompressConfig, pipeline: Any) -> Request:
-    """What ``--drop-blocks`` asks of this pipeline; :class:`UserError` if it cannot be met."""
+def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
+    """What ``--drop-blocks`` asks of this pipeline.
+
+    Raises:
+        UserError: it cannot be met, or the disk of ``output`` or the memory would not suffice.
+    """
     transformer = pipeline.transformer
     family = family_of(transformer)
     request = parse(config.drop_blocks, family)
-    check(transformer, family, request.blocks if request.count is None else block_ids(transformer, family)[: request.count])
+    blocks = block_ids(transformer, family)
+    drops = request.blocks if request.count is None else blocks[: request.count]
+    check(transformer, family, drops)
+    size = transformer.num_parameters()
+    # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, and the result.
+    require_disk(output, size * 4 * (8 if config.steps else 2))
+    if config.steps:
+        require_memory(pipeline.device, size * (len(blocks) - len(drops)) // len(blocks) * 20)
     return request
 
 
@@ -71,16 +83,13 @@ def compress(
     """Run every stage, or read it from the workspace if an interrupted run has finished it. Leaves the pipeline as it was.
 
     Raises:
-        UserError: a request that cannot be met, or too small a disk; before any long work.
+        UserError: :func:`validate` does, before any long work.
     """
-    request = validate(config, pipeline)
+    request = validate(config, pipeline, workspace.output)
     teacher = pipeline.transformer
     teacher.requires_grad_(False)
     family = family_of(teacher)
     blocks = block_ids(teacher, family)
-    size = sum(parameter.numel() for parameter in teacher.parameters())
-    # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, and the result.
-    workspace.require(size * 4 * (8 if config.steps else 2))
     clock = workspace.clock
 
     with clock("calibrate"), patched(teacher):
@@ -114,7 +123,7 @@ def compress(
         boundaries=boundaries,
         scores=scores,
         joint_error=joint_error,
-        parameters={"full": size, "compressed": saved},
+        parameters={"full": teacher.num_parameters(), "compressed": saved},
         evaluation=evaluation,
         seconds=workspace.seconds,
     )
@@ -206,7 +215,7 @@ def _transformer(pipeline: Any, transformer: nn.Module) -> Iterator[None]:
         pipeline.transformer = earlier
 
 
-def _save(pipeline: Any, student: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> int:
+def _save(pipeline: Any, student: Any, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> int:
     """Write the stock pipeline whole or not at all; return the parameters of its transformer."""
     if not folder.exists():
         unfinished = folder.with_name(folder.name + ".partial")
@@ -216,4 +225,4 @@ def _save(pipeline: Any, student: nn.Module, folder: Path, sampling: SamplingDef
         sampling.save(unfinished)
         (unfinished / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         unfinished.replace(folder)
-    return sum(parameter.numel() for parameter in student.parameters())
+    return int(student.num_parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -16,16 +16,6 @@ from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
 from fastdistill.compress.select import spell
 from fastdistill.models.family import BlockId
-
-ROWS = (
-    ("caption_accuracy", "caption accuracy", "{:.1%}"),
-    ("caption_accuracy_interval", "95 % interval", "{0[0]:.1%} to {0[1]:.1%}"),
-    ("background_total_variation", "background total variation from uniform", "{:.3f}"),
-    ("background_total_variation_of_truth", "the same for a perfect sampler", "{:.3f}"),
-    ("frechet_distance", "Frechet distance in latent space", "{:.1f}"),
-    ("psnr_to_reference", "PSNR to the full model at the same noise, dB", "{:.1f}"),
-    ("seconds_per_picture", "seconds a picture", "{:.3f}"),
-)
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}
@@ -40,7 +30,7 @@ REPORT = """\
 ## Quality
 
 {{ evaluation.full.pictures }} pictures of each model from the same prompts and noise, {{ evaluation.full.steps }} steps, \
-seed {{ evaluation.full.seeds|join(", ") }}.
+seed {{ evaluation.full.seeds|join(", ") }}. The reference is the full model.
 
 | | full | cut | recovered |
 |---|---|---|---|
@@ -101,20 +91,14 @@ def manifest(config: CompressConfig, outcome: Outcome, prompts: int) -> dict[str
     }
 
 
-def report(record: Mapping[str, Any]) -> str:
-    """``report.md`` from a :func:`manifest`."""
+def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """``report.md`` from a :func:`manifest` and, by row, the label and the texts of the full, cut and recovered model."""
     scores = record["scores"]
     kept = list(record["boundaries"])
     blocks = [
         {"name": name, "output": scores["output"][name], "bi": scores["bi"][name], "fate": "" if name in kept else "dropped"}
         for name in scores["output"]
     ]
-    evaluation = record["evaluation"]
-    measured = []
-    for key, label, form in ROWS:
-        values = [evaluation.get(name, {}).get(key) for name in ("full", "cut", "recovered")]
-        if any(value is not None for value in values):
-            measured.append((label, ["" if value is None else form.format(value) for value in values]))
     dropped = " ".join(f"{name}" for name in scores["output"] if name not in kept)
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT)
     return template.render(**{**record, "blocks": blocks, "kept": len(kept), "measured": measured, "dropped": dropped})

@@ -62,15 +62,6 @@ class Workspace:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
             write_json(self.work / "seconds.json", self.seconds)
 
-    def require(self, needed_bytes: int) -> None:
-        """Raise :class:`UserError` if the disk has less than ``needed_bytes`` left."""
-        free = shutil.disk_usage(self.output).free
-        if free < needed_bytes:
-            raise UserError(
-                f"{self.output} needs about {needed_bytes / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free; "
-                "free some space, or choose an --output on another disk"
-            )
-
     def finish(self) -> None:
         """Remove what only a restart would have needed."""
         shutil.rmtree(self.work)

@@ -15,10 +15,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     proportion, z2 = successes / trials, Z_95**2
     centre = (proportion + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 / (1 + z2 / trials) * math.sqrt(proportion * (1 - proportion) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
 def spread(values: Sequence[float]) -> float:
-    """Sample standard deviation over seeds; 0 for a single one."""
+    """Sample standard deviation of at least two values."""
     mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -51,6 +51,7 @@ def evaluate(
         ]
     )
     metrics: dict[str, Any] = {
+        "transformer_parameters": pipeline.transformer.num_parameters(),
         "pictures": len(pictures),
         "seeds": list(seeds),
         "steps": sampling.num_inference_steps,
@@ -62,8 +63,12 @@ def evaluate(
         truth = torch.tensor([known[prompt] for prompt in prompts])
         metrics |= _against_truth(pipeline, data, pictures, truth, len(seeds))
     if reference is not None:
+        # Identical pictures have no finite ratio.
         values = psnr(pictures, reference)
-        metrics["psnr_to_reference"] = float(values[values.isfinite()].mean()) if values.isfinite().any() else None
+        finite = values[values.isfinite()]
+        metrics["psnr_to_reference"] = float(finite.mean()) if len(finite) else None
+        if len(finite) == len(values):
+            metrics |= _over_seeds("psnr_to_reference", [float(part.mean()) for part in values.view(len(seeds), -1)])
     return Evaluated(metrics=metrics, pictures=pictures)
 
 
@@ -71,18 +76,34 @@ def _against_truth(pipeline: Any, data: Emoji, pictures: Tensor, truth: Tensor, 
     pixels = torch.nn.functional.interpolate(pictures, size=(64, 64)) if pictures.shape[-1] != 64 else pictures
     right = predict(Classifier.load(len(data)), pixels).view(seeds, -1) == truth
     colours = backgrounds(pixels)
-    real = data.draw(truth.repeat(seeds), torch.Generator().manual_seed(4)).pixels
-    by_seed = right.double().mean(dim=1).tolist()
     return {
         "caption_accuracy": float(right.double().mean()),
         "caption_accuracy_interval": wilson_interval(int(right.sum()), right.numel()),
-        "caption_accuracy_by_seed": by_seed,
-        "caption_accuracy_spread": spread(by_seed),
+        **_over_seeds("caption_accuracy", right.double().mean(dim=1).tolist()),
         "background_total_variation": total_variation(colours),
         "background_total_variation_of_truth": expected_total_variation(len(colours)),
-        "background_total_variation_by_seed": [total_variation(part) for part in colours.view(seeds, -1)],
-        "frechet_distance": frechet_distance(features(pipeline.vae, pixels), features(pipeline.vae, real)),
+        **_over_seeds("background_total_variation", [total_variation(part) for part in colours.view(seeds, -1)]),
+        **_frechet_distances(pipeline.vae, data, pixels, truth, seeds),
     }
+
+
+def _frechet_distances(vae: Any, data: Emoji, pixels: Tensor, truth: Tensor, seeds: int) -> dict[str, Any]:
+    """To fresh draws of the same captions; beside it the distance between two sets of draws, which is all that so few pictures can show."""
+    if len(truth) < 2:
+        return {}
+    draws = [data.draw(truth.repeat(seeds), torch.Generator().manual_seed(seed)).pixels for seed in (4, 7)]
+    sampled, real, again = (features(vae, pictures) for pictures in (pixels, *draws))
+    parts = zip(sampled.chunk(seeds), real.chunk(seeds), strict=True)
+    return {
+        "frechet_distance": frechet_distance(sampled, real),
+        "frechet_distance_of_truth": frechet_distance(again, real),
+        **_over_seeds("frechet_distance", [frechet_distance(*part) for part in parts]),
+    }
+
+
+def _over_seeds(name: str, values: list[float]) -> dict[str, Any]:
+    """The value of each seed and how far they lie apart. A distance of few pictures is biased upwards, so these may lie above the whole."""
+    return {f"{name}_by_seed": values, f"{name}_spread": spread(values)} if len(values) > 1 else {}
 
 
 @torch.no_grad()

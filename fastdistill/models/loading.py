@@ -72,8 +72,8 @@ def load(model: str, device: str | None = None) -> Loaded:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder if local else model, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # diffusers, transformers, tokenizers and safetensors each raise their own on a damaged file
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
     _check_class(type(pipeline).__name__, model)
     pipeline.set_progress_bar_config(disable=True)
@@ -89,11 +89,14 @@ def read_prompts(path: Path) -> list[str]:
     """The non-empty lines of a text file.
 
     Raises:
-        UserError: no such file, or no line in it.
+        UserError: no such file, no text, or no line in it.
     """
     if not path.is_file():
         raise UserError(f"there is no prompt file {path}")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as such, one prompt a line") from error
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one a line")
     return prompts

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.errors import UserError
+
 FILE = "fastdistill.json"
 
 
@@ -33,9 +35,19 @@ class SamplingDefaults:
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
-        """Those of ``folder``, or FLUX.1-dev's if it names none (diffusers ignores the file)."""
+        """Those of ``folder``, or FLUX.1-dev's if it names none (diffusers ignores the file).
+
+        Raises:
+            UserError: the file is not JSON, or holds other names than these.
+        """
         path = folder / FILE
-        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+        if not path.exists():
+            return cls()
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            names = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise UserError(f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted") from error
 
     def replaced(self, options: Any) -> SamplingDefaults:
         """These with the values of the equally named attributes of ``options`` that are there and not None."""

@@ -23,7 +23,7 @@ class Log:
     def __enter__(self) -> Log:
         # Steps after the checkpoint that is resumed from are run and logged again: drop their old lines.
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= self.start]
+            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= self.start]
             self.path.write_text("".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(self.path.open("a"))
@@ -39,3 +39,10 @@ class Log:
         if write:
             self.file.write(json.dumps({"step": step, **logs}) + "\n")
             self.file.flush()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")  # the process was killed while it wrote the line

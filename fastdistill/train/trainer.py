@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastdistill.errors import UserError
 from fastdistill.train import checkpoint
 from fastdistill.train.ema import EMA
 from fastdistill.train.log import Log
@@ -61,7 +62,7 @@ class TrainConfig:
             raise ValueError("learning_rate and clip_norm must be positive")
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The loss or a gradient is no longer finite."""
 
 
@@ -156,7 +157,7 @@ class Trainer:
         free = {"log_every", "checkpoint_every"} | ({"steps"} if self.config.schedule == "wsd" else set())
         changed = {name for name in current if name not in free and recorded.get(name) != current[name]}
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{path} was written with another {', '.join(sorted(changed))}: use the recorded values to continue it, "
                 "or another folder for a new run"
             )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdistill.errors import UserError
 from fastdistill.train import checkpoint
 from fastdistill.train.ema import EMA
 from fastdistill.train.method import Loss, StudentMethod
@@ -92,8 +93,16 @@ def test_nan_stops_before_it_reaches_the_weights(tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     trained(tmp_path, steps=7)
-    with pytest.raises(ValueError, match="learning_rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         trained(tmp_path, steps=7, learning_rate=5e-2)
+
+
+def test_half_a_line_of_the_log_does_not_stop_a_resumed_run(tmp_path):
+    trained(tmp_path, steps=20, schedule="wsd")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    trained(tmp_path, steps=30, schedule="wsd")
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [10, 20, 30]
 
 
 def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,34 @@
+"""Whether the disk and the memory suffice: refused at once, or a run would fail after an hour of calibration."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from fastdistill.errors import UserError
+
+GIB = 2**30
+
+
+def require_disk(output: Path, needed_bytes: int) -> None:
+    """Raise :class:`UserError` if the disk of ``output``, which need not exist yet, has less than ``needed_bytes`` left."""
+    folder = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{output} needs about {needed_bytes / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free; "
+            "free some space, or choose an --output on another disk"
+        )
+
+
+def require_memory(device: torch.device, needed_bytes: int) -> None:
+    """Raise :class:`UserError` if ``device`` has less than ``needed_bytes`` left."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if free < needed_bytes:
+        raise UserError(
+            f"recovery needs about {needed_bytes / GIB:.1f} GiB beside the full model (float32 weights, gradients, two Adam moments and "
+            f"averaged weights) and {device} has {free / GIB:.1f} GiB free; drop more blocks, or give --steps 0 to cut without recovery"
+        )
