@@ -25,7 +25,7 @@ STAGES = {"classifier": "loss", "autoencoder": "mse", "transformer": "loss"}
 MAX_BYTES = 20 * 2**20
 
 
-def main(run: Path, true_cfg_scale: float = 3.0) -> None:
+def main(run: Path, true_cfg_scale: float = 1.25) -> None:
     folder = assets() / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run / "pipeline", folder)

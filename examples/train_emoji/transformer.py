@@ -37,7 +37,7 @@ class Config:
     assemble_only: bool = False
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=16000, learning_rate=1e-3, schedule="wsd", warmup_steps=200, ema_decay=0.999, checkpoint_every=250, log_every=50
+            steps=14000, learning_rate=1e-3, schedule="wsd", warmup_steps=200, ema_decay=0.999, checkpoint_every=250, log_every=50
         )
     )
 
