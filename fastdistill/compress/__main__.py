@@ -11,6 +11,7 @@ from fastdistill.compress.config import CompressConfig
 
 NAMES = ("full", "cut", "recovered")
 GRID_COLUMNS = 10
+SUMMARY = (("caption_accuracy", "caption accuracy", "{:.1%}"), ("frechet_distance", "Frechet distance", "{:.1f}"))
 
 
 def main(config: CompressConfig) -> None:
@@ -87,9 +88,10 @@ class Evaluator:
 def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
     sizes = record["parameters"]
     console.print(f"{sizes['full'] / 1e6:.2f} M -> {sizes['compressed'] / 1e6:.2f} M parameters")
-    accuracy = {name: values.get("caption_accuracy") for name, values in record["evaluation"].items()}
-    if all(value is not None for value in accuracy.values()):
-        console.print("caption accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items()))
+    for key, label, form in SUMMARY:
+        values = {name: record["evaluation"][name].get(key) for name in NAMES}
+        if all(value is not None for value in values.values()):
+            console.print(f"{label}: " + ", ".join(f"{name} {form.format(value)}" for name, value in values.items()))
     console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")
 
 
