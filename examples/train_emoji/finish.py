@@ -29,6 +29,11 @@ def main(run: Path, true_cfg_scale: float = 1.25) -> None:
     folder = assets() / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run / "pipeline", folder)
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        # Where this machine had the weights concerns nobody else.
+        if config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n")
     SamplingDefaults(true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=8).save(folder)
     (folder / "prompts.txt").write_text("\n".join(Emoji().captions) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in assets().rglob("*") if path.is_file())
