@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from fastdistill.data.emoji import BACKGROUNDS, Emoji
 from fastdistill.data.latents import LatentPool
+from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.models.family import Conditioning
 from fastdistill.models.flux import Flux
 from fastdistill.train import checkpoint
@@ -34,6 +35,8 @@ class Config:
     batch: int = 64
     draws: int = 128
     """Cached draws of each caption."""
+    time_mean: float = 0.0
+    """Location of the logit-normal training times; above 0, more of them near noise, where the background is decided."""
     assemble_only: bool = False
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -127,7 +130,7 @@ def main(config: Config) -> None:
         assert config.draws >= len(BACKGROUNDS)
         latents, captions = cached_latents(config.run / "latents.safetensors", parts.vae, data, config.draws)
         pool = LatentPool(latents=latents, prompts=captions, conditioning=parts.encode([*data.captions, ""]))
-        method = FlowMatching(transformer, Flux())
+        method = FlowMatching(transformer, Flux(), RectifiedFlow(time_mean=config.time_mean))
         trainer = Trainer(method, lambda step, rng: pool.batch(config.batch, rng), config.train, run)
         trainer.fit("transformer")
         trainer.emas["student"].copy_to(transformer)

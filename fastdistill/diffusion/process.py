@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,13 @@ def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=rng, device=rng.device).to(x)
 
 
+@dataclass(frozen=True, kw_only=True)
 class RectifiedFlow:
     """Straight paths, ``alpha = 1 - t`` and ``sigma = t`` (Liu et al. 2022, equation 1; FLUX's process)."""
+
+    time_mean: float = 0.0
+    """Location of the training times' logit. Above 0, more of them near noise, where a sample's coarse features are decided:
+    ``log(s)`` is the density of the timestep shift ``s`` (Esser et al. 2024, section 5.3.2)."""
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_t`` of shape (B, ...) for ``t`` (B,) in [0, 1]."""
@@ -29,7 +36,7 @@ class RectifiedFlow:
     def draw(self, x_0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A training point ``(x_t, t, velocity)`` for each ``x_0``: fresh noise, and ``t`` (B,) logit-normal."""
         noise = noise_like(x_0, rng)
-        t = logit_normal(x_0.shape[0], rng).to(x_0.device)
+        t = logit_normal(x_0.shape[0], rng, mean=self.time_mean).to(x_0.device)
         return self.add_noise(x_0, noise, t), t, self.velocity(x_0, noise)
 
     def velocity(self, x_0: Tensor, noise: Tensor) -> Tensor:

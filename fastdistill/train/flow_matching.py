@@ -14,10 +14,10 @@ from fastdistill.train.method import Loss, StudentMethod
 class FlowMatching(StudentMethod):
     """``L_task = E || v(x_t, t, c) - (eps - x_0) ||^2`` with logit-normal ``t`` (Lipman et al. 2023; Esser et al. 2024)."""
 
-    def __init__(self, student: nn.Module, family: Family) -> None:
+    def __init__(self, student: nn.Module, family: Family, process: RectifiedFlow) -> None:
         self.networks = {"student": student}
         self.family = family
-        self.process = RectifiedFlow()
+        self.process = process
 
     def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_t, t, target = self.process.draw(batch.latents, rng)
