@@ -8,12 +8,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdint>
+#include "operand.h"
 
 namespace fastdistill {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Sums and statistics are fp32, and fp64 for fp64.
+inline ScalarType accumulator_of(ScalarType type) {
+    return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // Strides count elements; a broadcast axis has stride 0. The last axis has stride 1.
 struct Rows {
@@ -21,7 +26,12 @@ struct Rows {
     int64_t batch_stride, token_stride;
 
     int64_t count() const { return batch * tokens; }
+    Operand operand(const Tensor& t) const { return {t.const_data_ptr(), batch_stride, token_stride}; }
 };
+
+inline void check_same_device(const Tensor& t, const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(t.device() == x.device(), name, ": expected on the device of x");
+}
 
 inline void check_last_stride(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() > 0 && (t.size(-1) <= 1 || t.stride(-1) == 1 || t.numel() == 0), name,
@@ -51,24 +61,49 @@ inline Rows modulation_of(const Tensor& t, const Tensor& x, const char* name) {
                         (rows.batch == 1 || rows.batch == of.batch) &&
                         (rows.tokens == 1 || (rows.tokens == of.tokens && rows.batch == of.batch)),
                     name, ": expected (D), (B, D), (B, 1, D) or (B, S, D) for x of shape (B, S, D)");
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() ||
+                        (t.scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Double),
+                    name, ": expected the dtype of x, or float32");
+    check_same_device(t, x, name);
     if (rows.batch == 1) rows.batch_stride = 0;
     if (rows.tokens == 1) rows.token_stride = 0;
     return rows;
 }
 
-inline void check_same_rows(const Tensor& t, const Tensor& x, const char* name) {
+// A tensor of the shape, dtype and device of x.
+inline Rows rows_like(const Tensor& t, const Tensor& x, const char* name) {
     const Rows a = rows_of(t, name), b = rows_of(x, "x");
     STD_TORCH_CHECK(a.batch == b.batch && a.tokens == b.tokens && a.channels == b.channels, name,
                     ": expected the shape of x");
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+    check_same_device(t, x, name);
+    return a;
 }
 
-inline void check_same_device(const Tensor& t, const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(t.device() == x.device(), name, ": expected on the device of x");
+inline ModulationGrad modulation_grad(bool wanted, const Rows& modulation) {
+    if (!wanted) return ModulationGrad::none;
+    return modulation.tokens == 1 ? ModulationGrad::summed : ModulationGrad::per_token;
 }
 
-// Sums and statistics are fp32, and fp64 for fp64.
-inline ScalarType accumulator_of(ScalarType type) {
-    return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// The statistics that a forward op saved for its backward: contiguous, two accumulators for each row.
+inline void check_stats(const Tensor& stats, const Tensor& x, const Rows& rows) {
+    STD_TORCH_CHECK(stats.numel() == 2 * rows.count() && stats.is_contiguous() &&
+                        stats.scalar_type() == accumulator_of(x.scalar_type()),
+                    "stats: expected the contiguous statistics that the forward op returned");
+    check_same_device(stats, x, "stats");
+}
+
+// Makes them: shape (2, ...) before the rows of x.
+inline Tensor new_stats(const Tensor& x, const Rows& rows) {
+    const int64_t sizes[] = {2, x.dim() == 3 ? rows.batch : rows.tokens, rows.tokens};
+    return torch::stable::new_empty(x, {sizes, static_cast<size_t>(x.dim())},
+                                    accumulator_of(x.scalar_type()));
+}
+
+// An empty tensor for a result that was not asked for.
+inline Tensor nothing_like(const Tensor& t) {
+    const int64_t sizes[] = {0};
+    return torch::stable::new_empty(t, {sizes, 1});
 }
 
 }  // namespace fastdistill

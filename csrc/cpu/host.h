@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "../common/rows.h"
 #include "simd/column_sum.h"
@@ -40,9 +41,13 @@ inline int64_t chunks_of(const Rows& rows) {
     return std::max<int64_t>(1, std::min(at_least_16_rows, enough_for_64_threads));
 }
 
-// out[g, i] = sum over j of partials[g, j, i], added in the order of j. `partials` has `groups * count` rows
-// of `stride` elements and `out` has `groups` rows of `size`.
-void sum_partials(const void* partials, size_t accumulator_bytes, int64_t count, int64_t stride,
-                  const Tensor& out, int64_t groups, int64_t size);
+inline int64_t rows_per_chunk(const Rows& rows, int64_t chunks) {
+    return std::max<int64_t>(1, rows.tokens / chunks);
+}
+
+// Adds up the partial sums of several modulations, accumulators of shape (B, chunks, outs, D), in the order
+// of the chunks: over the chunks of a batch element, or of all where the modulation is shared by the batch.
+void sum_over_tokens(const Tensor& partials, int64_t chunks, const Rows& rows, const Rows& modulation,
+                     std::initializer_list<const Tensor*> outs);
 
 }  // namespace fastdistill

@@ -5,9 +5,17 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cstdint>
+#include "../common/operand.h"
+
+// The memory that the launch asked for, shared by a block. Tests that run device code on a CPU have their
+// own.
+#if !defined(FASTDISTILL_DYNAMIC_SHARED)
+#define FASTDISTILL_DYNAMIC_SHARED(name) extern __shared__ float4 name[]
+#endif
 
 namespace fastdistill::cuda {
+
+constexpr int THREADS = 256;
 
 __device__ inline float to_float(float v) {
     return v;
@@ -64,6 +72,20 @@ __device__ inline void store(T* to, const float (&from)[N]) {
     }
 }
 
+template <int N>
+__device__ inline void add_to(float* sum, const float (&v)[N]) {
+    float total[N];
+    load(total, sum);
+#pragma unroll
+    for (int j = 0; j < N; ++j) total[j] += v[j];
+    store(sum, total);
+}
+
+// To [-limit, limit]; NaN stays NaN.
+__device__ inline float clamp(float v, float limit) {
+    return v > limit ? limit : v < -limit ? -limit : v;
+}
+
 struct Sums {
     float a, b;
 };
@@ -90,6 +112,30 @@ __device__ inline Sums block_sums(float a, float b) {
         total.b += of_warp[warp].b;
     }
     return total;
+}
+
+// The sum of v over the block, in an order that depends on nothing; every thread receives it.
+__device__ inline double block_sum_double(double v) {
+    __shared__ double of_thread[THREADS];
+    __syncthreads();  // of_thread may still be read from the previous call
+    of_thread[threadIdx.x] = v;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) of_thread[threadIdx.x] += of_thread[threadIdx.x + half];
+    }
+    __syncthreads();
+    return of_thread[0];
+}
+
+// out[g, i] = sum over j of partials[g, j, i] in the order of j. Grid (column blocks, groups).
+template <class M>
+__global__ void __launch_bounds__(THREADS)
+    column_sum(const float* partials, M* out, int64_t count, int64_t stride, int64_t size) {
+    const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, group = blockIdx.y;
+    if (i >= size) return;
+    float sum = 0.f;
+    for (int64_t j = 0; j < count; ++j) sum += partials[(group * count + j) * stride + i];
+    out[group * size + i] = from_float<M>(sum);
 }
 
 }  // namespace fastdistill::cuda

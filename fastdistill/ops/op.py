@@ -42,8 +42,12 @@ class Operator(ABC):
     name: ClassVar[str]
     schema: ClassVar[str]
     backward_schema: ClassVar[str | None] = None
+    # Where its Triton kernels are.
+    triton_module: ClassVar[str]
     # How many leading results of the forward op the caller receives; the rest is saved for the backward op.
     visible_results: ClassVar[int] = 1
+    # False where the gradient is by definition another than the derivative of the value.
+    is_derivative: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, *arguments: Any) -> None:
@@ -75,6 +79,10 @@ class Operator(ABC):
     def save(self, ctx: Any, arguments: tuple[Any, ...], results: Any) -> None:  # noqa: B027
         """Saves on the autograd context what `backward` needs; `results` are those of the forward op."""
 
+    def visible(self, results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """What the caller receives of the results of the forward op."""
+        return results[0] if self.visible_results == 1 else tuple(results[: self.visible_results])
+
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         """One gradient or None per argument of `schema`, computed by `backward_op`."""
         raise NotImplementedError(f"{self.name} has no backward op")
@@ -91,10 +99,6 @@ class Operator(ABC):
     def qualified_name(self) -> str:
         return f"{NAMESPACE}::{self.name}"
 
-    @property
-    def triton_module(self) -> str:
-        return f"fastdistill.ops.triton.{self.name}"
-
     def __init__(self) -> None:
         self._run: dict[str, Callable[..., Any]] = {"eager": self.reference}
         self._run_with_grad: dict[str, Callable[..., Any]] = {"eager": self.reference}
@@ -108,15 +112,12 @@ class Operator(ABC):
                 self._run_with_grad[backend] = self._differentiable(forward_op, backward_op)
 
     def _visible(self, forward_op: Callable[..., Any]) -> Callable[..., Any]:
-        count = self.visible_results
         if not self.schema.endswith(")"):
             return forward_op
-        if count == 1:
-            return lambda *arguments: forward_op(*arguments)[0]
-        return lambda *arguments: tuple(forward_op(*arguments)[:count])
+        return lambda *arguments: self.visible(forward_op(*arguments))
 
     def _differentiable(self, forward_op: Callable[..., Any], backward_op: Callable[..., Any]) -> Callable[..., Any]:
-        op, count = self, self.visible_results
+        op = self
 
         # Not torch.library.register_autograd, which costs a call 6 us without and 25 us with gradients where
         # this costs 0 and 8 (tiny tensor, torch 2.13, EPYC Zen 4).
@@ -127,7 +128,7 @@ class Operator(ABC):
                 if isinstance(results, Tensor):
                     results = (results,)
                 op.save(ctx, arguments, results)
-                return results[0] if count == 1 else tuple(results[:count])
+                return op.visible(results)
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,6 +158,11 @@ class Operator(ABC):
 def describe(t: Tensor) -> str:
     """A tensor for an error message."""
     return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+
+
+def accumulator_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:

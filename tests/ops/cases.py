@@ -30,6 +30,11 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.op.name}-{self.backend}-{self.device}-{dtype}-{self.sample.id}"
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs it, a thousand times slower than a GPU."""
+        return self.backend == "triton" and self.device == "cpu"
+
     def arguments(self) -> tuple[Any, ...]:
         return tuple(self.sample.make(self.dtype, torch.device(self.device)))
 

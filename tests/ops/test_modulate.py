@@ -25,7 +25,8 @@ m = torch.zeros(2, 8)
         ((x, m.half(), m), TypeError, "scale: expected the dtype of x, torch.float32.*torch.float16"),
         ((x.double(), m, m), TypeError, "scale: expected the dtype of x, torch.float64"),
         ((x, m, m.double()), TypeError, "shift: expected the dtype of scale"),
-        ((x, m.to("meta"), m), ValueError, "expected on the device of x, cpu, got meta, cpu"),
+        ((x, m.to("meta"), m), ValueError, "scale: expected on the device of x, cpu, got .* on meta"),
+        ((x, m, m.to("meta")), ValueError, "shift: expected on the device of scale, cpu, got .* on meta"),
         (
             (x.transpose(1, 2), x[:, 0, :5], x[:, 0, :5]),
             ValueError,

@@ -58,6 +58,7 @@ template <class A>
 using Vec = typename VecOf<A>::type;
 
 typedef uint32_t U32 __attribute__((vector_size(REGISTER_BYTES)));
+typedef uint64_t U64 __attribute__((vector_size(REGISTER_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(REGISTER_BYTES / 2)));
 
 // How much of a vector lies inside the row: all of it, or its first `count` lanes.
@@ -224,6 +225,32 @@ template <class A>
 FASTDISTILL_INLINE Vec<A> keep_inside(Vec<A> v, Tail tail) {
     for (int i = tail.lanes_inside; i < LANES<A>; ++i) v[i] = 0;
     return v;
+}
+
+// To [-limit, limit]; NaN stays NaN.
+template <class A>
+FASTDISTILL_INLINE Vec<A> clamp(Vec<A> v, double limit) {
+    const Vec<A> high = Vec<A>{} + A(limit);
+    v = v > high ? high : v;
+    return v < -high ? -high : v;
+}
+// The gradient of clamp, given its result: none where that lies on the limit.
+template <class A>
+FASTDISTILL_INLINE Vec<A> keep_below(Vec<A> grad, Vec<A> clamped, double limit) {
+    const Vec<A> high = Vec<A>{} + A(limit);
+    const Vec<A> kept = clamped >= high ? Vec<A>{} : grad;
+    return clamped <= -high ? Vec<A>{} : kept;
+}
+
+// (b, a, d, c, ...) of (a, b, c, d, ...).
+FASTDISTILL_INLINE Vec<float> swap_pairs(Vec<float> v) {
+    const U64 pairs = reinterpret_cast<U64>(v);
+    return reinterpret_cast<Vec<float>>((pairs << 32) | (pairs >> 32));
+}
+FASTDISTILL_INLINE Vec<double> swap_pairs(Vec<double> v) {
+    Vec<double> swapped;
+    for (int i = 0; i < LANES<double>; ++i) swapped[i] = v[i ^ 1];
+    return swapped;
 }
 
 template <int WIDTH, class A>

@@ -1,0 +1,228 @@
+"""Queries and keys ready for attention: an RMS norm of every head, then the rotary position embedding.
+
+Shapes: B batch, S tokens, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistill.ops.backend import Request
+from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
+from fastdistill.ops.rows import check_contiguous, contiguous_rows
+
+Pairing = Literal["adjacent", "half"]
+
+# The kernels hold the position's cosines and sines of a head.
+MAX_HEAD_SIZE = 512
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    *,
+    pairing: Pairing = "adjacent",
+    backend: Request | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope(n * weight)` with `n = x / sqrt(mean(x^2) + eps)` over each head, for q and for k, in one pass each way.
+
+    The norm is RMSNorm (arXiv 1910.07467, equation 4) as in the query-key norm of SD3 (arXiv 2403.03206, section 5.3.2) and FLUX;
+    the rotation is RoPE (arXiv 2104.09864, equation 34): a pair (a, b) of channels becomes `(a cos - b sin, b cos + a sin)`.
+    Differentiable in q, k, q_weight and k_weight.
+
+    Args:
+        q, k: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64; k may have fewer heads. d must be
+            contiguous, even and at most 512; the other axes may have any stride, so chunks of one projection and transposed
+            (B, H, S, d) tensors are read in place.
+        q_weight, k_weight: (d), the dtype of q, or float32 beside a bfloat16 or float16 q.
+        cos, sin: (S, d), the table of diffusers, which has an entry for either channel of a pair; or (S, d / 2), an entry for each
+            pair. float32 (float64 beside float64). Constants: they may not require a gradient.
+        eps: added to the mean square.
+        pairing: which channels are a pair: `adjacent`, 2i and 2i + 1 (FLUX, SD3, Wan: diffusers' `use_real_unbind_dim=-1`), or
+            `half`, i and i + d / 2 (NeoX, Lumina, CogVideoX: `use_real_unbind_dim=-2`).
+        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+
+    Returns:
+        q and k, contiguous (eager: strided as torch pleases), of their shapes and dtype.
+
+    Between the norm and the rotation nothing is rounded; diffusers rounds there, so in 16 bits this differs from it by about one unit in
+    the last place, towards the exact result. Only q and k are kept for the backward pass. The gradients of the weights are summed in an
+    order given by the shape alone, so they are bitwise repeatable.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        RuntimeError: `backend` was named and cannot run here; the message says why.
+    """
+    if pairing not in ("adjacent", "half"):
+        raise ValueError(f"pairing: expected adjacent or half, got {pairing!r}")
+    return QK_NORM_ROPE(q, k, q_weight, k_weight, cos, sin, eps, pairing == "adjacent", backend=backend)  # type: ignore[no-any-return]
+
+
+class QkNormRope(Operator):
+    name = "qk_norm_rope"
+    triton_module = "fastdistill.ops.triton.qk_norm_rope"
+    schema = (
+        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, bool adjacent) -> (Tensor q, Tensor k)"
+    )
+    backward_schema = (
+        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, "
+        "bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
+    )
+    visible_results = 2
+
+    def check(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool) -> None:
+        if q.dim() != 4:
+            raise ValueError(f"q: expected (B, S, H, d), got {describe(q)}")
+        B, S, _, d = q.shape
+        if d % 2 or not 0 < d <= MAX_HEAD_SIZE:
+            raise ValueError(f"q: expected an even head size of at most {MAX_HEAD_SIZE}, got {describe(q)}")
+        if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, S, d) or k.device != q.device:
+            raise ValueError(f"k: expected ({B}, {S}, H, {d}) on {q.device} as q, got {describe(k)}")
+        if k.dtype != q.dtype:
+            raise TypeError(f"k: expected the dtype of q, {q.dtype}, got {describe(k)}")
+        check_contiguous("q", q)
+        check_contiguous("k", k)
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            if weight.shape != (d,) or weight.device != q.device:
+                raise ValueError(f"{name}: expected ({d},) on {q.device}, got {describe(weight)}")
+            if weight.dtype != q.dtype and (weight.dtype != torch.float32 or q.dtype == torch.float64):
+                raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, or float32, got {describe(weight)}")
+        if k_weight.dtype != q_weight.dtype:
+            raise TypeError(f"k_weight: expected the dtype of q_weight, {q_weight.dtype}, got {describe(k_weight)}")
+        table = accumulator_of(q.dtype)
+        for name, t in (("cos", cos), ("sin", sin)):
+            if t.shape not in ((S, d), (S, d // 2)) or t.shape != cos.shape or t.device != q.device:
+                raise ValueError(f"{name}: expected ({S}, {d}) or ({S}, {d // 2}), cos and sin alike, on {q.device}, got {describe(t)}")
+            if t.dtype != table:
+                raise TypeError(f"{name}: expected {table} beside q of {q.dtype}, got {describe(t)}")
+            if t.requires_grad:
+                raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach it")
+            check_contiguous(name, t)
+
+    def reference(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
+    ) -> tuple[Tensor, Tensor]:
+        if cos.shape[-1] < q.shape[-1]:
+            cos, sin = (t.repeat_interleave(2, dim=-1) if adjacent else torch.cat((t, t), dim=-1) for t in (cos, sin))
+        cos, sin = cos[:, None], sin[:, None]
+        return tuple(_rotated(_normed(x, weight, eps), cos, sin, adjacent).to(x.dtype) for x, weight in ((q, q_weight), (k, k_weight)))  # type: ignore[return-value]
+
+    def fake(self, q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape)
+
+    def fake_backward(
+        self,
+        grad_q: Tensor,
+        grad_k: Tensor,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        adjacent: bool,
+        weight_grads: bool,
+    ) -> tuple[Tensor, ...]:
+        shape = q_weight.shape if weight_grads else (0,)
+        return q.new_empty(q.shape), k.new_empty(k.shape), q_weight.new_empty(shape), q_weight.new_empty(shape)
+
+    def save(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.eps, ctx.adjacent = arguments
+        ctx.save_for_backward(*tensors)
+
+    def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight_grads = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        grad_q, grad_k = (contiguous_rows(grad) for grad in grads)
+        dq, dk, *dweights = backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
+        return dq, dk, *(dweights if weight_grads else (None, None)), *(None,) * 4
+
+    def bytes_moved(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, *options: Any) -> tuple[int, int]:
+        heads, tables = q.nbytes + k.nbytes, 2 * cos.nbytes
+        return 2 * heads + tables, 3 * heads + tables
+
+    def samples(self) -> Sequence[Sample]:
+        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+
+    def workloads(self) -> Sequence[Sample]:
+        return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadCase(id="", q=(1, S, 24, 128)))) for S in (1152, 4608))
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight if weight.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+    if adjacent:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-b, a), dim=-1).flatten(-2)
+    else:
+        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+        turned = torch.cat((-b, a), dim=-1)
+    return x.to(cos.dtype) * cos + turned.to(cos.dtype) * sin
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCase:
+    """Shapes of one sample."""
+
+    id: str
+    q: tuple[int, int, int, int]
+    k_heads: int | None = None
+    adjacent: bool = True
+    compact: bool = False
+    """Tables with one entry for each pair."""
+    layout: Literal["contiguous", "packed", "transposed"] = "contiguous"
+    """packed: chunks of one projection; transposed: (B, H, S, d) in memory."""
+    wide: bool = False
+    """Weights in float32 beside a narrower q."""
+
+
+CASES = (
+    HeadCase(id="B2-S5-H3-d8", q=(2, 5, 3, 8)),
+    HeadCase(id="B2-S5-H3-d8-half", q=(2, 5, 3, 8), adjacent=False),
+    HeadCase(id="B1-S7-H2-d64-compact", q=(1, 7, 2, 64), compact=True),
+    HeadCase(id="B1-S7-H2-d64-half-compact", q=(1, 7, 2, 64), adjacent=False, compact=True),
+    HeadCase(id="B2-S19-H5-d128-packed", q=(2, 19, 5, 128), layout="packed"),
+    HeadCase(id="B1-S4-H4-k2-d96-half-transposed", q=(1, 4, 4, 96), k_heads=2, adjacent=False, layout="transposed"),
+    HeadCase(id="B3-S3-H1-d6-packed", q=(3, 3, 1, 6), layout="packed", wide=True),
+    HeadCase(id="B1-S2-H2-d50-half", q=(1, 2, 2, 50), adjacent=False, wide=True),
+    HeadCase(id="B1-S2-H1-d2", q=(1, 2, 1, 2)),
+    HeadCase(id="B1-S2-H2-d512", q=(1, 2, 2, 512)),
+    HeadCase(id="B1-S1-H3-d320-half-compact", q=(1, 1, 3, 320), adjacent=False, compact=True),
+    HeadCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
+    HeadCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
+)
+
+
+def _arguments(case: HeadCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    B, S, H, d = case.q
+
+    def draw(heads: int) -> Tensor:
+        if case.layout == "packed":
+            return torch.randn(B, S, 3, heads, d, device=device).to(dtype)[:, :, 1]
+        if case.layout == "transposed":
+            return torch.randn(B, heads, S, d, device=device).to(dtype).transpose(1, 2)
+        return torch.randn(B, S, heads, d, device=device).to(dtype)
+
+    kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
+    weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(2)]
+    # Not of a common angle, so that every entry of a table counts.
+    tables = [torch.randn(S, d // 2 if case.compact else d, device=device).to(accumulator_of(dtype)) for _ in range(2)]
+    q, k = draw(H), draw(case.k_heads or H)
+    return q.requires_grad_(), k.requires_grad_(), *weights, *tables, 1e-6, case.adjacent
+
+
+QK_NORM_ROPE = QkNormRope()
