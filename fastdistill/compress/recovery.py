@@ -13,6 +13,7 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import Streams, block_ids, captured
+from fastdistill.ops import feature_kd_loss
 from fastdistill.train.method import Loss, StudentMethod
 
 
@@ -37,8 +38,7 @@ def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tens
         for stream in f_t:
             if stream == "text" and last:
                 continue
-            target = f_t[stream].float()
-            terms.append((f_s[stream].float() - target).square().mean() / target.square().mean())
+            terms.append(feature_kd_loss(f_s[stream], f_t[stream].to(f_s[stream].dtype), kind="relative_mse"))
     return torch.stack(terms).mean()
 
 

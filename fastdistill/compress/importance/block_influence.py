@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastdistill.compress.importance.criterion import CalibrationPoints, Tick
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import block_ids, captured, captured_inputs
+from fastdistill.ops import block_statistics
 
 
 @torch.no_grad()
@@ -16,14 +16,14 @@ def score(network: nn.Module, family: Family, points: CalibrationPoints, batch: 
     """``BI = 1 - E[cos(h_in, h_out)]`` over the image tokens of all points. Costs one pass over the points."""
     blocks = block_ids(network, family)
     cosine = dict.fromkeys(blocks, 0.0)
-    tokens = 0
+    samples = 0
     with captured_inputs(network, family, blocks) as before, captured(network, family, blocks) as after:
         for part in points.chunks(batch):
             family.predict(network, part.x_t, part.t, part.conditioning)
             for block_id in blocks:
-                similarity = F.cosine_similarity(before[block_id]["image"].float(), after[block_id]["image"].float(), dim=-1)
-                cosine[block_id] += float(similarity.double().sum())
-            tokens += similarity.numel()
+                statistics = block_statistics(before[block_id]["image"], after[block_id]["image"])
+                cosine[block_id] += float(statistics.cosine.double().sum())
+            samples += len(part.x_t)
     for _ in blocks:
         tick()
-    return {block_id: 1 - total / tokens for block_id, total in cosine.items()}
+    return {block_id: 1 - total / samples for block_id, total in cosine.items()}
