@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc _build -type f 2>/dev/null)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-gpu lint format clean
 
 demo: $(VENV)/.installed  ## compress the embedded model and show where the pictures are
 	$(BIN)/python -m fastdistill.compress --drop-blocks 4 --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -20,16 +20,20 @@ test: $(VENV)/.installed-dev  ## everything that runs without a GPU
 bench: $(VENV)/.installed-dev  ## operators against eager, torch.compile and a plain copy
 	$(BIN)/python -m benchmarks.run
 
+bench-gpu: $(VENV)/.installed-dev  ## the same on a GPU with cold caches, and the best library where there is one
+	$(BIN)/pip install --quiet quack-kernels || echo "quack-kernels cannot be installed: its rows stay empty"
+	$(BIN)/python -m benchmarks.run --gpu
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build fastdistill/*.so *.egg-info

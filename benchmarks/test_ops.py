@@ -7,6 +7,8 @@ The contenders take turns in one process: a ratio compares rows of one run, neve
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.libraries import LIBRARIES
 from fastdistill.ops import OPERATORS
 from fastdistill.ops.backend import why_not
 from fastdistill.ops.op import Operator, Sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONTENDERS = ("copy", "eager", "compile", "native", "triton")
+CONTENDERS = ("copy", "eager", "compile", "library", "native", "triton")
 DTYPES = (torch.bfloat16, torch.float32)
 MODES = ("forward", "backward", "both")
 
-if sys.platform == "linux":
+if sys.platform == "linux" and os.environ.get("FASTDISTILL_BENCH_MALLOC") != "default":
     # glibc gives large freed blocks back to the kernel, and a fresh one costs a page fault per 4 KiB: more
     # than the operator. Every contender keeps its memory here, as with the allocators (jemalloc, tcmalloc)
     # that CPU training uses.
@@ -47,17 +50,15 @@ def rows() -> list[Any]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("op", "sample", "dtype"), rows())
 def test_op(benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mode: str, contender: str) -> None:
-    if contender in ("native", "triton") and (reason := why_not(op, contender, DEVICE, dtype)):  # type: ignore[arg-type]
+    if reason := why_absent(op, contender, dtype):
         pytest.skip(reason)
-    if contender == "triton" and DEVICE == "cpu":
-        pytest.skip("the interpreter is no contender")
     if mode != "forward" and op.backward_schema is None:
         pytest.skip("no backward")
     torch.manual_seed(0)
     arguments = sample.make(dtype, torch.device(DEVICE))
     forward_bytes, backward_bytes = op.bytes_moved(*arguments)
     moved = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}[mode]
-    run = copy_of(moved) if contender == "copy" else step(function(op, contender), arguments, mode)
+    run = copy_of(moved) if contender == "copy" else step(function(op, contender, mode), arguments, mode)
 
     benchmark.extra_info.update(
         op=op.name,
@@ -67,15 +68,45 @@ def test_op(benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mo
         contender=contender,
         bytes=moved,
     )
-    benchmark.pedantic(run, rounds=25, warmup_rounds=5)
+    if DEVICE == "cuda":
+        benchmark.extra_info["cold_ms"] = cold_quartiles_ms(run)
+        benchmark.pedantic(run, rounds=1)  # a benchmark that is not run is an error
+    else:
+        benchmark.pedantic(run, rounds=25, warmup_rounds=5)
 
 
-def function(op: Operator, contender: str) -> Callable[..., Any]:
+def cold_quartiles_ms(run: Callable[[], None]) -> list[float]:
+    """Quartiles of the time on the GPU, with its L2 cache emptied before every round. The emptying also gives the host a head start, so
+    that the time of a launch does not count unless it is longer."""
+    from triton.testing import do_bench
+
+    times = torch.tensor(do_bench(run, warmup=20, rep=60, return_mode="all"))
+    return [float(times.quantile(q)) for q in (0.25, 0.5, 0.75)]
+
+
+def why_absent(op: Operator, contender: str, dtype: torch.dtype) -> str | None:
+    if contender == "library":
+        package, _ = LIBRARIES.get(op.name, ("", None))
+        if not package:
+            return "no library has it"
+        if DEVICE == "cpu" or importlib.util.find_spec(package) is None:
+            return f"{package} is not installed, or not for this device"
+        return None
+    if contender == "triton" and DEVICE == "cpu":
+        return "the interpreter is no contender"
+    return why_not(op, contender, DEVICE, dtype) if contender in ("native", "triton") else None  # type: ignore[arg-type]
+
+
+def function(op: Operator, contender: str, mode: str) -> Callable[..., Any]:
     if contender == "eager":
         return op.reference
     if contender == "compile":
         torch._dynamo.reset()
+        # A backward pass alone is run again and again on one forward pass, whose buffers it may then not take over.
+        torch._functorch.config.donated_buffer = mode != "backward"
         return torch.compile(op.reference, fullgraph=True)
+    if contender == "library":
+        return LIBRARIES[op.name][1]
     return lambda *arguments: op(*arguments, backend=contender)  # type: ignore[arg-type]
 
 
@@ -94,20 +125,15 @@ def step(f: Callable[..., Any], arguments: Any, mode: str) -> Callable[[], None]
     def both() -> None:
         torch.autograd.grad(f(*arguments), leaves, upstream)
 
-    return synchronised({"forward": forward, "backward": backward, "both": both}[mode])
+    return {"forward": forward, "backward": backward, "both": both}[mode]
 
 
 def copy_of(moved: int) -> Callable[[], None]:
     """Reads half of the bytes and writes the other half."""
     source = torch.ones(moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return synchronised(lambda: target.copy_(source))
 
+    def copy() -> None:
+        target.copy_(source)
 
-def synchronised(run: Callable[[], Any]) -> Callable[[], None]:
-    def timed() -> None:
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return timed
+    return copy
