@@ -111,8 +111,20 @@ def build_requirements(env: Mapping[str, str] = os.environ) -> list[str]:
     if find_compiler(env) is None:
         return []
     requirements = [] if find_torch() else [f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"]
-    if shutil.which("cmake", path=env.get("PATH")) is None:
+    if not _runs("cmake", env):
         requirements.append("cmake>=3.18")
-    if shutil.which("ninja", path=env.get("PATH")) is None:
+    if not _runs("ninja", env):
         requirements.append("ninja")
     return requirements
+
+
+def _runs(tool: str, env: Mapping[str, str]) -> bool:
+    """Being on PATH is not enough: installed by pip into a virtual environment, cmake and ninja are scripts that import a module which an
+    isolated build does not see."""
+    path = shutil.which(tool, path=env.get("PATH"))
+    if path is None:
+        return False
+    try:
+        return subprocess.run([path, "--version"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False

@@ -89,3 +89,14 @@ def test_torch_is_found_where_an_isolated_build_hides_it() -> None:
 
 def test_without_a_compiler_nothing_is_downloaded() -> None:
     assert native.build_requirements({"PATH": ""}) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="writes shell scripts")
+def test_tools_that_do_not_run_are_installed_anew(tmp_path: Path) -> None:
+    """cmake from pip in an active virtual environment is on PATH, and fails in an isolated build."""
+    for name, code in (("c++", 0), ("cmake", 1), ("ninja", 0)):
+        script = tmp_path / name
+        script.write_text(f"#!/bin/sh\nexit {code}\n")
+        script.chmod(0o755)
+    wanted = [r for r in native.build_requirements({"PATH": str(tmp_path)}) if not r.startswith("torch")]
+    assert wanted == ["cmake>=3.18"]
