@@ -22,26 +22,6 @@ struct Operand {
     }
 };
 
-// A (B, S, H, d) argument in the same manner.
-struct HeadOperand {
-    const void* data;
-    int64_t batch_stride, token_stride, head_stride;
-
-    template <class T>
-    FASTDISTILL_EVERYWHERE const T* row(int64_t batch, int64_t token, int64_t head) const {
-        return static_cast<const T*>(data) + batch * batch_stride + token * token_stride + head * head_stride;
-    }
-};
-
-constexpr int64_t MAX_HEAD_SIZE = 512;
-
-// The cosines and sines of every position: accumulators, one for each channel or, compact, for each pair.
-struct RopeTable {
-    const void *cos, *sin;
-    int64_t cos_stride, sin_stride;
-    bool compact;
-};
-
 // What the adaptive layer norm stands behind: nothing, with one gradient coming in or, forked, two; or the
 // gated residual that makes what is normalised.
 enum class Adaln { single, forked, residual };

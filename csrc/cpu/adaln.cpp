@@ -18,6 +18,8 @@ struct Cpu {
         const Rows rows = rows_of(x, "x");
 
         AdalnResult result = new_adaln_result<RESIDUAL>(x, rows, gate, scale, shift);
+        use_huge_pages(result.out);
+        if constexpr (RESIDUAL) use_huge_pages(result.h);
         char* stats = static_cast<char*>(result.stats.mutable_data_ptr());
         AdalnForward args{};
         args.x = rows.operand(x);
@@ -56,6 +58,8 @@ struct Cpu {
         const int64_t chunks = chunks_of(rows), kinds = RESIDUAL ? 3 : 2;
 
         AdalnGradients result = new_adaln_gradients<RESIDUAL>(x, scale, modulation_grads);
+        use_huge_pages(result.dx);
+        use_huge_pages(result.dy);
         const int64_t partial_sizes[] = {summed ? rows.batch * chunks * kinds * rows.channels : 0};
         Tensor partials = torch::stable::new_empty(x, {partial_sizes, 1}, stats.scalar_type());
 

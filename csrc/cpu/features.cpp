@@ -88,8 +88,9 @@ Tensor feature_kd_loss_backward(const Tensor& grad, const Tensor& student, const
     };
     const double of = kind == FeatureKd::cosine ? in.batch * in.tokens : in.batch * in.tokens * in.channels;
     const double factor = kind == FeatureKd::relative_mse ? value(stats) : 2 / std::max(1., of);
-    Tensor dstudent = torch::stable::new_empty(student, student.sizes());
-    const FeatureBackward args{in, stats.const_data_ptr(), value(grad) * factor, dstudent.mutable_data_ptr()};
+    Tensor dstudent = new_result(student, student.sizes());
+    const FeatureBackward args{in, stats.const_data_ptr(), value(grad) * factor, dstudent.mutable_data_ptr(),
+                               streams(dstudent)};
     const auto kernel = FASTDISTILL_BEST(feature_kernels)(scalar_of(student, "student"), kind).backward;
     parallel_for(0, in.batch * in.tokens, grain(in.channels),
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

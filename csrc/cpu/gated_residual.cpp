@@ -14,7 +14,7 @@ using torch::stable::parallel_for;
 
 Tensor gated_residual(const Tensor& x, const Tensor& y, const Tensor& gate, double clip) {
     const Rows rows = rows_of(x, "x");
-    Tensor out = new_empty(x, x.sizes());
+    Tensor out = new_result(x, x.sizes());
     const GatedResidualForward args{rows.operand(x),
                                     rows_like(y, x, "y").operand(y),
                                     modulation_of(gate, x, "gate").operand(gate),
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad, const Ten
     const Rows rows = rows_of(y, "y"), gate_rows = modulation_of(gate, y, "gate");
     const bool summed = gate_grad && gate_rows.tokens == 1;
     const int64_t chunks = chunks_of(rows);
-    Tensor dy = new_empty(y, y.sizes()),
+    Tensor dy = new_result(y, y.sizes()),
            dgate = gate_grad ? new_empty(gate, gate.sizes()) : nothing_like(gate);
     const int64_t partial_sizes[] = {summed ? rows.batch * chunks * rows.channels : 0};
     Tensor partials = new_empty(y, {partial_sizes, 1}, accumulator_of(y.scalar_type()));

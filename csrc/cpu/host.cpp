@@ -1,5 +1,9 @@
 #include "host.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastdistill {
 
 bool streams(const Tensor& out) {
@@ -10,6 +14,19 @@ bool streams(const Tensor& out) {
     const int64_t element = out.element_size();
     return element >= 4 && out.numel() * element >= LARGE && out.size(-1) * element % LINE == 0 &&
            reinterpret_cast<uintptr_t>(out.const_data_ptr()) % LINE == 0;
+}
+
+void use_huge_pages([[maybe_unused]] Tensor& result) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    // Above 32 MiB glibc always maps anew. Measured with its defaults for modulate at 4608 x 3072 float32,
+    // forward and backward: 46 ms without, 16 with. It is advice: a kernel without huge pages ignores it.
+    constexpr uintptr_t ALWAYS_MAPPED = 32 << 20, PAGE = 2 << 20;
+    const uintptr_t bytes = result.numel() * result.element_size();
+    if (bytes < ALWAYS_MAPPED) return;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+    const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, end = (begin + bytes) / PAGE * PAGE;
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 void sum_over_tokens(const Tensor& partials, int64_t chunks, const Rows& rows, const Rows& modulation,

@@ -33,6 +33,16 @@ inline int64_t grain(int64_t channels) {
 // and with rows that start at cache lines.
 bool streams(const Tensor& out);
 
+// Asks for huge pages under a result so large that the C allocator takes it fresh from the kernel every time:
+// a fault for every 4 KiB would cost more than the operator.
+void use_huge_pages(Tensor& result);
+
+inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    Tensor result = torch::stable::new_empty(like, sizes);
+    use_huge_pages(result);
+    return result;
+}
+
 // Chunks of a batch element's tokens that are summed apart. A function of the shape alone, never of the
 // number of threads, so that the sums do not depend on it.
 inline int64_t chunks_of(const Rows& rows) {

@@ -6,6 +6,7 @@ from fastdistill.ops.dmd_loss import DMD_LOSS, dmd_loss
 from fastdistill.ops.feature_kd_loss import FEATURE_KD_LOSS, feature_kd_loss
 from fastdistill.ops.gated_residual import GATED_RESIDUAL, gated_residual
 from fastdistill.ops.gated_residual_modulate import GATED_RESIDUAL_MODULATE, gated_residual_modulate
+from fastdistill.ops.joint_qk_norm_rope import JOINT_QK_NORM_ROPE, joint_qk_norm_rope
 from fastdistill.ops.modulate import MODULATE, MODULATE_FOR_TWO, modulate, modulate_for_two
 from fastdistill.ops.op import Operator
 from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
@@ -19,6 +20,7 @@ OPERATORS: dict[str, Operator] = {
         GATED_RESIDUAL,
         GATED_RESIDUAL_MODULATE,
         QK_NORM_ROPE,
+        JOINT_QK_NORM_ROPE,
         DMD_LOSS,
         FEATURE_KD_LOSS,
         BLOCK_STATISTICS,
@@ -33,6 +35,7 @@ __all__ = [
     "feature_kd_loss",
     "gated_residual",
     "gated_residual_modulate",
+    "joint_qk_norm_rope",
     "modulate",
     "modulate_for_two",
     "qk_norm_rope",

@@ -11,17 +11,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops.backend import Request
+from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, check_tables, check_weight, is_adjacent, normed, rotated
 from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
-
-Pairing = Literal["adjacent", "half"]
-
-# The kernels hold the position's cosines and sines of a head.
-MAX_HEAD_SIZE = 512
 
 
 def qk_norm_rope(
@@ -65,9 +60,7 @@ def qk_norm_rope(
         TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
-    if pairing not in ("adjacent", "half"):
-        raise ValueError(f"pairing: expected adjacent or half, got {pairing!r}")
-    return QK_NORM_ROPE(q, k, q_weight, k_weight, cos, sin, eps, pairing == "adjacent", backend=backend)  # type: ignore[no-any-return]
+    return QK_NORM_ROPE(q, k, q_weight, k_weight, cos, sin, eps, is_adjacent(pairing), backend=backend)  # type: ignore[no-any-return]
 
 
 class QkNormRope(Operator):
@@ -83,41 +76,21 @@ class QkNormRope(Operator):
     visible_results = 2
 
     def check(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool) -> None:
-        if q.dim() != 4:
-            raise ValueError(f"q: expected (B, S, H, d), got {describe(q)}")
+        check_heads("q", q)
         B, S, _, d = q.shape
-        if d % 2 or not 0 < d <= MAX_HEAD_SIZE:
-            raise ValueError(f"q: expected an even head size of at most {MAX_HEAD_SIZE}, got {describe(q)}")
         if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, S, d) or k.device != q.device:
             raise ValueError(f"k: expected ({B}, {S}, H, {d}) on {q.device} as q, got {describe(k)}")
-        if k.dtype != q.dtype:
-            raise TypeError(f"k: expected the dtype of q, {q.dtype}, got {describe(k)}")
-        check_contiguous("q", q)
+        check_same_dtype("k", k, "q", q)
         check_contiguous("k", k)
-        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-            if weight.shape != (d,) or weight.device != q.device:
-                raise ValueError(f"{name}: expected ({d},) on {q.device}, got {describe(weight)}")
-            if weight.dtype != q.dtype and (weight.dtype != torch.float32 or q.dtype == torch.float64):
-                raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, or float32, got {describe(weight)}")
-        if k_weight.dtype != q_weight.dtype:
-            raise TypeError(f"k_weight: expected the dtype of q_weight, {q_weight.dtype}, got {describe(k_weight)}")
-        table = accumulator_of(q.dtype)
-        for name, t in (("cos", cos), ("sin", sin)):
-            if t.shape not in ((S, d), (S, d // 2)) or t.shape != cos.shape or t.device != q.device:
-                raise ValueError(f"{name}: expected ({S}, {d}) or ({S}, {d // 2}), cos and sin alike, on {q.device}, got {describe(t)}")
-            if t.dtype != table:
-                raise TypeError(f"{name}: expected {table} beside q of {q.dtype}, got {describe(t)}")
-            if t.requires_grad:
-                raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach it")
-            check_contiguous(name, t)
+        check_weight("q_weight", q_weight, q)
+        check_weight("k_weight", k_weight, q)
+        check_same_dtype("k_weight", k_weight, "q_weight", q_weight)
+        check_tables(cos, sin, S, q)
 
     def reference(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
     ) -> tuple[Tensor, Tensor]:
-        if cos.shape[-1] < q.shape[-1]:
-            cos, sin = (t.repeat_interleave(2, dim=-1) if adjacent else torch.cat((t, t), dim=-1) for t in (cos, sin))
-        cos, sin = cos[:, None], sin[:, None]
-        return tuple(_rotated(_normed(x, weight, eps), cos, sin, adjacent).to(x.dtype) for x, weight in ((q, q_weight), (k, k_weight)))  # type: ignore[return-value]
+        return tuple(rotated(normed(x, weight, eps), cos, sin, adjacent).to(x.dtype) for x, weight in ((q, q_weight), (k, k_weight)))  # type: ignore[return-value]
 
     def fake(self, q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape)
@@ -158,20 +131,6 @@ class QkNormRope(Operator):
 
     def workloads(self) -> Sequence[Sample]:
         return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadCase(id="", q=(1, S, 24, 128)))) for S in (1152, 4608))
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight if weight.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
-    if adjacent:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-b, a), dim=-1).flatten(-2)
-    else:
-        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
-        turned = torch.cat((-b, a), dim=-1)
-    return x.to(cos.dtype) * cos + turned.to(cos.dtype) * sin
 
 
 @dataclass(frozen=True, kw_only=True)

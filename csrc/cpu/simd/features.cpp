@@ -145,8 +145,8 @@ void reduce(const FeatureReduce& a, int64_t first_task, int64_t last_task) {
     }
 }
 
-template <class T, FeatureKd KIND>
-void backward(const FeatureBackward& a, int64_t first_row, int64_t last_row) {
+template <class T, FeatureKd KIND, bool STREAM>
+void backward_rows(const FeatureBackward& a, int64_t first_row, int64_t last_row) {
     using A = Accumulator<T>;
     const int64_t D = a.in.channels, rows = a.in.batch * a.in.tokens;
     const A* stats = static_cast<const A*>(a.stats);
@@ -160,21 +160,30 @@ void backward(const FeatureBackward& a, int64_t first_row, int64_t last_row) {
             const A inverse = stats[row], longer = stats[rows + row], half = stats[2 * rows + row] / 2;
             sweep<A, 2>(D, [&](int64_t i, auto extent, int) {
                 const Vec<A> f = load(student + i, extent), g = load(teacher + i, extent);
-                store(out + i, (f - g - g * longer - f * half) * (factor * inverse * inverse), extent);
+                write<STREAM>(out + i, (f - g - g * longer - f * half) * (factor * inverse * inverse),
+                              extent);
             });
         } else if constexpr (KIND == FeatureKd::masked_mse) {
             const Mask<A> of_student{stats[b], stats[a.in.batch + b]};
             const Mask<A> of_teacher{stats[2 * a.in.batch + b], stats[3 * a.in.batch + b]};
             sweep<A, 2>(D, [&](int64_t i, auto extent, int) {
                 const Vec<A> f = load(student + i, extent), g = load(teacher + i, extent);
-                store(out + i, of_student(f, (f - of_teacher(g, g)) * factor), extent);
+                write<STREAM>(out + i, of_student(f, (f - of_teacher(g, g)) * factor), extent);
             });
         } else {
             sweep<A, 2>(D, [&](int64_t i, auto extent, int) {
-                store(out + i, (load(student + i, extent) - load(teacher + i, extent)) * factor, extent);
+                write<STREAM>(out + i, (load(student + i, extent) - load(teacher + i, extent)) * factor,
+                              extent);
             });
         }
     }
+    if constexpr (STREAM) stream_fence();
+}
+
+template <class T, FeatureKd KIND>
+void backward(const FeatureBackward& a, int64_t first_row, int64_t last_row) {
+    return a.stream ? backward_rows<T, KIND, true>(a, first_row, last_row)
+                    : backward_rows<T, KIND, false>(a, first_row, last_row);
 }
 
 template <class T>

@@ -21,6 +21,7 @@ struct FeatureBackward {
     const void* stats;
     double factor;
     void* dstudent;  // contiguous
+    bool stream;     // whether it is written around the caches
 };
 
 struct BlockStatistics {

@@ -1,8 +1,8 @@
-"""Triton kernels of qk_norm_rope. Formula, shapes and dtypes: fastdistill/ops/qk_norm_rope.py.
+"""Triton kernels of qk_norm_rope and joint_qk_norm_rope. Formulas, shapes and dtypes: fastdistill/ops/<operator>.py.
 
-q and k are two launches of the same kernels. Forward: one program per token, all its heads at once. Backward: one program per chunk of
-the tokens of all batch elements, which holds the sum of the weight's gradient and writes it once; a second kernel adds the chunks in
-order. The two channels of a pair are held apart, so one code serves both pairings.
+Queries and keys of every stream are launches of the same kernels. Forward: one program per token, all its heads at once. Backward: one
+program per chunk of the tokens of all batch elements, which holds the sum of the weight's gradient and writes it once; a second kernel
+adds the chunks in order. The two channels of a pair are held apart, so one code serves both pairings.
 """
 
 import torch
@@ -41,31 +41,35 @@ def _table(ptr, pair, half, ADJACENT: tl.constexpr, COMPACT: tl.constexpr):
 def _forward_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
     S, H, half, eps,
-    x_stride_b, x_stride_s, x_stride_h, cos_stride, sin_stride,
-    ADJACENT: tl.constexpr, COMPACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride_b, x_stride_s, x_stride_h, out_stride_b, out_stride_s, out_stride_h, cos_stride, sin_stride,
+    ADJACENT: tl.constexpr, COMPACT: tl.constexpr, ROTATED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, s = row // S, row % S
     head, pair = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (head < H) & (pair < half)
 
-    cos_a, cos_b = _table(cos_ptr + s * cos_stride, pair, half, ADJACENT, COMPACT)
-    sin_a, sin_b = _table(sin_ptr + s * sin_stride, pair, half, ADJACENT, COMPACT)
     weight_a, weight_b = _pair(weight_ptr, pair, half, pair < half, ADJACENT)
     x_a, x_b = _pair(x_ptr + b * x_stride_b + s * x_stride_s + head * x_stride_h, pair, half, inside, ADJACENT)
 
     rstd = 1.0 / tl.sqrt(tl.sum(x_a * x_a + x_b * x_b, axis=1) / (2 * half) + eps)[:, None]
-    n_a, n_b = x_a * rstd * weight_a, x_b * rstd * weight_b
-    out = out_ptr + (row * H + head) * 2 * half
-    _store_pair(out, n_a * cos_a - n_b * sin_a, n_b * cos_b + n_a * sin_b, pair, half, inside, ADJACENT)
+    out_a, out_b = x_a * rstd * weight_a, x_b * rstd * weight_b
+    if ROTATED:
+        cos_a, cos_b = _table(cos_ptr + s * cos_stride, pair, half, ADJACENT, COMPACT)
+        sin_a, sin_b = _table(sin_ptr + s * sin_stride, pair, half, ADJACENT, COMPACT)
+        out_a, out_b = out_a * cos_a - out_b * sin_a, out_b * cos_b + out_a * sin_b
+    out = out_ptr + b * out_stride_b + s * out_stride_s + head * out_stride_h
+    _store_pair(out, out_a, out_b, pair, half, inside, ADJACENT)
 
 
 @triton.jit
 def _backward_kernel(
     grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, partials_ptr,
     rows, S, H, half, P, eps,
-    grad_stride_b, grad_stride_s, grad_stride_h, x_stride_b, x_stride_s, x_stride_h, cos_stride, sin_stride,
-    ADJACENT: tl.constexpr, COMPACT: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    grad_stride_b, grad_stride_s, grad_stride_h, x_stride_b, x_stride_s, x_stride_h, dx_stride_b, dx_stride_s, dx_stride_h,
+    cos_stride, sin_stride,
+    ADJACENT: tl.constexpr, COMPACT: tl.constexpr, ROTATED: tl.constexpr, WEIGHT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     head, pair = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK)[None, :]
@@ -76,20 +80,21 @@ def _backward_kernel(
 
     for row in range(p * rows // P, (p + 1) * rows // P):
         b, s = row // S, row % S
-        cos_a, cos_b = _table(cos_ptr + s * cos_stride, pair, half, ADJACENT, COMPACT)
-        sin_a, sin_b = _table(sin_ptr + s * sin_stride, pair, half, ADJACENT, COMPACT)
         x_a, x_b = _pair(x_ptr + b * x_stride_b + s * x_stride_s + head * x_stride_h, pair, half, inside, ADJACENT)
         grad = grad_ptr + b * grad_stride_b + s * grad_stride_s + head * grad_stride_h
-        grad_a, grad_b = _pair(grad, pair, half, inside, ADJACENT)
+        g_a, g_b = _pair(grad, pair, half, inside, ADJACENT)
+        if ROTATED:
+            cos_a, cos_b = _table(cos_ptr + s * cos_stride, pair, half, ADJACENT, COMPACT)
+            sin_a, sin_b = _table(sin_ptr + s * sin_stride, pair, half, ADJACENT, COMPACT)
+            g_a, g_b = g_a * cos_a + g_b * sin_b, g_b * cos_b - g_a * sin_a
 
         rstd = 1.0 / tl.sqrt(tl.sum(x_a * x_a + x_b * x_b, axis=1) / (2 * half) + eps)[:, None]
         m_a, m_b = x_a * rstd, x_b * rstd
-        g_a, g_b = grad_a * cos_a + grad_b * sin_b, grad_b * cos_b - grad_a * sin_a
         dweight_a += g_a * m_a
         dweight_b += g_b * m_b
         g_a, g_b = g_a * weight_a, g_b * weight_b
         mean = (tl.sum(g_a * m_a + g_b * m_b, axis=1) / (2 * half))[:, None]
-        dx = dx_ptr + (row * H + head) * 2 * half
+        dx = dx_ptr + b * dx_stride_b + s * dx_stride_s + head * dx_stride_h
         _store_pair(dx, (g_a - m_a * mean) * rstd, (g_b - m_b * mean) * rstd, pair, half, inside, ADJACENT)
 
     if WEIGHT:
@@ -102,51 +107,120 @@ def _backward_kernel(
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, q_weight, cos, sin, eps, adjacent), _forward(k, k_weight, cos, sin, eps, adjacent)
+    out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    _forward(q, q_weight, cos, sin, eps, adjacent, out_q)
+    _forward(k, k_weight, cos, sin, eps, adjacent, out_k)
+    return out_q, out_k
 
 
 def qk_norm_rope_backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     eps: float, adjacent: bool, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dq_weight = _backward(grad_q, q, q_weight, cos, sin, eps, adjacent, weight_grads)
-    dk, dk_weight = _backward(grad_k, k, k_weight, cos, sin, eps, adjacent, weight_grads)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dq_weight = _backward(grad_q, q, q_weight, cos, sin, eps, adjacent, weight_grads, dq)
+    dk_weight = _backward(grad_k, k, k_weight, cos, sin, eps, adjacent, weight_grads, dk)
     return dq, dk, dq_weight, dk_weight
 
 
-def _forward(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool) -> Tensor:
+def joint_qk_norm_rope(
+    text_q: Tensor, text_k: Tensor | None, text_v: Tensor | None, image_q: Tensor, image_k: Tensor | None, image_v: Tensor | None,
+    text_q_weight: Tensor, text_k_weight: Tensor, image_q_weight: Tensor, image_k_weight: Tensor,
+    cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    text, image = _unpacked(text_q, text_k, text_v), _unpacked(image_q, image_k, image_v)
+    T = text_q.shape[1]
+    outs = [x.new_empty((x.shape[0], T + x.shape[1], *x.shape[2:])) for x in image]
+    for stream, weights, place in (
+        (text, (text_q_weight, text_k_weight), slice(0, T)),
+        (image, (image_q_weight, image_k_weight), slice(T, None)),
+    ):
+        tables = _rows(cos, place), _rows(sin, place)
+        for x, weight, out in zip(stream, weights, outs, strict=False):
+            _forward(x, weight, *tables, eps, adjacent, out[:, place])
+        outs[2][:, place] = stream[2]
+    return tuple(outs)  # type: ignore[return-value]
+
+
+def joint_qk_norm_rope_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, text_q: Tensor, text_k: Tensor | None, image_q: Tensor, image_k: Tensor | None,
+    text_q_weight: Tensor, text_k_weight: Tensor, image_q_weight: Tensor, image_k_weight: Tensor,
+    cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool, weight_grads: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    T = text_q.shape[1]
+    gradients: list[Tensor] = []
+    dweights: list[Tensor] = []
+    for q, k, weights, place in (
+        (text_q, text_k, (text_q_weight, text_k_weight), slice(0, T)),
+        (image_q, image_k, (image_q_weight, image_k_weight), slice(T, None)),
+    ):
+        tables = _rows(cos, place), _rows(sin, place)
+        if k is None:
+            packed = q.new_empty(q.shape)
+            targets, inputs = packed.unbind(2), q.unbind(2)
+            gradients += [packed, q.new_empty((0,)), q.new_empty((0,))]
+        else:
+            targets = (q.new_empty(q.shape), k.new_empty(k.shape), grad_v.new_empty((*q.shape[:2], *grad_v.shape[2:])))
+            inputs = (q, k)
+            gradients += targets
+        for x, weight, grad, dx in zip(inputs, weights, (grad_q, grad_k), targets, strict=False):
+            dweights.append(_backward(grad[:, place], x, weight, *tables, eps, adjacent, weight_grads, dx))
+        targets[2].copy_(grad_v[:, place])
+    return *gradients, *dweights
+
+
+def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    return q.unbind(2) if k is None or v is None else (q, k, v)
+
+
+def _rows(table: Tensor | None, place: slice) -> Tensor | None:
+    return None if table is None else table[place]
+
+
+def _forward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool, out: Tensor) -> None:
     B, S, H, d = x.shape
-    out = x.new_empty(x.shape)
-    if x.numel() > 0:
-        block_h, block, warps = _blocks(H, d)
-        _forward_kernel[(B * S,)](
-            x, weight, cos, sin, out,
-            S, H, d // 2, eps,
-            *x.stride()[:3], cos.stride(0), sin.stride(0),
-            ADJACENT=adjacent, COMPACT=cos.shape[1] != d, BLOCK_H=block_h, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-    return out
+    if x.numel() == 0:
+        return
+    block_h, block, warps = _blocks(H, d)
+    _forward_kernel[(B * S,)](
+        x, weight, *_tables(x, cos, sin), out,
+        S, H, d // 2, eps,
+        *x.stride()[:3], *out.stride()[:3], *_table_strides(cos, sin),
+        ADJACENT=adjacent, COMPACT=cos is not None and cos.shape[1] != d, ROTATED=cos is not None,
+        BLOCK_H=block_h, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool, weight_grads: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool, weight_grads: bool,
+    dx: Tensor,
+) -> Tensor:  # fmt: skip
     B, S, H, d = x.shape
-    dx, dweight = x.new_empty(x.shape), weight.new_empty((d,) if weight_grads else (0,))
+    dweight = weight.new_empty((d,) if weight_grads else (0,))
     if x.numel() == 0:
-        return dx, dweight.zero_()
+        return dweight.zero_()
     P = token_chunks(1, B * S, x.device)
     partials = x.new_empty((1, P, 1, d) if weight_grads else (0,), dtype=torch.float32)
     block_h, block, warps = _blocks(H, d)
     _backward_kernel[(P,)](
-        grad, x, weight, cos, sin, dx, partials,
+        grad, x, weight, *_tables(x, cos, sin), dx, partials,
         B * S, S, H, d // 2, P, eps,
-        *grad.stride()[:3], *x.stride()[:3], cos.stride(0), sin.stride(0),
-        ADJACENT=adjacent, COMPACT=cos.shape[1] != d, WEIGHT=weight_grads, BLOCK_H=block_h, BLOCK=block, num_warps=warps,
+        *grad.stride()[:3], *x.stride()[:3], *dx.stride()[:3], *_table_strides(cos, sin),
+        ADJACENT=adjacent, COMPACT=cos is not None and cos.shape[1] != d, ROTATED=cos is not None, WEIGHT=weight_grads,
+        BLOCK_H=block_h, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if weight_grads:
         sum_partials(partials, [dweight])
-    return dx, dweight
+    return dweight
+
+
+def _tables(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    # A pointer that is not read, where nothing is rotated.
+    return (x, x) if cos is None or sin is None else (cos, sin)
+
+
+def _table_strides(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if cos is None or sin is None else (cos.stride(0), sin.stride(0))
 
 
 def _blocks(H: int, d: int) -> tuple[int, int, int]:
@@ -156,3 +230,4 @@ def _blocks(H: int, d: int) -> tuple[int, int, int]:
 
 
 register("qk_norm_rope", qk_norm_rope, qk_norm_rope_backward)
+register("joint_qk_norm_rope", joint_qk_norm_rope, joint_qk_norm_rope_backward)

@@ -14,6 +14,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(threads)
 #define __shared__ static  // blocks take turns, so their threads share what is static
 #define FASTDISTILL_DYNAMIC_SHARED(name) float4* name = static_cast<float4*>(emulation::dynamic_shared())

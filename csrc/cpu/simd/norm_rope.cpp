@@ -1,4 +1,4 @@
-#include "qk_norm_rope.h"
+#include "norm_rope.h"
 
 #include "vec.h"
 
@@ -11,8 +11,14 @@ template <class A>
 struct Position {
     A cos[MAX_HEAD_SIZE], sin[MAX_HEAD_SIZE];
 
+    // No angle: what a part without a table keeps.
+    FASTDISTILL_INLINE explicit Position(int64_t size) {
+        for (int64_t i = 0; i < size; ++i) cos[i] = 1, sin[i] = 0;
+    }
+
     template <bool ADJACENT>
     FASTDISTILL_INLINE void read(const RopeTable& table, int64_t token, int64_t size) {
+        if (!table.cos) return;
         const A* of_cos = static_cast<const A*>(table.cos) + token * table.cos_stride;
         const A* of_sin = static_cast<const A*>(table.sin) + token * table.sin_stride;
         const int64_t half = size / 2;
@@ -55,20 +61,31 @@ FASTDISTILL_INLINE A reciprocal_root(const T* x, int64_t size, double eps) {
            (sizeof(A) == 8 ? A(__builtin_sqrt(mean + eps)) : A(__builtin_sqrtf(float(mean) + float(eps))));
 }
 
+// The heads of rows [first_row, last_row) as they are.
+template <class T>
+void copy(const HeadOperand& x, const HeadResult& out, int64_t tokens, int64_t heads, int64_t size,
+          int64_t first_row, int64_t last_row) {
+    for (int64_t row = first_row; row < last_row; ++row)
+        for (int64_t h = 0; h < heads; ++h)
+            __builtin_memcpy(out.row<T>(row / tokens, row % tokens, h),
+                             x.row<T>(row / tokens, row % tokens, h), size * sizeof(T));
+}
+
 template <class T, class M, bool ADJACENT>
-void forward(const NormRopeForward& a, int64_t first_row, int64_t last_row) {
+void forward(const NormRopeForward& a, double eps, int64_t first_row, int64_t last_row) {
     using A = Accumulator<T>;
     const int64_t d = a.size;
+    if (!a.weight) return copy<T>(a.x, a.out, a.tokens, a.heads, d, first_row, last_row);
     const M* weight = static_cast<const M*>(a.weight);
-    Position<A> position;
+    Position<A> position(d);
     A normed[MAX_HEAD_SIZE];
     for (int64_t row = first_row; row < last_row; ++row) {
         const int64_t b = row / a.tokens, s = row % a.tokens;
         position.template read<ADJACENT>(a.table, s, d);
         for (int64_t h = 0; h < a.heads; ++h) {
             const T* x = a.x.row<T>(b, s, h);
-            T* out = static_cast<T*>(a.out) + (row * a.heads + h) * d;
-            const A rstd = reciprocal_root<A>(x, d, a.eps);
+            T* out = a.out.row<T>(b, s, h);
+            const A rstd = reciprocal_root<A>(x, d, eps);
             sweep<A, 2>(d, [&](int64_t i, auto extent, int) {
                 store(normed + i, load(x + i, extent) * rstd * load(weight + i, extent), extent);
             });
@@ -85,21 +102,26 @@ void forward(const NormRopeForward& a, int64_t first_row, int64_t last_row) {
 // With m = x * rstd and g = the gradient turned back, of m * weight:
 //   dx = rstd * (g w - m * mean(g w m)),  dweight = sum g m.
 template <class T, class M, bool ADJACENT>
-void backward(const NormRopeBackward& a, int64_t first_task, int64_t last_task) {
+void backward(const NormRopeBackward& a, double eps, int64_t chunks, int64_t first_task, int64_t last_task) {
     using A = Accumulator<T>;
     const int64_t d = a.size, rows = a.batch * a.tokens;
+    if (!a.weight)
+        return copy<T>(a.grad, a.dx, a.tokens, a.heads, d, first_task * rows / chunks,
+                       last_task * rows / chunks);
     const M* weight = static_cast<const M*>(a.weight);
-    Position<A> position;
-    A of_cos[MAX_HEAD_SIZE], of_sin[MAX_HEAD_SIZE], dweight[MAX_HEAD_SIZE];
+    Position<A> position(d);
+    A of_cos[MAX_HEAD_SIZE], of_sin[MAX_HEAD_SIZE], of_token[MAX_HEAD_SIZE], dweight[MAX_HEAD_SIZE];
     for (int64_t task = first_task; task < last_task; ++task) {
         for (int64_t i = 0; i < d; ++i) dweight[i] = 0;
-        for (int64_t row = task * rows / a.chunks; row < (task + 1) * rows / a.chunks; ++row) {
+        for (int64_t row = task * rows / chunks; row < (task + 1) * rows / chunks; ++row) {
             const int64_t b = row / a.tokens, s = row % a.tokens;
             position.template read<ADJACENT>(a.table, s, d);
+            // Added up by token first: shorter sums lose fewer digits.
+            for (int64_t i = 0; i < d; ++i) of_token[i] = 0;
             for (int64_t h = 0; h < a.heads; ++h) {
                 const T *grad = a.grad.row<T>(b, s, h), *x = a.x.row<T>(b, s, h);
-                T* dx = static_cast<T*>(a.dx) + (row * a.heads + h) * d;
-                const A rstd = reciprocal_root<A>(x, d, a.eps);
+                T* dx = a.dx.row<T>(b, s, h);
+                const A rstd = reciprocal_root<A>(x, d, eps);
                 sweep<A, 2>(d, [&](int64_t i, auto extent, int) {
                     const Vec<A> dout = load(grad + i, extent);
                     store(of_cos + i, dout * load(position.cos + i, extent), extent);
@@ -111,7 +133,7 @@ void backward(const NormRopeBackward& a, int64_t first_task, int64_t last_task) 
                     const Vec<A> g = load(of_cos + i, extent) + partner(of_sin);
                     const Vec<A> m = load(x + i, extent) * rstd, gm = g * m;
                     const Vec<A> gw = g * load(weight + i, extent);
-                    store(dweight + i, load(dweight + i, extent) + gm, extent);
+                    store(of_token + i, load(of_token + i, extent) + gm, extent);
                     store(of_cos + i, gw, extent);
                     along += gw * m;
                 });
@@ -121,6 +143,7 @@ void backward(const NormRopeBackward& a, int64_t first_task, int64_t last_task) 
                     store(dx + i, (load(of_cos + i, extent) - m * mean) * rstd, extent);
                 });
             }
+            for (int64_t i = 0; i < d; ++i) dweight[i] += of_token[i];
         }
         if (a.partials)
             for (int64_t i = 0; i < d; ++i) static_cast<A*>(a.partials)[task * d + i] = dweight[i];

@@ -1,0 +1,79 @@
+"""What the operators on heads share: checks of (B, S, H, d) arguments, the RMS norm and the rotation in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistill.ops.op import accumulator_of, describe
+from fastdistill.ops.rows import check_contiguous
+
+Pairing = Literal["adjacent", "half"]
+
+# The kernels hold the position's cosines and sines of a head.
+MAX_HEAD_SIZE = 512
+
+
+def is_adjacent(pairing: Pairing) -> bool:
+    if pairing not in ("adjacent", "half"):
+        raise ValueError(f"pairing: expected adjacent or half, got {pairing!r}")
+    return pairing == "adjacent"
+
+
+def check_heads(name: str, t: Tensor) -> None:
+    if t.dim() != 4:
+        raise ValueError(f"{name}: expected (B, S, H, d), got {describe(t)}")
+    check_head_size(name, t)
+
+
+def check_head_size(name: str, t: Tensor) -> None:
+    d = t.shape[-1]
+    if d % 2 or not 0 < d <= MAX_HEAD_SIZE:
+        raise ValueError(f"{name}: expected an even head size of at most {MAX_HEAD_SIZE}, got {describe(t)}")
+    check_contiguous(name, t)
+
+
+def check_weight(name: str, weight: Tensor, q: Tensor) -> None:
+    d = q.shape[-1]
+    if weight.shape != (d,) or weight.device != q.device:
+        raise ValueError(f"{name}: expected ({d},) on {q.device}, got {describe(weight)}")
+    if weight.dtype != q.dtype and (weight.dtype != torch.float32 or q.dtype == torch.float64):
+        raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, or float32, got {describe(weight)}")
+
+
+def check_same_dtype(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {describe(t)}")
+
+
+def check_tables(cos: Tensor, sin: Tensor, tokens: int, q: Tensor) -> None:
+    d, table = q.shape[-1], accumulator_of(q.dtype)
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.shape not in ((tokens, d), (tokens, d // 2)) or t.shape != cos.shape or t.device != q.device:
+            expected = f"({tokens}, {d}) or ({tokens}, {d // 2})"
+            raise ValueError(f"{name}: expected {expected}, cos and sin alike, on {q.device}, got {describe(t)}")
+        if t.dtype != table:
+            raise TypeError(f"{name}: expected {table} beside q of {q.dtype}, got {describe(t)}")
+        if t.requires_grad:
+            raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach it")
+        check_contiguous(name, t)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight if weight.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+    """The rotation of (B, S, H, d) by tables (S, d) or (S, d / 2), in their dtype."""
+    if cos.shape[-1] < x.shape[-1]:
+        cos, sin = (t.repeat_interleave(2, dim=-1) if adjacent else torch.cat((t, t), dim=-1) for t in (cos, sin))
+    if adjacent:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-b, a), dim=-1).flatten(-2)
+    else:
+        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+        turned = torch.cat((-b, a), dim=-1)
+    return x.to(cos.dtype) * cos[:, None] + turned.to(cos.dtype) * sin[:, None]

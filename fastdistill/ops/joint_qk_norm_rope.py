@@ -1,0 +1,261 @@
+"""Queries, keys and values of two streams ready for joint attention: a norm of each, the rotation, and no concatenation.
+
+Shapes: B batch, T text tokens, I image tokens, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops.backend import Request
+from fastdistill.ops.heads import (
+    Pairing,
+    check_head_size,
+    check_heads,
+    check_same_dtype,
+    check_tables,
+    check_weight,
+    is_adjacent,
+    normed,
+    rotated,
+)
+from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
+from fastdistill.ops.rows import contiguous_rows
+
+HeadStream = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def joint_qk_norm_rope(
+    text: HeadStream,
+    image: HeadStream,
+    text_weights: tuple[Tensor, Tensor],
+    image_weights: tuple[Tensor, Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    pairing: Pairing = "adjacent",
+    backend: Request | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qk_norm_rope` of a text and an image stream, each with its own weights, written straight into joint q, k and v, text first.
+
+    What the double blocks of FLUX and SD3 (MMDiT, arXiv 2403.03206, figure 2) do between their projections and attention in four
+    norms, three concatenations and two rotations is one pass each way. The backward pass writes the gradients of either stream, packed
+    where it came packed. Differentiable in both streams and all weights.
+
+    Args:
+        text, image: (q, k, v), each (B, T or I, H, d), or one packed (B, T or I, 3, H, d) as a fused projection gives it. Of one dtype,
+            float32, bfloat16, float16 or (on CPU) float64; k and v may have fewer heads. d must be contiguous, even and at most 512;
+            the other axes may have any stride. Which stream is which is only a matter of names and order: a model that puts its image
+            first passes it first.
+        text_weights, image_weights: the weights of (q, k), each (d), all of the dtype of the streams, or all float32 beside 16 bits.
+        cos, sin: (T + I, d) or (T + I, d / 2), as in :func:`qk_norm_rope`; or None, where positions are not in the heads (SD3).
+        eps: added to the mean square.
+        pairing: as in :func:`qk_norm_rope`.
+        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+
+    Returns:
+        q, k and v, contiguous (B, T + I, H, d).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        RuntimeError: `backend` was named and cannot run here; the message says why.
+    """
+    return JOINT_QK_NORM_ROPE(  # type: ignore[no-any-return]
+        *_three("text", text), *_three("image", image), *text_weights, *image_weights, cos, sin, eps, is_adjacent(pairing), backend=backend
+    )
+
+
+def _three(name: str, stream: HeadStream) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(stream, Tensor):
+        return stream, None, None
+    if len(stream) != 3:
+        raise ValueError(f"{name}: expected (q, k, v) or one packed tensor, got {len(stream)} tensors")
+    return stream
+
+
+def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    return q.unbind(2) if k is None or v is None else (q, k, v)
+
+
+class JointQkNormRope(Operator):
+    name = "joint_qk_norm_rope"
+    triton_module = "fastdistill.ops.triton.qk_norm_rope"
+    schema = (
+        "(Tensor text_q, Tensor? text_k, Tensor? text_v, Tensor image_q, Tensor? image_k, Tensor? image_v, "
+        "Tensor text_q_weight, Tensor text_k_weight, Tensor image_q_weight, Tensor image_k_weight, "
+        "Tensor? cos, Tensor? sin, float eps, bool adjacent) -> (Tensor q, Tensor k, Tensor v)"
+    )
+    backward_schema = (
+        "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor text_q, Tensor? text_k, Tensor image_q, Tensor? image_k, "
+        "Tensor text_q_weight, Tensor text_k_weight, Tensor image_q_weight, Tensor image_k_weight, "
+        "Tensor? cos, Tensor? sin, float eps, bool adjacent, bool weight_grads) "
+        "-> (Tensor dtext_q, Tensor dtext_k, Tensor dtext_v, Tensor dimage_q, Tensor dimage_k, Tensor dimage_v, "
+        "Tensor dtext_q_weight, Tensor dtext_k_weight, Tensor dimage_q_weight, Tensor dimage_k_weight)"
+    )
+    visible_results = 3
+
+    def check(self, *arguments: Any) -> None:
+        text, image, weights = arguments[:3], arguments[3:6], arguments[6:10]
+        cos, sin = arguments[10:12]
+        for name, stream in (("text", text), ("image", image)):
+            _check_stream(name, *stream)
+        text, image = _unpacked(*text), _unpacked(*image)
+        q = image[0]
+        for which, t, other in zip("qkv", text, image, strict=True):
+            if (t.shape[0], *t.shape[2:]) != (other.shape[0], *other.shape[2:]) or t.device != other.device:
+                batch, _, H, d = other.shape
+                raise ValueError(f"text {which}: expected ({batch}, T, {H}, {d}) on {other.device} as image {which}, got {describe(t)}")
+            check_same_dtype(f"text {which}", t, "image q", q)
+        names = ("text q", "text k", "image q", "image k")
+        for name, weight in zip(names, weights, strict=True):
+            check_weight(f"{name} weight", weight, q)
+            check_same_dtype(f"{name} weight", weight, "text q weight", weights[0])
+        if (cos is None) != (sin is None):
+            raise ValueError("cos, sin: expected both or neither")
+        if cos is not None:
+            check_tables(cos, sin, text[0].shape[1] + q.shape[1], q)
+
+    def reference(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        text, image = _unpacked(*arguments[:3]), _unpacked(*arguments[3:6])
+        text_q_weight, text_k_weight, image_q_weight, image_k_weight, cos, sin, eps, adjacent = arguments[6:]
+        q = torch.cat((normed(text[0], text_q_weight, eps), normed(image[0], image_q_weight, eps)), dim=1)
+        k = torch.cat((normed(text[1], text_k_weight, eps), normed(image[1], image_k_weight, eps)), dim=1)
+        if cos is not None:
+            q, k = (rotated(x, cos, sin, adjacent) for x in (q, k))
+        return q.to(image[0].dtype), k.to(image[0].dtype), torch.cat((text[2], image[2]), dim=1)
+
+    def fake(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        text, image = arguments[0], arguments[3:6]
+        tokens = text.shape[1] + image[0].shape[1]
+        q, k, v = (x.new_empty((x.shape[0], tokens, *x.shape[2:])) for x in _unpacked(*image))
+        return q, k, v
+
+    def fake_backward(
+        self,
+        grad_q: Tensor,
+        grad_k: Tensor,
+        grad_v: Tensor,
+        text_q: Tensor,
+        text_k: Tensor | None,
+        image_q: Tensor,
+        image_k: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        weights, weight_grads = rest[:4], rest[-1]
+        streams: list[Tensor] = []
+        for q, k in ((text_q, text_k), (image_q, image_k)):
+            if k is None:
+                streams += [q.new_empty(q.shape), q.new_empty((0,)), q.new_empty((0,))]
+            else:
+                v_shape = (*q.shape[:2], *grad_v.shape[2:])
+                streams += [q.new_empty(q.shape), k.new_empty(k.shape), grad_v.new_empty(v_shape)]
+        return *streams, *(w.new_empty(w.shape if weight_grads else (0,)) for w in weights)
+
+    def save(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+        text_q, text_k, _, image_q, image_k, _, *rest, ctx.eps, ctx.adjacent = arguments
+        # torch saves no None: what is missing is put back by its place.
+        kept = [text_q, text_k, image_q, image_k, *rest]
+        ctx.missing = [t is None for t in kept]
+        ctx.save_for_backward(*(t for t in kept if t is not None))
+
+    def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        kept = [None if missing else next(saved) for missing in ctx.missing]
+        weight_grads = any(ctx.needs_input_grad[6:10])
+        results = backward_op(*(contiguous_rows(grad) for grad in grads), *kept, ctx.eps, ctx.adjacent, weight_grads)
+        packed = (False, ctx.missing[1], ctx.missing[1], False, ctx.missing[3], ctx.missing[3])
+        streams = [None if of_packed else grad for grad, of_packed in zip(results[:6], packed, strict=True)]
+        return *streams, *(results[6:] if weight_grads else (None,) * 4), *(None,) * 4
+
+    def bytes_moved(self, *arguments: Any) -> tuple[int, int]:
+        streams = [t for t in arguments[:6] if t is not None]
+        heads = sum(t.nbytes for t in streams)
+        values = sum(_unpacked(*arguments[i : i + 3])[2].nbytes for i in (0, 3))
+        tables = 0 if arguments[10] is None else 2 * arguments[10].nbytes
+        # Backward reads the gradients and, of q and k only, the inputs.
+        return 2 * heads + tables, 3 * heads - values + tables
+
+    def samples(self) -> Sequence[Sample]:
+        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+
+    def workloads(self) -> Sequence[Sample]:
+        # 512 text tokens beside a 512 and a 1024 pixel picture, less at the smaller size as FLUX.1-schnell has.
+        return tuple(
+            Sample(id=f"B1-T{T}-I{S}-H24-d128", make=partial(_arguments, JointCase(id="", heads=(1, 24, 128), text=T, image=S)))
+            for T, S in ((128, 1024), (512, 4096))
+        )
+
+
+def _check_stream(name: str, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    if k is None or v is None:
+        if q.dim() != 5 or q.shape[2] != 3:
+            raise ValueError(f"{name}: expected (q, k, v) or one packed (B, S, 3, H, d), got {describe(q)}")
+        check_head_size(name, q)
+        return
+    check_heads(f"{name} q", q)
+    for which, t in (("k", k), ("v", v)):
+        check_heads(f"{name} {which}", t)
+        if (t.shape[:2], t.shape[3], t.device) != (q.shape[:2], q.shape[3], q.device):
+            B, S, _, d = q.shape
+            raise ValueError(f"{name} {which}: expected ({B}, {S}, H, {d}) on {q.device} as its q, got {describe(t)}")
+        check_same_dtype(f"{name} {which}", t, f"{name} q", q)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointCase:
+    """Shapes of one sample."""
+
+    id: str
+    heads: tuple[int, int, int]
+    """B, H, d"""
+    text: int
+    image: int
+    k_heads: int | None = None
+    adjacent: bool = True
+    tables: Literal["full", "compact", "none"] = "full"
+    layout: Literal["contiguous", "packed", "transposed", "mixed"] = "contiguous"
+    """packed: one tensor for each stream; transposed: (B, H, S, d) in memory; mixed: the text packed, the image not."""
+    wide: bool = False
+    """Weights in float32 beside narrower streams."""
+
+
+CASES = (
+    JointCase(id="B2-T3-I5-H3-d8", heads=(2, 3, 8), text=3, image=5),
+    JointCase(id="B2-T3-I5-H3-d8-packed", heads=(2, 3, 8), text=3, image=5, layout="packed"),
+    JointCase(id="B2-T4-I7-H2-d64-mixed-half-compact", heads=(2, 2, 64), text=4, image=7, layout="mixed", adjacent=False, tables="compact"),
+    JointCase(id="B1-T2-I9-H4-k2-d96-transposed", heads=(1, 4, 96), text=2, image=9, k_heads=2, layout="transposed"),
+    JointCase(id="B2-T5-I13-H2-d128-packed-none", heads=(2, 2, 128), text=5, image=13, layout="packed", tables="none"),
+    JointCase(id="B1-T3-I2-H1-d6-wide", heads=(1, 1, 6), text=3, image=2, wide=True),
+    JointCase(id="B1-T0-I4-H2-d8", heads=(1, 2, 8), text=0, image=4),
+    JointCase(id="B2-T3-I0-H2-d8-packed", heads=(2, 2, 8), text=3, image=0, layout="packed"),
+    JointCase(id="B0-T3-I2-H2-d8", heads=(0, 2, 8), text=3, image=2),
+)
+
+
+def _arguments(case: JointCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    B, H, d = case.heads
+
+    def stream(tokens: int, packed: bool) -> list[Tensor | None]:
+        if packed:
+            return [torch.randn(B, tokens, 3, H, d, device=device).to(dtype).requires_grad_(), None, None]
+        heads = (H, case.k_heads or H, case.k_heads or H)
+        if case.layout == "transposed":
+            return [torch.randn(B, h, tokens, d, device=device).to(dtype).transpose(1, 2).requires_grad_() for h in heads]
+        return [torch.randn(B, tokens, h, d, device=device).to(dtype).requires_grad_() for h in heads]
+
+    kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
+    weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(4)]
+    width = {"full": d, "compact": d // 2, "none": 0}[case.tables]
+    tables = [torch.randn(case.text + case.image, width, device=device).to(accumulator_of(dtype)) if width else None for _ in range(2)]
+    text, image = stream(case.text, case.layout in ("packed", "mixed")), stream(case.image, case.layout == "packed")
+    return *text, *image, *weights, *tables, 1e-6, case.adjacent
+
+
+JOINT_QK_NORM_ROPE = JointQkNormRope()
