@@ -62,8 +62,8 @@ struct NormRopeOps {
     }
 
     static std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const Tensor& q_weight,
-                                                   const Tensor& k_weight, const Tensor& cos,
-                                                   const Tensor& sin, double eps, bool adjacent) {
+                                                   const Tensor& k_weight, const Optional& cos,
+                                                   const Optional& sin, double eps, bool adjacent) {
         const Heads q_heads = heads_of(q, "q"), k_heads = heads_of(k, "k");
         check_beside(k_heads, q_heads, "k");
         check_like(k, q, "k");
@@ -82,7 +82,7 @@ struct NormRopeOps {
 
     static std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
         const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k, const Tensor& q_weight,
-        const Tensor& k_weight, const Tensor& cos, const Tensor& sin, double eps, bool adjacent,
+        const Tensor& k_weight, const Optional& cos, const Optional& sin, double eps, bool adjacent,
         bool weight_grads) {
         const Heads q_heads = heads_of(q, "q"), k_heads = heads_of(k, "k");
         check_beside(k_heads, q_heads, "k");

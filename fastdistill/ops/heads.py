@@ -49,7 +49,11 @@ def check_same_dtype(name: str, t: Tensor, other_name: str, other: Tensor) -> No
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {describe(t)}")
 
 
-def check_tables(cos: Tensor, sin: Tensor, tokens: int, q: Tensor) -> None:
+def check_tables(cos: Tensor | None, sin: Tensor | None, tokens: int, q: Tensor) -> None:
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        raise ValueError("cos, sin: expected both or neither")
     d, table = q.shape[-1], accumulator_of(q.dtype)
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape not in ((tokens, d), (tokens, d // 2)) or t.shape != cos.shape or t.device != q.device:
@@ -66,8 +70,10 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight if weight.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
-    """The rotation of (B, S, H, d) by tables (S, d) or (S, d / 2), in their dtype."""
+def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, adjacent: bool) -> Tensor:
+    """The rotation of (B, S, H, d) by tables (S, d) or (S, d / 2), in their dtype; x itself without them."""
+    if cos is None or sin is None:
+        return x
     if cos.shape[-1] < x.shape[-1]:
         cos, sin = (t.repeat_interleave(2, dim=-1) if adjacent else torch.cat((t, t), dim=-1) for t in (cos, sin))
     if adjacent:

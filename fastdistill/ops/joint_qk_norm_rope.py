@@ -117,19 +117,15 @@ class JointQkNormRope(Operator):
         for name, weight in zip(names, weights, strict=True):
             check_weight(f"{name} weight", weight, q)
             check_same_dtype(f"{name} weight", weight, "text q weight", weights[0])
-        if (cos is None) != (sin is None):
-            raise ValueError("cos, sin: expected both or neither")
-        if cos is not None:
-            check_tables(cos, sin, text[0].shape[1] + q.shape[1], q)
+        check_tables(cos, sin, text[0].shape[1] + q.shape[1], q)
 
     def reference(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         text, image = _unpacked(*arguments[:3]), _unpacked(*arguments[3:6])
         text_q_weight, text_k_weight, image_q_weight, image_k_weight, cos, sin, eps, adjacent = arguments[6:]
         q = torch.cat((normed(text[0], text_q_weight, eps), normed(image[0], image_q_weight, eps)), dim=1)
         k = torch.cat((normed(text[1], text_k_weight, eps), normed(image[1], image_k_weight, eps)), dim=1)
-        if cos is not None:
-            q, k = (rotated(x, cos, sin, adjacent) for x in (q, k))
-        return q.to(image[0].dtype), k.to(image[0].dtype), torch.cat((text[2], image[2]), dim=1)
+        q, k = (rotated(x, cos, sin, adjacent).to(image[0].dtype) for x in (q, k))
+        return q, k, torch.cat((text[2], image[2]), dim=1)
 
     def fake(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         text, image = arguments[0], arguments[3:6]
@@ -160,18 +156,14 @@ class JointQkNormRope(Operator):
 
     def save(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
         text_q, text_k, _, image_q, image_k, _, *rest, ctx.eps, ctx.adjacent = arguments
-        # torch saves no None: what is missing is put back by its place.
-        kept = [text_q, text_k, image_q, image_k, *rest]
-        ctx.missing = [t is None for t in kept]
-        ctx.save_for_backward(*(t for t in kept if t is not None))
+        ctx.save_for_backward(text_q, text_k, image_q, image_k, *rest)
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        kept = [None if missing else next(saved) for missing in ctx.missing]
+        saved = ctx.saved_tensors
         weight_grads = any(ctx.needs_input_grad[6:10])
-        results = backward_op(*(contiguous_rows(grad) for grad in grads), *kept, ctx.eps, ctx.adjacent, weight_grads)
-        packed = (False, ctx.missing[1], ctx.missing[1], False, ctx.missing[3], ctx.missing[3])
-        streams = [None if of_packed else grad for grad, of_packed in zip(results[:6], packed, strict=True)]
+        results = backward_op(*(contiguous_rows(grad) for grad in grads), *saved, ctx.eps, ctx.adjacent, weight_grads)
+        text, image = ((grads[0], None, None) if k is None else grads for grads, k in ((results[:3], saved[1]), (results[3:6], saved[3])))
+        streams = (*text, *image)
         return *streams, *(results[6:] if weight_grads else (None,) * 4), *(None,) * 4
 
     def bytes_moved(self, *arguments: Any) -> tuple[int, int]:

@@ -24,8 +24,8 @@ def qk_norm_rope(
     k: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     eps: float = 1e-6,
     *,
     pairing: Pairing = "adjacent",
@@ -43,7 +43,7 @@ def qk_norm_rope(
             (B, H, S, d) tensors are read in place.
         q_weight, k_weight: (d), the dtype of q, or float32 beside a bfloat16 or float16 q.
         cos, sin: (S, d), the table of diffusers, which has an entry for either channel of a pair; or (S, d / 2), an entry for each
-            pair. float32 (float64 beside float64). Constants: they may not require a gradient.
+            pair. float32 (float64 beside float64). Constants: they may not require a gradient. None: norms without a rotation.
         eps: added to the mean square.
         pairing: which channels are a pair: `adjacent`, 2i and 2i + 1 (FLUX, SD3, Wan: diffusers' `use_real_unbind_dim=-1`), or
             `half`, i and i + d / 2 (NeoX, Lumina, CogVideoX: `use_real_unbind_dim=-2`).
@@ -67,15 +67,17 @@ class QkNormRope(Operator):
     name = "qk_norm_rope"
     triton_module = "fastdistill.ops.triton.qk_norm_rope"
     schema = (
-        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, bool adjacent) -> (Tensor q, Tensor k)"
+        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool adjacent) -> (Tensor q, Tensor k)"
     )
     backward_schema = (
-        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, "
+        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, "
         "bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
     )
     visible_results = 2
 
-    def check(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool) -> None:
+    def check(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool
+    ) -> None:
         check_heads("q", q)
         B, S, _, d = q.shape
         if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, S, d) or k.device != q.device:
@@ -88,7 +90,7 @@ class QkNormRope(Operator):
         check_tables(cos, sin, S, q)
 
     def reference(
-        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool
     ) -> tuple[Tensor, Tensor]:
         return tuple(rotated(normed(x, weight, eps), cos, sin, adjacent).to(x.dtype) for x, weight in ((q, q_weight), (k, k_weight)))  # type: ignore[return-value]
 
@@ -103,8 +105,8 @@ class QkNormRope(Operator):
         k: Tensor,
         q_weight: Tensor,
         k_weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         eps: float,
         adjacent: bool,
         weight_grads: bool,
@@ -122,8 +124,8 @@ class QkNormRope(Operator):
         dq, dk, *dweights = backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
         return dq, dk, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
-    def bytes_moved(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, *options: Any) -> tuple[int, int]:
-        heads, tables = q.nbytes + k.nbytes, 2 * cos.nbytes
+    def bytes_moved(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any) -> tuple[int, int]:
+        heads, tables = q.nbytes + k.nbytes, 0 if cos is None else 2 * cos.nbytes
         return 2 * heads + tables, 3 * heads + tables
 
     def samples(self) -> Sequence[Sample]:
@@ -141,8 +143,8 @@ class HeadCase:
     q: tuple[int, int, int, int]
     k_heads: int | None = None
     adjacent: bool = True
-    compact: bool = False
-    """Tables with one entry for each pair."""
+    tables: Literal["full", "compact", "none"] = "full"
+    """compact: with one entry for each pair; none: no rotation."""
     layout: Literal["contiguous", "packed", "transposed"] = "contiguous"
     """packed: chunks of one projection; transposed: (B, H, S, d) in memory."""
     wide: bool = False
@@ -152,15 +154,16 @@ class HeadCase:
 CASES = (
     HeadCase(id="B2-S5-H3-d8", q=(2, 5, 3, 8)),
     HeadCase(id="B2-S5-H3-d8-half", q=(2, 5, 3, 8), adjacent=False),
-    HeadCase(id="B1-S7-H2-d64-compact", q=(1, 7, 2, 64), compact=True),
-    HeadCase(id="B1-S7-H2-d64-half-compact", q=(1, 7, 2, 64), adjacent=False, compact=True),
+    HeadCase(id="B1-S7-H2-d64-compact", q=(1, 7, 2, 64), tables="compact"),
+    HeadCase(id="B1-S7-H2-d64-half-compact", q=(1, 7, 2, 64), adjacent=False, tables="compact"),
     HeadCase(id="B2-S19-H5-d128-packed", q=(2, 19, 5, 128), layout="packed"),
     HeadCase(id="B1-S4-H4-k2-d96-half-transposed", q=(1, 4, 4, 96), k_heads=2, adjacent=False, layout="transposed"),
     HeadCase(id="B3-S3-H1-d6-packed", q=(3, 3, 1, 6), layout="packed", wide=True),
     HeadCase(id="B1-S2-H2-d50-half", q=(1, 2, 2, 50), adjacent=False, wide=True),
     HeadCase(id="B1-S2-H1-d2", q=(1, 2, 1, 2)),
+    HeadCase(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
     HeadCase(id="B1-S2-H2-d512", q=(1, 2, 2, 512)),
-    HeadCase(id="B1-S1-H3-d320-half-compact", q=(1, 1, 3, 320), adjacent=False, compact=True),
+    HeadCase(id="B1-S1-H3-d320-half-compact", q=(1, 1, 3, 320), adjacent=False, tables="compact"),
     HeadCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
     HeadCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
 )
@@ -179,7 +182,8 @@ def _arguments(case: HeadCase, dtype: torch.dtype, device: torch.device) -> tupl
     kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
     weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(2)]
     # Not of a common angle, so that every entry of a table counts.
-    tables = [torch.randn(S, d // 2 if case.compact else d, device=device).to(accumulator_of(dtype)) for _ in range(2)]
+    width = {"full": d, "compact": d // 2, "none": 0}[case.tables]
+    tables = [torch.randn(S, width, device=device).to(accumulator_of(dtype)) if width else None for _ in range(2)]
     q, k = draw(H), draw(case.k_heads or H)
     return q.requires_grad_(), k.requires_grad_(), *weights, *tables, 1e-6, case.adjacent
 

@@ -105,7 +105,7 @@ def _backward_kernel(
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool
 ) -> tuple[Tensor, Tensor]:
     out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
     _forward(q, q_weight, cos, sin, eps, adjacent, out_q)
@@ -114,7 +114,7 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_backward(
-    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None,
     eps: float, adjacent: bool, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
