@@ -6,37 +6,64 @@ and ``state_dict`` keys stay as they are.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
-from torch import Tensor, nn
+from torch import nn
 
-from fastdistill.models.registry import family_of
-from fastdistill.ops import modulate
-from fastdistill.ops.backend import Request
-
-Forward = Callable[..., Any]
+from fastdistill.errors import UserError
+from fastdistill.models.patches import PATCHES
+from fastdistill.models.patches.fusions import PATCH_MARK, Forward, Fusions
+from fastdistill.ops.attention import choose_attention
+from fastdistill.ops.backend import Request, choose, requested
 
 
 class Patches:
-    """What was patched, by class name, and the way back. Also a context manager that undoes itself."""
+    """What was patched and what runs it: also a context manager that undoes itself.
 
-    def __init__(self) -> None:
+    Attributes:
+        counts: patched modules by class name.
+        stepped_aside: calls that ran as the stock model does, by module class and reason.
+        operators: the backend of every operator, for the model's device and dtype at the time of patching.
+        attention: the attention backend, for the model's device and dtype; a model's own `set_attention_backend` goes before it.
+    """
+
+    def __init__(self, fusions: Fusions, model: nn.Module) -> None:
         self.counts: Counter[str] = Counter()
+        self._fusions = fusions
         self._modules: list[nn.Module] = []
+        self._active = True
+        parameter = next(model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        request = fusions.backend or requested()
+        self.operators = {name: choose(name, request, device.type, dtype) for name in _USED}
+        self.attention = choose_attention(device, dtype, needs_grad=True) if fusions.attention == "auto" else fusions.attention
 
-    def replace(self, module: nn.Module, forward: Forward) -> None:
-        module.forward = forward
+    @property
+    def stepped_aside(self) -> Counter[str]:
+        return self._fusions.stepped_aside
+
+    def _replace(self, module: nn.Module, forward: Forward) -> None:
+        stock = type(module).forward
+
+        @functools.wraps(stock)
+        def patch(*arguments: Any, **keywords: Any) -> Any:
+            # A hook that was put around this since then keeps calling it after undo.
+            return forward(*arguments, **keywords) if self._active else stock(module, *arguments, **keywords)
+
+        setattr(patch, PATCH_MARK, True)
+        module.forward = patch
         self._modules.append(module)
         self.counts[type(module).__name__] += 1
 
     def undo(self) -> None:
         """Give every module its class's ``forward`` again; calling it twice does no harm."""
+        self._active = False
         for module in self._modules:
-            del module.forward
+            if _is_patch(module.__dict__.get("forward")):
+                del module.forward
         self._modules.clear()
 
     def __enter__(self) -> Patches:
@@ -46,72 +73,61 @@ class Patches:
         self.undo()
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items())) or "nothing"
+        modules = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items())) or "nothing"
+        lines = [f"patched: {modules}", f"attention: {self.attention}"]
+        lines += [f"{name}: {backend}" for name, backend in self.operators.items()]
+        lines += [f"stepped aside {count} times for {reason}" for reason, count in sorted(self.stepped_aside.items())]
+        return "\n".join(lines)
 
 
-def patched(model: nn.Module, *, backend: Request | None = None) -> Patches:
-    """Run the adaptive layer norms of ``model``, a diffusers transformer of a supported family, as one fused operator each.
+_USED = (
+    "modulate",
+    "modulate_for_two",
+    "gated_residual",
+    "gated_residual_modulate",
+    "qk_norm_rope",
+    "joint_qk_norm_rope",
+    "activation_concat",
+)
 
-    ``with patched(transformer): ...`` undoes it at the end of the block; ``handle = patched(transformer)`` keeps it until
-    ``handle.undo()``. ``backend`` is passed to the operators; by default each takes the best for its device and shape.
+
+def patched(model: nn.Module, *, backend: Request | None = None, attention: str = "auto") -> Patches:
+    """Run the blocks of ``model``, a diffusers transformer, on fused operators, in inference and training.
+
+    ``with patched(transformer) as report: ...`` undoes it at the end of the block; ``report = patched(transformer)`` keeps it until
+    ``report.undo()``; ``print(report)`` says what runs on which backend. Gradient checkpointing, torch.compile, LoRA, fused projections,
+    masks, ControlNet and IP-Adapter work as on the stock model; what an operator cannot do, a module runs as its class does, for that call,
+    and the report counts it with the reason. Under torch.compile only the fusions that gain there are kept.
+
+    Args:
+        model: a transformer of one of the classes in `fastdistill.models.patches.PATCHES`.
+        backend: of the operators: ``eager``, ``native``, ``triton`` or ``auto``; by default each takes the best for its device and shape.
+        attention: an attention backend of diffusers by name, or ``auto``: the best that is installed, for the device and dtype.
 
     Raises:
-        UserError: the model's family is not supported.
-        RuntimeError: a module has a ``forward`` of its own already, an earlier patch perhaps; nothing is patched then.
+        UserError: the model's class is not covered; the message lists those that are.
+        RuntimeError: the model is patched already; the earlier patch stays.
     """
-    family_of(model)
-    patches = Patches()
+    makers = PATCHES.get(type(model).__name__)
+    if makers is None:
+        raise UserError(f"{type(model).__name__} has no fused form; covered are {', '.join(PATCHES)}")
+    fusions = Fusions(backend, attention)
+    patches = Patches(fusions, model)
     for name, module in model.named_modules():
-        make = _PATCHES.get(type(module))
-        if make is None or not _without_affine(module):
+        make = makers.get(type(module).__name__)
+        # torch has a GELU as well.
+        if make is None or not type(module).__module__.startswith("diffusers."):
             continue
-        if "forward" in module.__dict__:
+        if "forward" not in module.__dict__:
+            patches._replace(module, make(module, fusions))
+        elif _is_patch(module.__dict__["forward"]):
             patches.undo()
-            raise RuntimeError(f"{name} has a forward of its own already: undo the earlier patch first")
-        patches.replace(module, make(module, backend))
+            raise RuntimeError(f"{name} is patched already: undo the earlier patch first")
+        else:
+            # Offloading hooks wrap a module's forward; it then stays as it is.
+            fusions.record(module, "it has a forward of its own, an offloading hook perhaps")
     return patches
 
 
-def _without_affine(module: nn.Module) -> bool:
-    norm = module.norm
-    return isinstance(norm, nn.LayerNorm) and not norm.elementwise_affine
-
-
-def _modulated(module: Any, x: Tensor, scale: Tensor, shift: Tensor, backend: Request | None) -> Tensor:
-    # Autocast computes the modulation in bfloat16 beside a float32 stream; the operator takes it in the stream's dtype or wider.
-    if scale.dtype != x.dtype:
-        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    return modulate(x, scale, shift, module.norm.eps, backend=backend)
-
-
-def _ada_layer_norm_zero(module: AdaLayerNormZero, backend: Request | None) -> Forward:
-    def forward(x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Any = None) -> Any:
-        if module.emb is not None:
-            emb = module.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = module.linear(module.silu(emb)).chunk(6, dim=1)
-        return _modulated(module, x, scale, shift, backend), gate, shift_mlp, scale_mlp, gate_mlp
-
-    return forward
-
-
-def _ada_layer_norm_zero_single(module: AdaLayerNormZeroSingle, backend: Request | None) -> Forward:
-    def forward(x: Tensor, emb: Any = None) -> Any:
-        shift, scale, gate = module.linear(module.silu(emb)).chunk(3, dim=1)
-        return _modulated(module, x, scale, shift, backend), gate
-
-    return forward
-
-
-def _ada_layer_norm_continuous(module: AdaLayerNormContinuous, backend: Request | None) -> Forward:
-    def forward(x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        scale, shift = module.linear(module.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
-        return _modulated(module, x, scale, shift, backend)
-
-    return forward
-
-
-_PATCHES: dict[type[nn.Module], Callable[[Any, Request | None], Forward]] = {
-    AdaLayerNormZero: _ada_layer_norm_zero,
-    AdaLayerNormZeroSingle: _ada_layer_norm_zero_single,
-    AdaLayerNormContinuous: _ada_layer_norm_continuous,
-}
+def _is_patch(forward: Any) -> bool:
+    return hasattr(forward, PATCH_MARK)

@@ -1,5 +1,6 @@
 """Fused operators of diffusion transformers: tensors in, tensors out, with gradients, on CPU and GPU."""
 
+from fastdistill.ops.activation_concat import ACTIVATION_CONCAT, activation_concat
 from fastdistill.ops.backend import use_backend
 from fastdistill.ops.block_statistics import BLOCK_STATISTICS, BlockStatistics, block_statistics
 from fastdistill.ops.dmd_loss import DMD_LOSS, dmd_loss
@@ -10,6 +11,7 @@ from fastdistill.ops.joint_qk_norm_rope import JOINT_QK_NORM_ROPE, joint_qk_norm
 from fastdistill.ops.modulate import MODULATE, MODULATE_FOR_TWO, modulate, modulate_for_two
 from fastdistill.ops.op import Operator
 from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
+from fastdistill.ops.rope_attention import ROPE_ATTENTION, rope_attention
 
 # The one table that tests, benchmarks and `fastdistill.info()` loop over. A new operator is one line here.
 OPERATORS: dict[str, Operator] = {
@@ -20,7 +22,9 @@ OPERATORS: dict[str, Operator] = {
         GATED_RESIDUAL,
         GATED_RESIDUAL_MODULATE,
         QK_NORM_ROPE,
+        ROPE_ATTENTION,
         JOINT_QK_NORM_ROPE,
+        ACTIVATION_CONCAT,
         DMD_LOSS,
         FEATURE_KD_LOSS,
         BLOCK_STATISTICS,
@@ -30,6 +34,7 @@ OPERATORS: dict[str, Operator] = {
 __all__ = [
     "OPERATORS",
     "BlockStatistics",
+    "activation_concat",
     "block_statistics",
     "dmd_loss",
     "feature_kd_loss",
@@ -39,5 +44,6 @@ __all__ = [
     "modulate",
     "modulate_for_two",
     "qk_norm_rope",
+    "rope_attention",
     "use_backend",
 ]

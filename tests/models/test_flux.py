@@ -1,4 +1,4 @@
-"""The FLUX family against diffusers' own pipeline, and what steps into the network: captures, skips, patches."""
+"""The FLUX family against diffusers' own pipeline, and what steps into the network: captures and skips."""
 
 import itertools
 
@@ -8,7 +8,6 @@ from diffusers import FluxPipeline
 
 from fastdistill.models.features import block_ids, captured, captured_inputs, skipped
 from fastdistill.models.flux import Flux, image_ids, pack, unpack
-from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from tests.tiny import tiny_flux_pipeline, tiny_inputs
 
@@ -63,50 +62,3 @@ def test_captured_outputs_are_the_next_blocks_inputs(transformer):
     for block, following in itertools.pairwise(blocks):
         for stream in ("image", "text"):
             assert torch.equal(outputs[block][stream], inputs[following][stream])
-
-
-def gradients(transformer, x, t, conditioning):
-    transformer.zero_grad()
-    out = family_of(transformer).predict(transformer, x, t, conditioning)
-    out.square().mean().backward()
-    return out.detach(), {name: parameter.grad.clone() for name, parameter in transformer.named_parameters()}
-
-
-@pytest.mark.parametrize("backend", ["eager", "native"])
-def test_patched_equals_stock_and_undoes_to_the_bit(transformer, backend):
-    x, t, conditioning = tiny_inputs(transformer)
-    keys = list(transformer.state_dict())
-    stock, stock_gradients = gradients(transformer, x, t, conditioning)
-    with patched(transformer, backend=backend) as patches:
-        assert sum(patches.counts.values()) == 2 * len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks) + 1
-        fast, fast_gradients = gradients(transformer, x, t, conditioning)
-        assert list(transformer.state_dict()) == keys
-    torch.testing.assert_close(fast, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
-    for name, gradient in stock_gradients.items():
-        torch.testing.assert_close(
-            fast_gradients[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    again, again_gradients = gradients(transformer, x, t, conditioning)
-    assert torch.equal(again, stock)
-    assert all(torch.equal(again_gradients[name], gradient) for name, gradient in stock_gradients.items())
-
-
-def test_patching_twice_is_refused_and_leaves_the_first_patch(transformer):
-    with patched(transformer):
-        with pytest.raises(RuntimeError, match="undo the earlier patch"):
-            patched(transformer)
-        assert "forward" in transformer.norm_out.__dict__
-    assert not any("forward" in module.__dict__ for module in transformer.modules())
-
-
-def test_patched_works_under_autocast_and_checkpointing(transformer):
-    x, t, conditioning = tiny_inputs(transformer)
-    transformer.enable_gradient_checkpointing()
-    transformer.train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        stock, stock_gradients = gradients(transformer, x, t, conditioning)
-        with patched(transformer):
-            fast, fast_gradients = gradients(transformer, x, t, conditioning)
-    assert (fast - stock).norm() / stock.norm() < 0.02
-    name = "transformer_blocks.0.norm1.linear.weight"
-    assert (fast_gradients[name] - stock_gradients[name]).norm() / stock_gradients[name].norm() < 0.05

@@ -18,6 +18,9 @@ from triton.runtime.jit import JITFunction
 from fastdistill.ops import OPERATORS
 from fastdistill.ops import backend as backends
 
+# What a block may have of shared memory, which only launching would tell.
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
+
 
 class AbsentGpu:
     """What the compiler asks of a driver."""
@@ -42,7 +45,10 @@ def main(capability: int) -> None:
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled.add(f"{self.fn.__module__}.{self.fn.__name__}")
-        return launch(self, *args, **{**kwargs, "warmup": True})
+        kernel = launch(self, *args, **{**kwargs, "warmup": True})
+        shared = kernel.metadata.shared
+        assert shared <= 1024 * SHARED_KIB.get(capability, 99), f"{self.fn.__name__}: {shared} bytes of shared memory"
+        return kernel
 
     JITFunction.run = compile_only
     backends.choose = lambda *_: "triton"

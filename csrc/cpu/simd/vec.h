@@ -242,6 +242,29 @@ FASTDISTILL_INLINE Vec<A> keep_below(Vec<A> grad, Vec<A> clamped, double limit) 
     return clamped <= -high ? Vec<A>{} : kept;
 }
 
+// exp(v) to a unit in the last place, between the smallest and the largest normal number: 2^n times a
+// polynomial (Cephes' expf) of what v is more than n log 2.
+FASTDISTILL_INLINE Vec<float> exponential(Vec<float> v) {
+    const Vec<float> low = Vec<float>{} - 87.33f, high = Vec<float>{} + 88.37f;
+    v = v > high ? high : v;
+    v = v < low ? low : v;
+    constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: the sum's last bits are the nearest integer
+    const Vec<float> rounded = v * 1.44269504f + ROUND, n = rounded - ROUND;
+    const Vec<float> r = v - n * 0.693359375f - n * -2.12194440e-4f;
+    Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Vec<float> mantissa = p * (r * r) + r + 1.f;
+    return reinterpret_cast<Vec<float>>(reinterpret_cast<U32>(mantissa) +
+                                        (reinterpret_cast<U32>(rounded) << 23));
+}
+FASTDISTILL_INLINE Vec<double> exponential(Vec<double> v) {
+    for (int i = 0; i < LANES<double>; ++i) v[i] = __builtin_exp(v[i]);
+    return v;
+}
+
 // (b, a, d, c, ...) of (a, b, c, d, ...).
 FASTDISTILL_INLINE Vec<float> swap_pairs(Vec<float> v) {
     const U64 pairs = reinterpret_cast<U64>(v);

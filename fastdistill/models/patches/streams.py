@@ -1,0 +1,49 @@
+"""Text and image as one sequence, without copying them where they already are one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def joined(text: Tensor, image: Tensor) -> Tensor:
+    """`torch.cat((text, image), dim=1)`. A single block returns the two halves of one tensor; where the next block receives just these,
+    that tensor itself is the concatenation, and its gradient needs no two padded halves added up either."""
+    if not torch.compiler.is_compiling():
+        whole = text._base
+        if whole is not None and whole is image._base and _are_halves(text, image, whole) and _lead_to(whole, text, image):
+            return whole
+    return torch.cat((text, image), dim=1)
+
+
+def halves(both: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+    """What a single block returns, for :func:`joined` to find together again."""
+    return both[:, :text_tokens], both[:, text_tokens:]
+
+
+def split(both: Tensor, first_tokens: int) -> tuple[Tensor, Tensor]:
+    """Both streams of a joint attention's output. One operation, so that the backward pass writes their gradient once."""
+    first, second = both.split_with_sizes((first_tokens, both.shape[1] - first_tokens), dim=1)
+    return first, second
+
+
+def _are_halves(text: Tensor, image: Tensor, whole: Tensor) -> bool:
+    B, T, D = text.shape
+    return (
+        whole.shape == (B, T + image.shape[1], D)
+        and text.stride() == whole.stride() == image.stride()
+        and text.storage_offset() == whole.storage_offset()
+        and image.storage_offset() == whole.storage_offset() + T * whole.stride(1)
+    )
+
+
+def _lead_to(whole: Tensor, *halves: Tensor) -> bool:
+    """Whether a gradient of `whole` goes where those of its halves would: neither detached, nor made leaves (as reentrant checkpointing
+    does), nor watched."""
+    if not torch.is_grad_enabled():
+        return True
+    return all(
+        half.requires_grad == whole.requires_grad
+        and (not half.requires_grad or (half.grad_fn is not None and not half.retains_grad and not half._backward_hooks))
+        for half in halves
+    )

@@ -1,0 +1,230 @@
+"""Attention on queries and keys that are normalised and rotated on the way: qk_norm_rope and attention, as one operator or as two.
+
+Shapes: B batch, S tokens, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistill.ops.attention import attend
+from fastdistill.ops.backend import Request
+from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, is_adjacent
+from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
+from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
+from fastdistill.ops.rows import check_contiguous, contiguous_rows
+
+# The kernels hold tiles of whole heads in registers and shared memory.
+MAX_HEAD_SIZE = 256
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    pairing: Pairing = "adjacent",
+    attention: str = "auto",
+    backend: Request | None = None,
+) -> Tensor:
+    """`softmax(rope(n(q)) rope(n(k))^T / sqrt(d)) v` for every head, with the norm n and the rotation of :func:`qk_norm_rope`.
+
+    Attention is that of arXiv 1706.03762, equation 1, over all tokens, without a mask. Differentiable in q, k, v, q_weight and k_weight.
+
+    There are two forms. One writes the rotated q and k (`qk_norm_rope`) and then calls the best attention kernel for the device; it keeps
+    q and k twice for the backward pass. The other, `attention="fused"`, is one flash attention kernel (arXiv 2307.08691) that prepares
+    its own tiles of q and k: it writes nothing of the size of q but the result and keeps nothing for the backward pass but its arguments,
+    the result and the log-sum-exp. It prepares every key once for each block of queries, so it is the form for memory and not, on long
+    sequences, for speed.
+
+    Args:
+        q, k, v: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64. d must be contiguous, even and at most 512
+            (256 if fused); the other axes may have any stride, so chunks of one projection and transposed (B, H, S, d) tensors are
+            read in place.
+        q_weight, k_weight: (d), the dtype of q, or float32 beside a bfloat16 or float16 q.
+        cos, sin: (S, d), or (S, d / 2) with an entry for each pair. float32 (float64 beside float64). Constants: they may not
+            require a gradient. None: no rotation.
+        eps: added to the mean square.
+        pairing: which channels are a pair, `adjacent` (2i and 2i + 1) or `half` (i and i + d / 2).
+        attention: `fused`, or what runs attention after `qk_norm_rope`: `auto` or a name, see :func:`fastdistill.ops.attention.attend`.
+        backend: of the fused operator, or of `qk_norm_rope`: `eager`, `native`, `triton` or `auto`; the default is that of
+            `use_backend`, else `auto`. The fused operator has no native kernel.
+
+    Returns:
+        (B, S, H, d) of the dtype of q; contiguous if fused, else strided as the attention backend pleases.
+
+    Statistics, softmax and sums are float32. The factors of the matrix products have the dtype of q: the rotated q and k, the
+    probabilities, and in the backward pass the gradients of the scores are rounded to it, each once. Fused gradients, those of the weights
+    included, are summed in an order given by the shape and the device alone, so they are bitwise repeatable.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride, or `attention` is no known name; the
+            message says which.
+        RuntimeError: `backend` or `attention` was named and cannot run here; the message says why.
+    """
+    if attention == "fused":
+        return ROPE_ATTENTION(q, k, v, q_weight, k_weight, cos, sin, eps, is_adjacent(pairing), backend=backend)  # type: ignore[no-any-return]
+    _check_k_and_v(q, k, v)
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, pairing=pairing, backend=backend)
+    return attend(q, k, v, attention)
+
+
+class RopeAttention(Operator):
+    name = "rope_attention"
+    triton_module = "fastdistill.ops.triton.rope_attention"
+    schema = (
+        "(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool adjacent) "
+        "-> (Tensor out, Tensor lse)"
+    )
+    backward_schema = (
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, Tensor out, Tensor lse, "
+        "float eps, bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor dk_weight)"
+    )
+
+    def check(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        adjacent: bool,
+    ) -> None:
+        _check_k_and_v(q, k, v)
+        if q.shape[-1] > MAX_HEAD_SIZE:
+            raise ValueError(f"q: expected a head size of at most {MAX_HEAD_SIZE} for attention='fused', got {describe(q)}")
+        QK_NORM_ROPE.check(q, k, q_weight, k_weight, cos, sin, eps, adjacent)
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        adjacent: bool,
+    ) -> Tensor:
+        q, k = QK_NORM_ROPE.reference(q, k, q_weight, k_weight, cos, sin, eps, adjacent)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    def fake(self, q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        B, S, H, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=accumulator_of(q.dtype))
+
+    def fake_backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        eps: float,
+        adjacent: bool,
+        weight_grads: bool,
+    ) -> tuple[Tensor, ...]:
+        shape = q_weight.shape if weight_grads else (0,)
+        return *(q.new_empty(q.shape) for _ in range(3)), q_weight.new_empty(shape), q_weight.new_empty(shape)
+
+    def save(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.eps, ctx.adjacent = arguments
+        ctx.save_for_backward(*tensors, *results)
+
+    def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight_grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        dq, dk, dv, *dweights = backward_op(contiguous_rows(grads[0]), *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
+        return dq, dk, dv, *(dweights if weight_grads else (None, None)), *(None,) * 4
+
+    def bytes_moved(
+        self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any
+    ) -> tuple[int, int]:
+        tables, lse = 0 if cos is None else 2 * cos.nbytes, 4 * q.shape[:3].numel()
+        return 4 * q.nbytes + tables + lse, 8 * q.nbytes + tables + lse
+
+    def samples(self) -> Sequence[Sample]:
+        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+
+    def workloads(self) -> Sequence[Sample]:
+        # Minutes for one row on a CPU at the length of a picture of 1024^2.
+        lengths = (1152, 4608) if torch.cuda.is_available() else (1152,)
+        return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, AttentionCase(id="", q=(1, S, 24, 128)))) for S in lengths)
+
+
+def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises where q, k and v differ, which attention would take and mean something else."""
+    check_heads("q", q)
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != q.shape or t.device != q.device:
+            raise ValueError(f"{name}: expected the shape and device of q, {tuple(q.shape)} on {q.device}, got {describe(t)}")
+    check_same_dtype("v", v, "q", q)
+    check_contiguous("v", v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """Shapes of one sample."""
+
+    id: str
+    q: tuple[int, int, int, int]
+    adjacent: bool = True
+    tables: Literal["full", "compact", "none"] = "full"
+    """compact: with one entry for each pair; none: no rotation."""
+    layout: Literal["contiguous", "packed", "transposed"] = "contiguous"
+    """packed: chunks of one projection; transposed: (B, H, S, d) in memory."""
+    wide: bool = False
+    """Weights in float32 beside a narrower q."""
+
+
+CASES = (
+    AttentionCase(id="B2-S5-H2-d8", q=(2, 5, 2, 8)),
+    AttentionCase(id="B1-S37-H2-d24-packed", q=(1, 37, 2, 24), layout="packed"),
+    AttentionCase(id="B1-S33-H1-d64-half-compact-transposed", q=(1, 33, 1, 64), adjacent=False, tables="compact", layout="transposed"),
+    AttentionCase(id="B2-S18-H1-d50-half-packed", q=(2, 18, 1, 50), adjacent=False, layout="packed", wide=True),
+    AttentionCase(id="B1-S18-H1-d128-compact", q=(1, 18, 1, 128), tables="compact"),
+    AttentionCase(id="B1-S5-H1-d256-transposed", q=(1, 5, 1, 256), layout="transposed"),
+    AttentionCase(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
+    AttentionCase(id="B2-S1-H2-d2", q=(2, 1, 2, 2)),
+    AttentionCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
+    AttentionCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
+)
+
+
+def _arguments(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    B, S, H, d = case.q
+    if case.layout == "packed":
+        heads = torch.randn(B, S, 3, H, d, device=device).to(dtype).unbind(2)
+    elif case.layout == "transposed":
+        heads = tuple(torch.randn(B, H, S, d, device=device).to(dtype).transpose(1, 2) for _ in range(3))
+    else:
+        heads = tuple(torch.randn(B, S, H, d, device=device).to(dtype) for _ in range(3))
+    kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
+    weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(2)]
+    # Not of a common angle, so that every entry of a table counts; of the size of cosines, so that the scores are those of a model.
+    width = {"full": d, "compact": d // 2, "none": 0}[case.tables]
+    tables = [torch.randn(S, width, device=device).mul(0.5**0.5).to(accumulator_of(dtype)) if width else None for _ in range(2)]
+    return *(t.detach().requires_grad_() for t in heads), *weights, *tables, 1e-6, case.adjacent
+
+
+ROPE_ATTENTION = RopeAttention()
