@@ -10,14 +10,17 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
 WIDTH = 3072
-DOUBLES, SINGLES = 19, 38
+
+
+def positions(image: int) -> Tensor:
+    """Of the tokens of a square picture: 0, row, column."""
+    side = round(image**0.5)
+    return torch.stack((torch.zeros(image), torch.arange(image) // side, torch.arange(image) % side), dim=1)
 
 
 def tables(text: int, image: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rotary tables of `text` tokens at the origin and a square picture of `image` tokens."""
-    side = round(image**0.5)
-    ids = torch.zeros(text + image, 3)
-    ids[text:, 1], ids[text:, 2] = torch.arange(image) // side, torch.arange(image) % side
+    ids = torch.cat((torch.zeros(text, 3), positions(image)))
     cos, sin = FluxPosEmbed(theta=10000, axes_dim=[16, 56, 56])(ids.to(device))
     return cos, sin
 
@@ -34,29 +37,28 @@ def block_inputs(text: int, image: int, device: torch.device, dtype: torch.dtype
     }
 
 
-def transformer(device: torch.device, dtype: torch.dtype, doubles: int = DOUBLES, singles: int = SINGLES) -> FluxTransformer2DModel:
+def transformer(device: torch.device, dtype: torch.dtype, doubles: int, singles: int, **config: Any) -> FluxTransformer2DModel:
+    """`config` replaces what differs from FLUX.1-dev."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = FluxTransformer2DModel(num_layers=doubles, num_single_layers=singles, guidance_embeds=True)
+            model = FluxTransformer2DModel(num_layers=doubles, num_single_layers=singles, guidance_embeds=True, **config)
     finally:
         torch.set_default_dtype(before)
     return model
 
 
-def inputs(text: int, image: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    side = round(image**0.5)
-    ids = torch.zeros(image, 3, device=device)
-    ids[:, 1], ids[:, 2] = torch.arange(image, device=device) // side, torch.arange(image, device=device) % side
+def inputs(model: FluxTransformer2DModel, text: int, image: int) -> dict[str, Any]:
+    device, dtype, config = model.device, model.dtype, model.config
     return {
-        "hidden_states": torch.randn(1, image, 64, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, text, 4096, device=device, dtype=dtype),
-        "pooled_projections": torch.randn(1, 768, device=device, dtype=dtype),
+        "hidden_states": torch.randn(1, image, config.in_channels, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, device=device, dtype=dtype),
         "timestep": torch.full((1,), 0.5, device=device, dtype=dtype),
         "guidance": torch.full((1,), 3.5, device=device, dtype=dtype),
-        "img_ids": ids,
+        "img_ids": positions(image).to(device),
         "txt_ids": torch.zeros(text, 3, device=device),
         "return_dict": False,
     }
