@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc _build -type f 2>/dev/null)
 
-.PHONY: demo test bench bench-gpu lint format clean
+.PHONY: demo test bench bench-gpu bench-gpu-models lint format clean
 
 demo: $(VENV)/.installed  ## compress the embedded model and show where the pictures are
 	$(BIN)/python -m fastdistill.compress --drop-blocks 4 --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -17,12 +17,16 @@ demo: $(VENV)/.installed  ## compress the embedded model and show where the pict
 test: $(VENV)/.installed-dev  ## everything that runs without a GPU
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.installed-dev  ## operators against eager, torch.compile and a plain copy
+bench: $(VENV)/.installed-dev  ## operators and models against stock, torch.compile and a plain copy
 	$(BIN)/python -m benchmarks.run
 
-bench-gpu: $(VENV)/.installed-dev  ## the same on a GPU with cold caches, and the best library where there is one
+bench-gpu: $(VENV)/.installed-dev  ## operators on a GPU with cold caches, and the best library where there is one
 	$(BIN)/pip install --quiet quack-kernels || echo "quack-kernels cannot be installed: its rows stay empty"
-	$(BIN)/python -m benchmarks.run --gpu
+	$(BIN)/python -m benchmarks.run ops --gpu
+
+bench-gpu-models: $(VENV)/.installed-dev  ## attention, blocks and FLUX.1-dev's geometry on a GPU, inference and recovery
+	$(BIN)/pip install --quiet xformers torchao || echo "xformers or torchao cannot be installed: their rows stay empty"
+	$(BIN)/python -m benchmarks.run models --gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

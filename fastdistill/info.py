@@ -19,10 +19,10 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandb
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, and for every operator, device and dtype the backend that `auto` picks and why not
-    the others.
+    """Versions, devices, for every operator, device and dtype the backend that `auto` picks and why not the others, and the attention
+    that follows them.
 
-    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`.
+    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`, `attention[device][dtype]` a backend of diffusers.
     """
     import torch
 
@@ -38,7 +38,15 @@ def info() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernels": _cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "operators": {name: {device: _backends(op, device) for device in devices} for name, op in OPERATORS.items()},
+        "attention": {device: _attention(torch.device(device)) for device in devices},
     }
+
+
+def _attention(device: Any) -> dict[str, str]:
+    from fastdistill.ops.attention import choose_attention
+    from fastdistill.ops.op import FLOATS
+
+    return {str(dtype).removeprefix("torch."): choose_attention(device, dtype, needs_grad=True) for dtype in FLOATS}
 
 
 def _backends(op: Any, device: str) -> dict[str, Any]:
@@ -103,6 +111,8 @@ def main(config: InfoConfig) -> None:
             for dtype, row in dtypes.items():
                 table.add_row(name, device, dtype, row["auto"], ", ".join(row["refused"]))
     console.print(table)
+    for device, dtypes in facts["attention"].items():
+        console.print(f"attention on {device}: {', '.join(f'{dtype} {name}' for dtype, name in dtypes.items())}")
     reasons = {
         (backend, reason): None
         for devices in facts["operators"].values()

@@ -102,6 +102,7 @@ LIMITS: dict[str, Limits] = {
     "native": ANYTHING,
     "_native_math": ANYTHING,
     "_native_efficient": Limits(narrow=False, head_sizes=None, mask=True),
+    # PyTorch has one for CPUs, too.
     "_native_flash": Limits(gpu=False),
     # Its backward pass is limited to 128 on most devices.
     "_native_cudnn": Limits(head_sizes=128, mask=True),

@@ -204,6 +204,25 @@ def test_torch_compile_takes_it_whole(transformer: FluxTransformer2DModel) -> No
     assert fused == {name + suffix for name in kept for suffix in ("", "_backward")}, "the others are left to the compiler"
 
 
+def test_blocks_compile_once_for_all_of_their_kind() -> None:
+    """As diffusers' `compile_repeated_blocks` promises of the stock model: one graph for a kind of block, not one for each block."""
+    transformer = tiny_flux_pipeline(num_layers=10, num_single_layers=10).transformer
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        stock = predict(transformer)
+        torch._dynamo.reset()
+        with patched(transformer):
+            transformer.compile_repeated_blocks(fullgraph=True, backend=count)
+            assert_same({"output": predict(transformer)}, {"output": stock})
+    torch._dynamo.reset()
+    assert len(graphs) <= 3
+
+
 def test_fused_projections(transformer: FluxTransformer2DModel) -> None:
     transformer.fuse_qkv_projections()
     stock = gradients(transformer)
