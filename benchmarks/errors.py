@@ -1,0 +1,71 @@
+"""How exact the operators are: relative RMS error of results and gradients against float64, beside that of eager PyTorch in the same dtype.
+
+python -m benchmarks.errors [cuda]
+
+On a machine without a GPU, Triton runs in its interpreter. Geometric means over the samples of the test suite and all results and
+gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+
+if "cuda" not in sys.argv[1:]:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import OPERATORS
+from fastdistill.ops.backend import why_not
+from fastdistill.ops.op import FLOATS
+from tests.ops.cases import Case, as_tuple, converted, gradients
+
+DEVICE = "cuda" if "cuda" in sys.argv[1:] else "cpu"
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def errors(case: Case) -> tuple[list[float], list[float]]:
+    """Of the backend and of eager, for every result and gradient that is not zero or exact in both."""
+    torch.manual_seed(0)
+    arguments = case.arguments()
+    with torch.no_grad():
+        upstream = [torch.randn_like(o) for o in as_tuple(case.op.reference(*arguments))]
+
+    def reference(a: object) -> tuple[Tensor, ...]:
+        return as_tuple(case.op.reference(*a))  # type: ignore[misc]
+
+    exact = gradients(reference, converted(arguments, torch.float64), upstream)
+    eager, fast = gradients(reference, arguments, upstream), gradients(case.run, arguments, upstream)
+    pairs = [(relative(f, x), relative(e, x)) for f, e, x in zip(fast, eager, exact, strict=True) if x.numel() and float(x.norm())]
+    kept = [pair for pair in pairs if min(pair) > 0]
+    return [f for f, _ in kept], [e for _, e in kept]
+
+
+def mean(values: list[float]) -> str:
+    return f"{math.exp(sum(map(math.log, values)) / len(values)):.1e}" if values else "exact"
+
+
+if __name__ == "__main__":
+    print("| operator | backend | " + " | ".join(f"{str(dtype).removeprefix('torch.')}: error (eager's)" for dtype in FLOATS) + " |")
+    print("|---|---|" + "---|" * len(FLOATS))
+    for op in OPERATORS.values():
+        for backend in ("native", "triton"):
+            cells = []
+            for dtype in FLOATS:
+                if why_not(op, backend, DEVICE, dtype):
+                    continue
+                fast: list[float] = []
+                eager: list[float] = []
+                for sample in op.samples():
+                    of_fast, of_eager = errors(Case(op=op, backend=backend, device=DEVICE, dtype=dtype, sample=sample))
+                    fast += of_fast
+                    eager += of_eager
+                cells.append(f"{mean(fast)} ({mean(eager)})")
+            if cells:
+                print(f"| {op.name} | {backend} | " + " | ".join(cells) + " |", flush=True)
