@@ -186,6 +186,12 @@ def other_class(copy):
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
 
 
+def cuttable_class(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    sd3 = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (copy / "model_index.json").write_text(json.dumps(index | sd3))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -200,6 +206,7 @@ def other_class(copy):
         (truncate, "does not load"),
         (poison, "proj_out.weight has NaN"),
         (other_class, "is a StableDiffusionPipeline; supported: FluxPipeline"),
+        (cuttable_class, "Its SD3Transformer2DModel can be cut from Python, with fastdistill.compress.cut"),
     ],
 )
 @pytest.mark.parametrize("name", COMMANDS)

@@ -5,63 +5,85 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids
-from fastdistill.models.registry import family_of
+from fastdistill.models.family import Anatomy, BlockId
+from fastdistill.models.features import block_ids, blocks_of
+from fastdistill.models.registry import anatomy_of
 
 
 def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> Any:
     """A new transformer without the dropped blocks; the kept ones are re-indexed without gaps and copied bit by bit.
 
+    It computes what the whole transformer computes with these blocks skipped, and is a model of the same class with a smaller config:
+    ``save_pretrained`` and stock ``from_pretrained`` work. What depends on a block's place follows (:meth:`Anatomy.follow`).
+
     Args:
         transformer: a diffusers transformer of a supported family; it is left as it is.
-        drop: block lists with the indices to drop, ``{"transformer_blocks": [1], "single_transformer_blocks": [0, 2]}``,
+        drop: block lists, by attribute or short name, with the indices to drop, ``{"transformer_blocks": [1], "single": [0, 2]}``,
             or the same as :class:`BlockId`.
 
     Raises:
-        UserError: an unknown block, or nothing left.
+        UserError: an unsupported class, an unknown block, nothing left, lists with one count cut unequally, or parameters that the config
+            does not describe, as adapters and fused projections are.
     """
-    family = family_of(transformer)
-    dropped = _block_ids(drop)
-    check(transformer, family, dropped)
-    kept = [block_id for block_id in block_ids(transformer, family) if block_id not in dropped]
-    config = dict(transformer.config)
-    new_index: dict[tuple[str, int], int] = {}
-    for stack in family.stacks:
-        indices = [block_id.index for block_id in kept if block_id.stack == stack.attribute]
-        config[stack.config_field] = len(indices)
-        new_index |= {(stack.attribute, old): new for new, old in enumerate(indices)}
-    state = {}
-    for name, tensor in transformer.state_dict().items():
-        attribute, _, rest = name.partition(".")
-        if any(attribute == stack.attribute for stack in family.stacks):
-            index, _, rest = rest.partition(".")
-            if (attribute, int(index)) not in new_index:
-                continue
-            name = f"{attribute}.{new_index[attribute, int(index)]}.{rest}"
-        state[name] = tensor.detach().clone()
-    # Built without memory: initialising billions of weights only to overwrite them takes minutes.
-    with torch.device("meta"):
+    anatomy = anatomy_of(transformer)
+    dropped = _block_ids(drop, anatomy)
+    check(transformer, anatomy, dropped)
+    stacks = [stack for stack in anatomy.stacks if blocks_of(transformer, stack)]
+    kept = {
+        stack.attribute: [
+            index for index in range(len(blocks_of(transformer, stack))) if BlockId(stack=stack.attribute, index=index) not in dropped
+        ]
+        for stack in stacks
+    }
+    # from_config puts the defaults back where the record says that they were used.
+    config = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
+    config |= {stack.config_field: len(kept[stack.attribute]) for stack in stacks}
+    state = {
+        new_name: tensor.detach().clone()
+        for name, tensor in transformer.state_dict().items()
+        if (new_name := _new_name(name, kept)) is not None
+    }
+    anatomy.follow(transformer, kept, config, state)
+    # Initialising billions of weights only to overwrite them takes minutes. What is no parameter is built as it will be when stock
+    # diffusers, which does the same, loads the result: Qwen-Image's rotary tables, Chroma's row numbers.
+    with init_empty_weights():
         result = type(transformer).from_config(config)
-    result.load_state_dict(state, strict=True, assign=True)
+    strangers = sorted(state.keys() ^ result.state_dict().keys())
+    if strangers:
+        raise UserError(
+            f"the config of this {type(transformer).__name__} does not account for {strangers[0]} and {len(strangers) - 1} more; "
+            "load it afresh, or unload adapters and unfuse projections before cutting"
+        )
+    result.load_state_dict(state, assign=True)
+    _place_buffers(result, transformer, state)
     return result.train(transformer.training)
 
 
-def check(transformer: nn.Module, family: Family, dropped: Iterable[BlockId]) -> None:
-    """Raise :class:`UserError` for a block that does not exist or a cut that leaves nothing."""
-    existing = block_ids(transformer, family)
-    short = {stack.attribute: stack.short for stack in family.stacks}
+def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) -> None:
+    """Raise :class:`UserError` for a block that does not exist, a cut that leaves nothing, or lists with one count cut unequally."""
+    existing = block_ids(transformer, anatomy)
+    short = {stack.attribute: stack.short for stack in anatomy.stacks}
     dropped = set(dropped)
     for block_id in sorted(dropped):
         if block_id not in existing:
-            counts = ", ".join(f"{stack.short}: 0-{len(getattr(transformer, stack.attribute)) - 1}" for stack in family.stacks)
+            ends = {stack.short: len(blocks_of(transformer, stack)) - 1 for stack in anatomy.stacks}
+            counts = ", ".join(f"{name}: 0-{end}" for name, end in ends.items() if end >= 0)
             raise UserError(f"there is no block {short.get(block_id.stack, block_id.stack)}:{block_id.index}; this model has {counts}")
     if len(dropped) >= len(existing):
         raise UserError(f"dropping all {len(existing)} blocks leaves no model; drop at most {len(existing) - 1}")
+    left: dict[str, dict[str, int]] = {}
+    for stack in anatomy.stacks:
+        if blocks := blocks_of(transformer, stack):
+            gone = sum(block_id.stack == stack.attribute for block_id in dropped)
+            left.setdefault(stack.config_field, {})[stack.short] = len(blocks) - gone
+    for field, counts_left in left.items():
+        if len(set(counts_left.values())) > 1:
+            counts = ", ".join(f"{name}: {count}" for name, count in counts_left.items())
+            raise UserError(f"{' and '.join(counts_left)} have one count, {field}; drop equally many of each (left would be {counts})")
 
 
 def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dict[BlockId, BlockId]:
@@ -77,7 +99,25 @@ def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dic
     return {existing[start]: existing[end] for start, end in zip(kept, ends, strict=True)}
 
 
-def _block_ids(drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> set[BlockId]:
+def _block_ids(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
     if isinstance(drop, Mapping):
-        return {BlockId(stack=stack, index=index) for stack, indices in drop.items() for index in indices}
+        attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
+        return {BlockId(stack=attributes.get(name, name), index=index) for name, indices in drop.items() for index in indices}
     return set(drop)
+
+
+def _new_name(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
+    """What an entry of the state dict is called after the cut; ``None`` if it goes."""
+    for attribute, indices in kept.items():
+        if name.startswith(f"{attribute}."):
+            index, _, rest = name.removeprefix(f"{attribute}.").partition(".")
+            return f"{attribute}.{indices.index(int(index))}.{rest}" if int(index) in indices else None
+    return name
+
+
+def _place_buffers(result: nn.Module, source: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Buffers that no state dict holds go where those of ``source`` are, with their dtype."""
+    for name, buffer in result.named_buffers():
+        if name not in state:
+            owner, _, leaf = name.rpartition(".")
+            setattr(result.get_submodule(owner), leaf, buffer.to(source.get_buffer(name)))

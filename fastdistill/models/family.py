@@ -1,14 +1,16 @@
-"""What the rest of the project asks of a model family: load it, call it, know its blocks.
+"""What the rest of the project asks of a model family, in two parts.
 
-Methods and scores call a network only through :meth:`Family.predict`, so that their number and the number of families add up instead
-of multiplying.
+:class:`Anatomy` is what cutting needs: the block lists, and what follows a block that goes. Every family has it. :class:`Family` adds
+what sampling, scoring and recovery need. Methods and scores call a network only through :meth:`Family.predict`, so that their number and
+the number of families add up instead of multiplying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,26 +53,59 @@ class BlockId:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A list of equal blocks: its attribute, the config field that counts it, and the short name a user types."""
+    """A list of equal blocks. Stacks that share a ``config_field`` must lose equally many, as that field counts the blocks of each."""
 
     attribute: str
+    """Where the list is, dotted if inside another module."""
     config_field: str
     short: str
+    """What a user types."""
+    pass_through: Callable[..., Any]
+    """A block's forward that returns its inputs as its output, one of those below."""
 
 
-class Family(Protocol):
-    """One family of diffusers transformers. Latents are (B, C, H, W) in the scale that the transformer is trained on."""
+def both_streams(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Pass through a block that takes image and text, and returns text and image."""
+    return encoder_hidden_states, hidden_states
+
+
+def one_stream(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Pass through a block with one stream, whatever conditions it."""
+    return hidden_states
+
+
+class Anatomy:
+    """The block lists of one class of diffusers transformers, and how its config and weights follow a cut."""
 
     name: str
     stacks: tuple[Stack, ...]
     """In the order in which the forward pass runs through them."""
 
+    def stack(self, attribute: str) -> Stack:
+        return next(stack for stack in self.stacks if stack.attribute == attribute)
+
+    def follow(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Change, in place, what depends on a block's place beside its name: nothing, unless a family says otherwise.
+
+        Args:
+            source: the whole transformer, which stays as it is.
+            kept: the kept indices of each stack, rising; their places in the list are the new indices.
+            config: of the cut transformer, with the new counts.
+            state: its state dict, with the new names and tensors of its own.
+        """
+
+
+class Family(Anatomy, ABC):
+    """A family that can be sampled, scored and recovered. Latents are (B, C, H, W) in the scale that the transformer is trained on."""
+
+    @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning: ...
 
+    @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity ``dx_t/dt`` at ``t`` (B,) in [0, 1], in the shape of ``x_t``."""
-        ...
 
+    @abstractmethod
     def trajectory(
         self,
         pipeline: Any,
@@ -83,17 +118,11 @@ class Family(Protocol):
         guidance_scale: float,
     ) -> tuple[list[Tensor], Tensor]:
         """The pipeline's own sampling from ``noise``: its ``steps + 1`` states, noise first, and their times (steps + 1,)."""
-        ...
 
+    @abstractmethod
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a ``height`` x ``width`` pixel picture."""
-        ...
 
+    @abstractmethod
     def streams(self, block_output: Any) -> Mapping[str, Tensor]:
         """What a block hands to the next, by stream: ``image`` and ``text``, each (B, S, D)."""
-        ...
-
-    @property
-    def pass_through(self) -> Callable[..., Any]:
-        """A block's forward that returns its inputs as its output."""
-        ...

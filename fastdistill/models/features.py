@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastdistill.models.family import BlockId, Family
+from fastdistill.models.family import Anatomy, BlockId, Family, Stack
 
 Streams = dict[str, Tensor]
 
 
-def block_ids(network: nn.Module, family: Family) -> list[BlockId]:
+def blocks_of(network: nn.Module, stack: Stack) -> list[nn.Module]:
+    """The blocks of ``stack``; none if this network goes without."""
+    return list(attrgetter(stack.attribute)(network) or ())
+
+
+def block_ids(network: nn.Module, anatomy: Anatomy) -> list[BlockId]:
     """Every block in the order of the forward pass."""
-    return [
-        BlockId(stack=stack.attribute, index=index) for stack in family.stacks for index in range(len(getattr(network, stack.attribute)))
-    ]
+    return [BlockId(stack=stack.attribute, index=index) for stack in anatomy.stacks for index in range(len(blocks_of(network, stack)))]
 
 
 def block(network: nn.Module, block_id: BlockId) -> nn.Module:
-    found: nn.Module = getattr(network, block_id.stack)[block_id.index]
+    found: nn.Module = attrgetter(block_id.stack)(network)[block_id.index]
     return found
 
 
@@ -49,7 +53,7 @@ def captured_inputs(network: nn.Module, family: Family, blocks: Iterable[BlockId
 
     def hook(block_id: BlockId) -> Any:
         def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs[block_id] = dict(family.streams(family.pass_through(*args, **kwargs)))
+            inputs[block_id] = dict(family.streams(family.stack(block_id.stack).pass_through(*args, **kwargs)))
 
         return keep
 
@@ -60,14 +64,14 @@ def captured_inputs(network: nn.Module, family: Family, blocks: Iterable[BlockId
 
 
 @contextmanager
-def skipped(network: nn.Module, family: Family, blocks: Iterable[BlockId]) -> Iterator[None]:
+def skipped(network: nn.Module, anatomy: Anatomy, blocks: Iterable[BlockId]) -> Iterator[None]:
     """Inside the ``with``, ``blocks`` hand their inputs on unchanged, as if they had been cut out."""
-    modules = [block(network, block_id) for block_id in blocks]
+    pairs = [(block(network, block_id), anatomy.stack(block_id.stack).pass_through) for block_id in blocks]
     with ExitStack() as stack:
-        for module in modules:
+        for module, pass_through in pairs:
             earlier = module.__dict__.get("forward")
             # On the instance: the class, and every other model of it, stays as it is.
-            module.forward = family.pass_through
+            module.forward = pass_through
             stack.callback(_restore, module, earlier)
         yield
 

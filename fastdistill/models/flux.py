@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.family import Conditioning, Stack
+from fastdistill.models.family import Conditioning, Family, Stack, both_streams
 
 PATCH = 2
 
@@ -35,13 +35,13 @@ def image_ids(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
 
 
-class Flux:
+class Flux(Family):
     """FLUX.1-dev, FLUX.1-schnell and models of their class."""
 
     name = "flux"
-    stacks: tuple[Stack, ...] = (
-        Stack(attribute="transformer_blocks", config_field="num_layers", short="double"),
-        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single"),
+    stacks = (
+        Stack(attribute="transformer_blocks", config_field="num_layers", short="double", pass_through=both_streams),
+        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=both_streams),
     )
 
     @torch.no_grad()
@@ -117,6 +117,3 @@ class Flux:
     def streams(self, block_output: Any) -> Mapping[str, Tensor]:
         text, image = block_output
         return {"image": image, "text": text}
-
-    def pass_through(self, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return encoder_hidden_states, hidden_states

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastdistill.errors import UserError
+from fastdistill.models.registry import FAMILIES
 from fastdistill.models.sampling import SamplingDefaults
 
 EMBEDDED = "emoji"
@@ -75,7 +76,7 @@ def load(model: str, device: str | None = None) -> Loaded:
     except Exception as error:  # diffusers, transformers, tokenizers and safetensors each raise their own on a damaged file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
-    _check_class(type(pipeline).__name__, model)
+    _check_class(type(pipeline).__name__, type(getattr(pipeline, "transformer", None)).__name__, model)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for part, module in pipeline.components.items():
@@ -121,7 +122,10 @@ def _check_folder(folder: Path) -> None:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON; get a sound copy of the pipeline") from error
-    _check_class(entries.get("_class_name", "a pipeline without a class"), str(folder))
+    transformer = entries.get("transformer")
+    _check_class(
+        entries.get("_class_name", "a pipeline without a class"), transformer[1] if isinstance(transformer, list) else None, str(folder)
+    )
     missing = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] and not (folder / name).is_dir()]
     if missing:
         raise UserError(
@@ -129,9 +133,10 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _check_class(name: str, model: str) -> None:
+def _check_class(name: str, transformer: str | None, model: str) -> None:
     if name not in PIPELINES:
-        raise UserError(f"{model} is a {name}; supported: {', '.join(PIPELINES)}")
+        from_python = f". Its {transformer} can be cut from Python, with fastdistill.compress.cut" if transformer in FAMILIES else ""
+        raise UserError(f"{model} is a {name}; supported: {', '.join(PIPELINES)}{from_python}")
 
 
 def _prompts(folder: Path) -> list[str]:

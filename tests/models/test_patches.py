@@ -12,126 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AuraFlowTransformer2DModel,
-    Flux2Transformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    ZImageTransformer2DModel,
-)
+from diffusers import AuraFlowTransformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.errors import UserError
 from fastdistill.models.patch import patched
-
-
-def times(batch: int) -> torch.Tensor:
-    """Which are exact in 16 bits, and a thousand times as large, too; their embeddings would else be what differs most."""
-    return torch.tensor([0.5, 0.25, 0.125])[:batch]
-
-
-def tiny_flux2(doubles: int = 2, singles: int = 3) -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel(
-        in_channels=8,
-        num_layers=doubles,
-        num_single_layers=singles,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-
-
-def flux2_inputs(batch: int = 2) -> dict[str, Any]:
-    image_ids, text_ids = torch.zeros(9, 4), torch.zeros(5, 4)
-    image_ids[:, 1], image_ids[:, 2], text_ids[:, 3] = torch.arange(9) // 3, torch.arange(9) % 3, torch.arange(5)
-    return {
-        "hidden_states": torch.randn(batch, 9, 8),
-        "encoder_hidden_states": torch.randn(batch, 5, 12),
-        "timestep": times(batch),
-        "guidance": 4 * times(batch),
-        "img_ids": image_ids,
-        "txt_ids": text_ids,
-    }
-
-
-def tiny_sd3(layers: int = 3, **config: Any) -> SD3Transformer2DModel:
-    """A block with dual attention, one without, and the last one, which leaves the text where it is."""
-    return SD3Transformer2DModel(
-        **{
-            "sample_size": 8,
-            "num_layers": layers,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "caption_projection_dim": 32,
-            "pooled_projection_dim": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "pos_embed_max_size": 8,
-            "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm",
-            **config,
-        }
-    )
-
-
-def sd3_inputs(batch: int = 2) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(batch, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(batch, 5, 12),
-        "pooled_projections": torch.randn(batch, 8),
-        "timestep": 1000 * times(batch),
-    }
-
-
-def tiny_qwen_image(layers: int = 3, **config: Any) -> QwenImageTransformer2DModel:
-    return QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 6, 6),
-        **config,
-    )
-
-
-def qwen_image_inputs(batch: int = 2) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(batch, 12, 16),
-        "encoder_hidden_states": torch.randn(batch, 5, 12),
-        "timestep": times(batch),
-        "img_shapes": [[(1, 3, 4)]] * batch,
-    }
-
-
-def tiny_z_image(layers: int = 2) -> ZImageTransformer2DModel:
-    return ZImageTransformer2DModel(
-        in_channels=16,
-        dim=32,
-        n_layers=layers,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=12,
-        axes_dims=[4, 6, 6],
-        axes_lens=[80, 16, 16],
-    )
-
-
-def z_image_inputs(batch: int = 2) -> dict[str, Any]:
-    """Pictures of two sizes, so that every sample has rotary tables of its own."""
-    sizes = ((8, 12), (12, 8), (8, 8))
-    return {
-        "x": [torch.randn(16, 1, *sizes[i]) for i in range(batch)],
-        "t": times(batch),
-        "cap_feats": [torch.randn(5, 12) for _ in range(batch)],
-    }
+from tests.tiny_families import (
+    flux2_inputs,
+    qwen_image_inputs,
+    run,
+    sd3_inputs,
+    seeded,
+    tiny_flux2,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_z_image,
+    z_image_inputs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,21 +122,6 @@ def one_thread() -> Iterator[None]:
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 both_backends = pytest.mark.parametrize("backend", ["eager", "native"])
-
-
-def seeded(make: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """A model whose parameters are all random, norms and biases too."""
-    torch.manual_seed(0)
-    model = make(*arguments, **keywords)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def run(model: Any, inputs: dict[str, Any], **keywords: Any) -> torch.Tensor:
-    out = model(**inputs, **keywords, return_dict=False)[0]
-    return torch.cat([sample.flatten() for sample in out]) if isinstance(out, list) else out
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:

@@ -1,0 +1,23 @@
+"""Make a diffusers transformer smaller: ``cut`` from Python, ``python -m fastdistill.compress`` from end to end."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdistill.compress.surgery import cut as cut
+
+# `python -m fastdistill.compress --help` comes through here and must answer at once, so torch loads on first use.
+_LAZY = {"cut": "fastdistill.compress.surgery"}
+
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

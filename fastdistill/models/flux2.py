@@ -1,0 +1,34 @@
+"""FLUX.2, dev and klein: ``Flux2Transformer2DModel``. Its modulations are shared by all blocks of a kind and stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.models.family import Anatomy, Stack, both_streams
+
+
+def joint_stream(
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    temb_mod: Any = None,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: Any = None,
+    split_hidden_states: bool = False,
+    text_seq_len: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pass through ``Flux2SingleTransformerBlock``, which concatenates a text that it is given and splits if it is told to."""
+    if encoder_hidden_states is not None:
+        text_seq_len = encoder_hidden_states.shape[1]
+        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    return (hidden_states[:, :text_seq_len], hidden_states[:, text_seq_len:]) if split_hidden_states else hidden_states
+
+
+class Flux2(Anatomy):
+    name = "flux2"
+    stacks = (
+        Stack(attribute="transformer_blocks", config_field="num_layers", short="double", pass_through=both_streams),
+        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=joint_stream),
+    )

@@ -1,0 +1,19 @@
+"""FLUX.3: ``Flux3Transformer2DModel``, whose text, image and reference tokens run through lists of their own before the joint blocks.
+
+One ``num_layers`` counts the three lists, so a cut takes equally many blocks from each. They need not be the same ones, as no block of one
+list knows of the others. Modulations are shared by all blocks of a list and stay as they are.
+"""
+
+from __future__ import annotations
+
+from fastdistill.models.family import Anatomy, Stack, both_streams, one_stream
+
+
+class Flux3(Anatomy):
+    name = "flux3"
+    stacks = (
+        Stack(attribute="txt_mode_blocks", config_field="num_layers", short="text", pass_through=one_stream),
+        Stack(attribute="mode_blocks.image", config_field="num_layers", short="image", pass_through=one_stream),
+        Stack(attribute="mode_blocks.image_cond", config_field="num_layers", short="reference", pass_through=one_stream),
+        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=both_streams),
+    )

@@ -1,0 +1,19 @@
+"""Z-Image: ``ZImageTransformer2DModel``, with its main layers behind refiners of the noise, the caption and, in Omni, SigLIP features.
+
+Refiners may be cut, too: each adds to its own tokens and nothing else knows of it. One ``n_refiner_layers`` counts those of every kind, so
+a cut takes equally many of each, though not the same ones.
+"""
+
+from __future__ import annotations
+
+from fastdistill.models.family import Anatomy, Stack, one_stream
+
+
+class ZImage(Anatomy):
+    name = "z_image"
+    stacks = (
+        Stack(attribute="noise_refiner", config_field="n_refiner_layers", short="noise", pass_through=one_stream),
+        Stack(attribute="context_refiner", config_field="n_refiner_layers", short="context", pass_through=one_stream),
+        Stack(attribute="siglip_refiner", config_field="n_refiner_layers", short="siglip", pass_through=one_stream),
+        Stack(attribute="layers", config_field="n_layers", short="layer", pass_through=one_stream),
+    )
