@@ -130,6 +130,71 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("budget", ["params=0.7", "latency=0.8"])
+def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
+    output = tmp_path / "out"
+    quick = ["--steps", "0", *QUICK[2:]]
+    ended = command("compress", "--model", pipeline_folder, "--budget", budget, "--verify", "3", "--output", output, *quick)
+    assert ended.code == 0, ended.message
+    record = json.loads((output / "compress.json").read_text())
+    choice, cost = record["choice"], record["costs"][budget.split("=")[0]]
+    assert choice["asked"] == f"--budget {budget}"
+    assert cost["full"] == choice["full"]
+    assert cost["cut"] <= choice["limit"] == int(float(budget.split("=")[1]) * cost["full"])
+    assert cost["full"] == cost["outside"] + sum(cost["blocks"].values())
+    assert record["costs"]["params"]["cut"] == record["parameters"]["compressed"]
+    assert ("latency" in record["costs"]) == budget.startswith("latency")
+    assert [point["left"] for point in choice["front"]] == sorted((point["left"] for point in choice["front"]), reverse=True)
+    eligible = [found for found in choice["verified"] if found["eligible"]]
+    assert len(eligible) >= 3
+    assert record["joint_error"] == min(found["joint"] for found in eligible)
+    assert choice["additivity"]["sets"] == len(choice["verified"])
+    report = (output / "report.md").read_text()
+    assert "Do errors add up?" in report
+    assert f"--budget {budget}" in report
+
+
+def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipeline_folder, tmp_path):
+    options = ["--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
+    ended = command("compress", "--budget", "latency=1us", *options)
+    assert ended.code == 2
+    assert "cannot be met" in ended.message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
+    options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--steps", "0", *QUICK[2:]]
+    measured, whole = [], job.joint_output_error
+
+    def stop_at_the_last(*args):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(tuple(args[4]))
+        return whole(*args)
+
+    monkeypatch.setattr(job, "joint_output_error", stop_at_the_last)
+    assert command("compress", *options).code == 130
+
+    def count(*args):
+        measured.append(tuple(args[4]))
+        return whole(*args)
+
+    monkeypatch.setattr(job, "joint_output_error", count)
+    before, timed = job.latency, []
+    monkeypatch.setattr(job, "latency", lambda *args: timed.append(1) or before(*args))
+    assert command("compress", *options).code == 0
+    assert len(set(measured)) == len(measured) > 5
+    assert len(timed) == 1, "the full model was timed before the interruption, the cut one after it"
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel", "guidance_embeds": true}')
+    ended = command("compress", "--dry-run", "--model", tmp_path / "config.json", "--drop-blocks", "double:0-10")
+    assert ended.code == 0, ended.message
+    assert "8.163 B (0.686)" in ended.message
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 real = job.calibrate
 
 
@@ -145,6 +210,12 @@ real = job.calibrate
         (["--drop-blocks", "2", "--prompts", "nowhere.txt"], "no prompt file"),
         (["--drop-blocks", "2", "--l-task", "0", "--l-out", "0", "--l-feat", "0"], "nothing to recover by"),
         (["--drop-blocks", "2", "--stepz", "3"], "--steps"),
+        ([], "give either --drop-blocks"),
+        (["--drop-blocks", "2", "--budget", "params=0.5"], "give either --drop-blocks"),
+        (["--budget", "params"], "params=0.66"),
+        (["--budget", "params=0.01"], "cannot be met"),
+        (["--budget", "memory=3GiB"], "drops nothing"),
+        (["--budget", "params=0.7", "--verify", "0"], "--verify"),
     ],
 )
 def test_bad_requests_stop_before_any_work(command, pipeline_folder, tmp_path, options, message):

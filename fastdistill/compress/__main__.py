@@ -19,13 +19,18 @@ def main(config: CompressConfig) -> None:
     from rich.console import Console
 
     from fastdistill.compress.job import compress, validate
+    from fastdistill.compress.plan import plan
     from fastdistill.compress.report import manifest, report
     from fastdistill.compress.workspace import RESULT, Workspace, write_json
     from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
 
+    if config.dry_run:
+        print(plan(config))
+        return
     console = Console(stderr=True, highlight=False)
-    output = config.output or Path("runs") / f"compress-{Path(config.model).name}-{'-'.join(config.drop_blocks).replace(':', '')}"
+    asked = "-".join(config.drop_blocks) or config.budget or ""
+    output = config.output or Path("runs") / f"compress-{Path(config.model).name}-{asked.translate(str.maketrans('', '', ':='))}"
     prompts = read_prompts(config.prompts) if config.prompts else None
     console.print(f"loading {config.model}")
     loaded = load(config.model, config.device)
@@ -39,7 +44,7 @@ def main(config: CompressConfig) -> None:
     evaluate = Evaluator(config, prompts, sampling, workspace.work, console)
     outcome = compress(config, loaded.pipeline, prompts, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
-    record = manifest(config, outcome, len(prompts))
+    record = manifest(config, outcome, sampling, len(prompts))
     measured = rows([outcome.evaluation[name] for name in NAMES])
     (output / "report.md").write_text(report(record, measured), encoding="utf-8")
     write_json(output / RESULT, record)

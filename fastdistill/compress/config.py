@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastdistill.compress.budget import Budget, parse_budget
 from fastdistill.errors import UserError
 from fastdistill.options import Sampling, SamplingOptions, at_least
 
@@ -20,8 +21,13 @@ class CompressConfig:
     interrupted run continues when the same command is given again.
     """
 
-    drop_blocks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="4 | double:1,2 single:0,5-7")]
-    """How many blocks to drop, or which ones."""
+    drop_blocks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="4 | double:1,2 single:0,5-7")] = ()
+    """How many blocks to drop, or which ones. Either this or --budget."""
+    budget: Annotated[str | None, tyro.conf.arg(metavar="params=0.66 | memory=8GiB | latency=0.7 | flops=0.8")] = None
+    """What the transformer may cost at most, as a fraction of the full one or with a unit: parameters (K, M, B), memory of its weights
+    as saved (MiB, GiB, MB, GB), measured latency (us, ms, s) or operations (G, T) of one forward pass."""
+    dry_run: bool = False
+    """Only say what the cut would give in parameters, bytes and operations. Needs no weights: --model may be a config.json."""
     model: str = "emoji"
     """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
     output: Path | None = None
@@ -31,6 +37,15 @@ class CompressConfig:
 
     criterion: Literal["output", "bi"] = "output"
     """What a block is worth: the output error without it, or its block influence. Both are reported."""
+    longest_run: int = 2
+    """Longest run of neighbouring blocks whose joint error is measured, as a candidate beside the single blocks; 1: none. Only with the
+    criterion output."""
+    verify: int = 6
+    """Of the best sets by the sum of scores, how many are tried by real forward passes; the best of these is cut."""
+    latency_batch: int = 1
+    """Pictures at once when latency is measured; it is measured at the size to sample at."""
+    latency_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights when latency is measured; default: as the model is loaded, float32 on a CPU and bfloat16 on a GPU."""
     prompts: Path | None = None
     """Text file with one calibration prompt a line; default: the model's own prompts.txt, else a small general list."""
     calibration_pictures: int = 400
@@ -68,7 +83,15 @@ class CompressConfig:
     sampling: Sampling = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "calibration_pictures", "calibration_steps", "calibration_points", "batch")
+        if bool(self.drop_blocks) == bool(self.budget):
+            raise UserError("give either --drop-blocks, such as 4 or double:1,2 single:0, or --budget, such as params=0.66")
+        self.parsed_budget()
+        at_least(
+            self, 1, "calibration_pictures", "calibration_steps", "calibration_points", "batch", "verify", "longest_run", "latency_batch"
+        )
         at_least(self, 0, "steps", "evaluate_pictures", "l_task", "l_out", "l_feat")
         if self.steps and not (self.l_task or self.l_out or self.l_feat):
             raise UserError("with --l-task, --l-out and --l-feat all zero there is nothing to recover by; set one, or --steps 0")
+
+    def parsed_budget(self) -> Budget | None:
+        return parse_budget(self.budget) if self.budget else None

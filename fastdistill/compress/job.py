@@ -6,23 +6,28 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
+from fastdistill.compress.budget import show
 from fastdistill.compress.calibrate import Calibration, calibrate
 from fastdistill.compress.config import CompressConfig
+from fastdistill.compress.costs import Cost, Costs, as_dtype, flops, inputs_of, latency, sizes
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.output_error import joint_output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.resources import require_disk, require_memory
-from fastdistill.compress.select import Request, choose, parse, spell
+from fastdistill.compress.select import Request, Selection, limit_of, parse, select, spell
+from fastdistill.compress.solve import Interval
 from fastdistill.compress.surgery import boundary_map, check, cut
+from fastdistill.compress.verify import intervals
 from fastdistill.compress.workspace import Workspace
+from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import block_ids
 from fastdistill.models.patch import patched
@@ -41,7 +46,10 @@ class Outcome:
 
     family: Family
     blocks: list[BlockId]
-    dropped: list[BlockId]
+    selection: Selection
+    costs: Costs
+    latency_after: int | None
+    """Nanoseconds of one forward pass of the cut model, if a latency budget had it measured."""
     boundaries: dict[BlockId, BlockId]
     scores: dict[str, dict[BlockId, float]]
     joint_error: float
@@ -52,22 +60,33 @@ class Outcome:
 
 
 def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
-    """What ``--drop-blocks`` asks of this pipeline.
+    """What ``--drop-blocks`` or ``--budget`` asks of this pipeline.
 
     Raises:
-        UserError: it cannot be met, or the disk of ``output`` or the memory would not suffice.
+        UserError: it cannot be met, as far as that is known before anything is measured, or the disk of ``output`` or the memory would not
+            suffice.
     """
     transformer = pipeline.transformer
     family = family_of(transformer)
-    request = parse(config.drop_blocks, family)
+    budget = config.parsed_budget()
     blocks = block_ids(transformer, family)
-    drops = request.blocks if request.count is None else blocks[: request.count]
-    check(transformer, family, drops)
     size = transformer.num_parameters()
+    if budget is None:
+        request = parse(config.drop_blocks, family)
+        drops = request.blocks if request.count is None else blocks[: request.count]
+        check(transformer, family, drops)
+        left = size * (len(blocks) - len(drops)) // len(blocks)
+    else:
+        request = Request(budget=budget)
+        static = sizes(transformer, family, _save_dtype(config).itemsize)
+        # Of operations and time nothing is known yet: the blocks that go for them may be the small ones.
+        left = size
+        if budget.quantity in static:
+            left = size * limit_of(budget, static[budget.quantity]) // static[budget.quantity].total
     # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, and the result.
     require_disk(output, size * 4 * (8 if config.steps else 2))
     if config.steps:
-        require_memory(pipeline.device, size * (len(blocks) - len(drops)) // len(blocks) * 20)
+        require_memory(pipeline.device, left * 20)
     return request
 
 
@@ -83,7 +102,7 @@ def compress(
     """Run every stage, or read it from the workspace if an interrupted run has finished it. Leaves the pipeline as it was.
 
     Raises:
-        UserError: :func:`validate` does, before any long work.
+        UserError: :func:`validate` does, or the costs that are measured first show that a budget cannot be met.
     """
     request = validate(config, pipeline, workspace.output)
     teacher = pipeline.transformer
@@ -92,16 +111,35 @@ def compress(
     blocks = block_ids(teacher, family)
     clock = workspace.clock
 
+    with clock("costs"):
+        costs = _costs(config, request, pipeline, family, sampling, workspace)
+    if request.budget:
+        try:
+            limit_of(request.budget, costs[request.budget.quantity])
+        except UserError:
+            # Nothing has been done yet, and another budget should find the folder free.
+            workspace.finish()
+            raise
     with clock("calibrate"), patched(teacher):
         calibration = _calibrate(config, pipeline, family, prompts, sampling, workspace, console)
     with clock("score"), patched(teacher):
         scores = _scores(config, teacher, family, calibration, workspace, console)
-        dropped = choose(request, scores[config.criterion])
-        joint_error = workspace.cached("joint_error", lambda: _joint_error(config, teacher, family, calibration, dropped))
+        selection = _select(config, request, costs, teacher, family, calibration, scores, workspace, console)
+    dropped = selection.dropped
+    joint_error = min(found.joint for found in selection.verified if found.eligible)
     console.print(f"dropping {spell(dropped, family)}: output error {joint_error:.3f} before recovery")
 
     boundaries = boundary_map(blocks, dropped)
     student = cut(teacher, dropped)
+    latency_after = None
+    if "latency" in costs:
+        with clock("costs"):
+            latency_after = workspace.cached("latency-after", lambda: _latency(config, student, pipeline, family, sampling).total)
+        if latency_after > selection.limit:
+            console.print(
+                f"the cut model takes {show('latency', latency_after)} where its blocks promised {show('latency', selection.limit)} at "
+                "most: they were timed one by one, and times vary; ask for a little less to be sure"
+            )
     evaluation = {}
     with clock("evaluate"):
         evaluation["full"] = workspace.cached("evaluation-full", lambda: evaluate(pipeline, "full"))
@@ -110,7 +148,7 @@ def compress(
     if config.steps:
         with clock("recover"):
             _recover(config, student, teacher, family, boundaries, calibration, workspace.work / "recovery")
-    student.to(getattr(torch, config.save_dtype))
+    student.to(_save_dtype(config))
     saved = _save(pipeline, student, workspace.output / "model", sampling, prompts)
     with clock("evaluate"), _transformer(pipeline, student.to(teacher.dtype)):
         evaluation["recovered"] = workspace.cached("evaluation-recovered", lambda: evaluate(pipeline, "recovered"))
@@ -119,7 +157,9 @@ def compress(
     return Outcome(
         family=family,
         blocks=blocks,
-        dropped=dropped,
+        selection=selection,
+        costs=costs,
+        latency_after=latency_after,
         boundaries=boundaries,
         scores=scores,
         joint_error=joint_error,
@@ -168,9 +208,68 @@ def _scores(
     return {name: dict(zip(blocks, values[name], strict=True)) for name in CRITERIA}
 
 
-def _joint_error(config: CompressConfig, teacher: nn.Module, family: Family, calibration: Calibration, dropped: Sequence[BlockId]) -> float:
-    reference = predictions(teacher, family, calibration.points, config.batch)
-    return joint_output_error(teacher, family, calibration.points, config.batch, dropped, reference)
+def _costs(
+    config: CompressConfig, request: Request, pipeline: Any, family: Family, sampling: SamplingDefaults, workspace: Workspace
+) -> Costs:
+    """Of every quantity; latency is measured only for a budget of it."""
+    teacher = pipeline.transformer
+    blocks = block_ids(teacher, family)
+    costs = sizes(teacher, family, _save_dtype(config).itemsize)
+    costs["flops"] = flops(teacher, family, inputs_of(pipeline, family, sampling, batch=1))
+    if request.budget and request.budget.quantity == "latency":
+
+        def measure() -> list[int]:
+            cost = _latency(config, teacher, pipeline, family, sampling)
+            return [cost.outside, *cost.blocks.values()]
+
+        # Kept: another measurement would be another problem, and the continued run would choose other blocks.
+        outside, *times = workspace.cached("latency", measure)
+        costs["latency"] = Cost(blocks=dict(zip(blocks, times, strict=True)), outside=outside)
+    return costs
+
+
+def _latency(config: CompressConfig, transformer: Any, pipeline: Any, family: Family, sampling: SamplingDefaults) -> Cost:
+    """Of the stock model, which is what is saved."""
+    inputs = inputs_of(pipeline, family, sampling, config.latency_batch)
+    dtype = getattr(torch, config.latency_dtype) if config.latency_dtype else transformer.dtype
+    network, inputs = as_dtype(transformer, inputs, dtype)
+    return latency(network, family, inputs)
+
+
+def _select(
+    config: CompressConfig,
+    request: Request,
+    costs: Costs,
+    teacher: nn.Module,
+    family: Family,
+    calibration: Calibration,
+    scores: dict[str, dict[BlockId, float]],
+    workspace: Workspace,
+    console: Console,
+) -> Selection:
+    blocks = block_ids(teacher, family)
+
+    @cache
+    def reference() -> Tensor:
+        return predictions(teacher, family, calibration.points, config.batch)
+
+    def joint(positions: Sequence[int]) -> float:
+        dropped = [blocks[position] for position in positions]
+
+        def measure() -> float:
+            return joint_output_error(teacher, family, calibration.points, config.batch, dropped, reference())
+
+        return float(workspace.cached(f"joint-{sum(1 << position for position in positions):x}", measure))
+
+    runs: dict[Interval, float] | None = None
+    if config.criterion == "output" and not request.blocks and config.longest_run > 1:
+        found = list(intervals(len(blocks), config.longest_run))
+        with bar(console, "score runs", len(found)) as advance:
+            runs = {}
+            for first, last in found:
+                runs[first, last] = joint(range(first, last + 1))
+                advance(1)
+    return select(request, costs, scores[config.criterion], scores["output"], joint, intervals=runs, best=config.verify)
 
 
 def _recover(
@@ -203,6 +302,11 @@ def _recover(
         trainer.fit("recover")
     trainer.emas["student"].copy_to(student)
     student.eval()
+
+
+def _save_dtype(config: CompressConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.save_dtype)
+    return dtype
 
 
 @contextmanager

@@ -12,10 +12,12 @@ import jinja2
 import torch
 
 from fastdistill import __version__
+from fastdistill.compress.budget import show
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
 from fastdistill.compress.select import spell
 from fastdistill.models.family import BlockId
+from fastdistill.models.sampling import SamplingDefaults
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}
@@ -36,6 +38,37 @@ seed {{ evaluation.full.seeds|join(", ") }}. The reference is the full model.
 |---|---|---|---|
 {% for name, values in measured -%}
 | {{ name }} | {{ values|join(" | ") }} |
+{% endfor %}
+{%- endif %}
+## Size
+
+| | full | cut | |
+|---|---|---|---|
+{% for row in sizes -%}
+| {{ row|join(" | ") }} |
+{% endfor %}
+Operations and time are of one forward pass of the transformer at {{ at.width }} x {{ at.height }} pixels and \
+{{ at.max_sequence_length }} text tokens.
+
+## Choice
+
+{{ choice.asked }}: {{ choice.dropped }}. {% if choice.front %}\
+The sets with the least sum of scores were tried by real forward passes without all of their blocks, and the best of those that meet the \
+demand was taken.{% endif %}
+
+| dropped | {{ choice.quantity }} left | score | errors added up | joint error | meets the demand |
+|---|---|---|---|---|---|
+{% for row in verified -%}
+| {{ row|join(" | ") }} |
+{% endfor %}
+{{ adding_up }}
+{% if front %}
+The Pareto front of the scores over all sets{{ " (every one in compress.json)" if front|length < choice.front|length }}:
+
+| dropped | {{ choice.quantity }} left | score |
+|---|---|---|
+{% for row in front -%}
+| {{ row|join(" | ") }} |
 {% endfor %}
 {%- endif %}
 ## Blocks
@@ -64,7 +97,12 @@ fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torc
 """
 
 
-def manifest(config: CompressConfig, outcome: Outcome, prompts: int) -> dict[str, Any]:
+FRONT_ROWS = 12
+"""Of the Pareto front in report.md; of a model of FLUX.1-dev's size it has hundreds."""
+SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
+
+
+def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, prompts: int) -> dict[str, Any]:
     """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions."""
     scores = outcome.scores
     spelled = {block_id: spell([block_id], outcome.family) for block_id in outcome.blocks}
@@ -75,7 +113,10 @@ def manifest(config: CompressConfig, outcome: Outcome, prompts: int) -> dict[str
         "kept": _by_stack(outcome, keep=True),
         "boundaries": {spelled[student]: spelled[teacher] for student, teacher in outcome.boundaries.items()},
         "scores": {name: {spelled[block_id]: value for block_id, value in values.items()} for name, values in scores.items()},
-        "predicted_error": sum(scores["output"][block_id] for block_id in outcome.dropped),
+        "choice": _choice(config, outcome),
+        "costs": _costs(outcome),
+        "at": {"height": sampling.height, "width": sampling.width, "max_sequence_length": sampling.max_sequence_length},
+        "predicted_error": sum(scores["output"][block_id] for block_id in outcome.selection.dropped),
         "joint_error": outcome.joint_error,
         "parameters": outcome.parameters,
         "evaluation": outcome.evaluation,
@@ -101,11 +142,108 @@ def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str
     ]
     dropped = " ".join(f"{name}" for name in scores["output"] if name not in kept)
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT)
-    return template.render(**{**record, "blocks": blocks, "kept": len(kept), "measured": measured, "dropped": dropped})
+    choice = record["choice"]
+    quantity = choice["quantity"]
+    verified = [
+        [
+            row["dropped"],
+            show(quantity, row["left"]),
+            f"{row['score']:.5f}",
+            f"{row['predicted']:.5f}",
+            f"{row['joint']:.5f}",
+            "yes" if row["eligible"] else "no",
+        ]
+        for row in choice["verified"]
+    ]
+    return template.render(
+        **{
+            **record,
+            "blocks": blocks,
+            "kept": len(kept),
+            "measured": measured,
+            "dropped": dropped,
+            "sizes": _size_rows(record["costs"]),
+            "verified": verified,
+            "front": [
+                [row["dropped"] or "nothing", show(quantity, row["left"]), f"{row['score']:.5f}"] for row in _thinned(choice["front"])
+            ],
+            "adding_up": _adding_up(choice["additivity"]),
+        }
+    )
+
+
+def _choice(config: CompressConfig, outcome: Outcome) -> dict[str, Any]:
+    selection = outcome.selection
+
+    def spelled(positions: Sequence[int]) -> str:
+        return spell([outcome.blocks[position] for position in positions], outcome.family)
+
+    return {
+        "asked": f"--budget {config.budget}" if config.budget else f"--drop-blocks {' '.join(config.drop_blocks)}",
+        "quantity": selection.quantity,
+        "full": selection.full,
+        "limit": selection.limit,
+        "dropped": spell(selection.dropped, outcome.family),
+        "front": [
+            {"dropped": spelled(choice.dropped), "left": selection.full - choice.saved, "score": choice.error} for choice in selection.front
+        ],
+        "verified": [
+            {
+                "dropped": spelled(found.dropped),
+                "left": selection.full - found.saved,
+                "score": found.score,
+                "predicted": found.predicted,
+                "joint": found.joint,
+                "eligible": found.eligible,
+            }
+            for found in selection.verified
+        ],
+        "additivity": dataclasses.asdict(selection.additivity),
+    }
+
+
+def _costs(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """By quantity: of the full and the cut model, of each block and of what is outside them."""
+    result: dict[str, dict[str, Any]] = {}
+    for quantity, cost in outcome.costs.items():
+        result[quantity] = {
+            "full": cost.total,
+            "cut": cost.left(outcome.selection.dropped),
+            "outside": cost.outside,
+            "blocks": {spell([block_id], outcome.family): value for block_id, value in cost.blocks.items()},
+        }
+    if outcome.latency_after is not None:
+        result["latency"]["cut_measured"] = outcome.latency_after
+    return result
+
+
+def _size_rows(costs: Mapping[str, Any]) -> list[list[str]]:
+    def row(label: str, quantity: str, full: int, left: int) -> list[str]:
+        return [label, show(quantity, full), show(quantity, left), f"{left / full:.3f}"]
+
+    rows = [row(SIZES[quantity], quantity, cost["full"], cost["cut"]) for quantity, cost in costs.items()]
+    for quantity, cost in costs.items():
+        if "cut_measured" in cost:
+            rows.append(row("time, the cut model's own", quantity, cost["full"], cost["cut_measured"]))
+    return rows
+
+
+def _thinned(front: Sequence[Any]) -> list[Any]:
+    if len(front) <= FRONT_ROWS:
+        return list(front)
+    return [front[i * (len(front) - 1) // (FRONT_ROWS - 1)] for i in range(FRONT_ROWS)]
+
+
+def _adding_up(additivity: Mapping[str, Any]) -> str:
+    sets = additivity["sets"]
+    if additivity["r2"] is None:
+        return f"Whether errors add up cannot be said from {sets} set{'s' if sets > 1 else ''}; it takes three of different errors."
+    line = "" if additivity["r2_linear"] is None else f", of the best straight line through them {additivity['r2_linear']:.3f}"
+    return f"Do errors add up? Over these {sets} sets, R^2 of the sums as a prediction of the joint errors is {additivity['r2']:.3f}{line}."
 
 
 def _by_stack(outcome: Outcome, *, keep: bool) -> dict[str, list[int]]:
-    gone = set(outcome.dropped)
+    gone = set(outcome.selection.dropped)
 
     def wanted(block_id: BlockId) -> bool:
         return (block_id not in gone) == keep
