@@ -11,6 +11,8 @@ import tyro
 from fastdistill.errors import UserError
 from fastdistill.options import Sampling, SamplingOptions, at_least
 
+CriterionName = Literal["output", "trajectory", "greedy", "taylor", "bi", "mse", "cka", "probe", "random"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
@@ -27,10 +29,15 @@ class CompressConfig:
     output: Path | None = None
     """Folder to write to, new or empty; default runs/compress-<model>-<blocks>."""
     seed: int = 0
-    """Seed of calibration, recovery and evaluation."""
+    """Seed of calibration, scores, recovery and evaluation."""
 
-    criterion: Literal["output", "bi"] = "output"
-    """What a block is worth: the output error without it, or its block influence. Both are reported."""
+    criterion: CriterionName = "output"
+    """What a block is worth. By what happens without it: the error of the output (output), of the end of a short sampling run
+    (trajectory), or of the output, measured again after each drop (greedy), or that error to first order (taylor). By what it does to
+    the image stream: how much it turns it (bi), how much it adds (mse), how unlike it becomes (cka), how badly a linear map stands
+    for it (probe). Or by chance (random). output and bi are always reported."""
+    also_score: tuple[CriterionName, ...] = ()
+    """Further criteria to report."""
     prompts: Path | None = None
     """Text file with one calibration prompt a line; default: the model's own prompts.txt, else a small general list."""
     calibration_pictures: int = 400
