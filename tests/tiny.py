@@ -58,6 +58,16 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = False, num_layers:
     return pipeline
 
 
+def mixing_transformer(**options: Any) -> FluxTransformer2DModel:
+    """That of a tiny pipeline, with strong modulation: a random network hardly mixes, and every block should matter."""
+    transformer = tiny_flux_pipeline(**options).transformer
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "norm" in name and name.endswith("linear.weight"):
+                parameter.mul_(5)
+    return transformer
+
+
 @functools.cache
 def tokenizers() -> tuple[Any, Any]:
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())

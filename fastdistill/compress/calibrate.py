@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdistill.compress.importance.criterion import CalibrationPoints
+from fastdistill.compress.importance.criterion import CalibrationPoints, SamplingRuns
 from fastdistill.data.latents import LatentPool
 from fastdistill.models.family import Family
 from fastdistill.models.sampling import SamplingDefaults
@@ -22,9 +22,10 @@ from fastdistill.models.sampling import SamplingDefaults
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """``points`` to score blocks at, and the ``pool`` of clean latents to recover on."""
+    """``points`` and sampling ``runs`` to score blocks by, and the ``pool`` of clean latents to recover on."""
 
     points: CalibrationPoints
+    runs: SamplingRuns
     pool: LatentPool
 
 
@@ -44,8 +45,8 @@ def calibrate(
 ) -> Calibration:
     """Sample ``pictures`` spread evenly over the prompts in ``steps`` steps, or read them from ``cache`` if it is there.
 
-    The points are one state of each of the first ``points`` trajectories, at a step chosen with equal odds; one in ten is paired with
-    the empty prompt, as guidance evaluates it too.
+    The runs begin where the trajectories of the first ``points`` pictures did. The points are one state of each of these, at a step
+    chosen with equal odds; one in ten is paired with the empty prompt, as guidance evaluates it too.
     """
     conditioning = family.encode_prompts(pipeline, [*prompts, ""], sampling.guidance_scale, sampling.max_sequence_length)
     device = conditioning.prompt_embeds.device
@@ -70,13 +71,21 @@ def calibrate(
             parts.append({"x_t": chosen, "t": times.cpu()[chosen_step[rows]].float(), "latents": states[-1].cpu()})
             tick(len(rows))
         partial = cache.with_suffix(".partial")
-        save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        save_file({**tensors, "times": times.float().cpu()}, partial)
         partial.replace(cache)
     tensors = load_file(cache)
     point_prompts = torch.where(dropped, len(prompts), which)[:points]
     return Calibration(
         points=CalibrationPoints(
             x_t=tensors["x_t"][:points].to(device), t=tensors["t"][:points].to(device), conditioning=conditioning[point_prompts.to(device)]
+        ),
+        runs=SamplingRuns(
+            noise=noise[:points].to(conditioning.prompt_embeds),
+            times=tensors["times"].to(device),
+            conditioning=conditioning[which[:points].to(device)],
+            unconditional=conditioning[len(prompts) :] if sampling.true_cfg_scale > 1 else None,
+            true_cfg_scale=sampling.true_cfg_scale,
         ),
         pool=LatentPool(latents=tensors["latents"], prompts=which, conditioning=conditioning),
     )

@@ -12,6 +12,8 @@ from fastdistill.compress.budget import Budget, parse_budget
 from fastdistill.errors import UserError
 from fastdistill.options import Sampling, SamplingOptions, at_least
 
+CriterionName = Literal["output", "trajectory", "greedy", "taylor", "bi", "mse", "cka", "probe", "random"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
@@ -33,10 +35,15 @@ class CompressConfig:
     output: Path | None = None
     """Folder to write to, new or empty; default runs/compress-<model>-<blocks>."""
     seed: int = 0
-    """Seed of calibration, recovery and evaluation."""
+    """Seed of calibration, scores, recovery and evaluation."""
 
-    criterion: Literal["output", "bi"] = "output"
-    """What a block is worth: the output error without it, or its block influence. Both are reported."""
+    criterion: CriterionName = "output"
+    """What a block is worth. By what happens without it: the error of the output (output), of the end of a short sampling run
+    (trajectory), or of the output, measured again after each drop (greedy), or that error to first order (taylor). By what it does to
+    the image stream: how much it turns it (bi), how much it adds (mse), how unlike it becomes (cka), how badly a linear map stands
+    for it (probe). Or by chance (random). output and bi are always reported."""
+    also_score: tuple[CriterionName, ...] = ()
+    """Further criteria to report."""
     longest_run: int = 2
     """Longest run of neighbouring blocks whose joint error is measured, as a candidate beside the single blocks; 1: none. Only with the
     criterion output."""

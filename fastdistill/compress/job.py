@@ -19,6 +19,8 @@ from fastdistill.compress.calibrate import Calibration, calibrate
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.costs import Cost, Costs, as_dtype, flops, inputs_of, latency, sizes
 from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.importance.criterion import Material
+from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import joint_output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.resources import require_disk, require_memory
@@ -123,7 +125,7 @@ def compress(
     with clock("calibrate"), patched(teacher):
         calibration = _calibrate(config, pipeline, family, prompts, sampling, workspace, console)
     with clock("score"), patched(teacher):
-        scores = _scores(config, teacher, family, calibration, workspace, console)
+        scores = _scores(config, teacher, family, calibration, request, workspace, console)
         selection = _select(config, request, costs, teacher, family, calibration, scores, workspace, console)
     dropped = selection.dropped
     joint_error = min(found.joint for found in selection.verified if found.eligible)
@@ -195,17 +197,36 @@ def _calibrate(
 
 
 def _scores(
-    config: CompressConfig, teacher: nn.Module, family: Family, calibration: Calibration, workspace: Workspace, console: Console
+    config: CompressConfig,
+    teacher: nn.Module,
+    family: Family,
+    calibration: Calibration,
+    request: Request,
+    workspace: Workspace,
+    console: Console,
 ) -> dict[str, dict[BlockId, float]]:
+    """Of ``output`` and ``bi``, which every report has, of the criterion that chooses, and of those asked for."""
     blocks = block_ids(teacher, family)
+    drops = len(request.blocks) if request.count is None else request.count
+    material = Material(points=calibration.points, runs=calibration.runs, batch=config.batch, seed=config.seed, drops=drops)
 
     def score(criterion: str) -> list[float]:
         with bar(console, f"score by {criterion}", len(blocks)) as advance:
-            scores = CRITERIA[criterion](teacher, family, calibration.points, config.batch, lambda: advance(1))
+            shown = 0
+
+            def tick(share: float) -> None:
+                nonlocal shown
+                reached = int(share * len(blocks))
+                advance(reached - shown)
+                shown = reached
+
+            ledger = Ledger(workspace.work / f"scores-{criterion}.jsonl", tick)
+            scores = CRITERIA[criterion](teacher, family, material, ledger)
         return [scores[block_id] for block_id in blocks]
 
-    values = {name: workspace.cached(f"scores-{name}", partial(score, name)) for name in CRITERIA}
-    return {name: dict(zip(blocks, values[name], strict=True)) for name in CRITERIA}
+    names = dict.fromkeys(["output", "bi", config.criterion, *config.also_score])
+    values = {name: workspace.cached(f"scores-{name}", partial(score, name)) for name in names}
+    return {name: dict(zip(blocks, values[name], strict=True)) for name in names}
 
 
 def _costs(

@@ -73,14 +73,14 @@ The Pareto front of the scores over all sets{{ " (every one in compress.json)" i
 {%- endif %}
 ## Blocks
 
-The relative output error of the model without the block (`output`), and how much the block turns the image stream (`bi`); chosen by \
-`{{ config.criterion }}`. Without all dropped blocks at once the error is {{ "{:.4f}".format(joint_error) }}; their single errors \
-add up to {{ "{:.4f}".format(predicted_error) }}.
+The relative output error of the model without the block (`output`), how much the block turns the image stream (`bi`), and further \
+criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. Without all dropped blocks at once the error is \
+{{ "{:.4f}".format(joint_error) }}; their single errors add up to {{ "{:.4f}".format(predicted_error) }}.
 
-| block | output | bi | |
-|---|---|---|---|
+| block | {{ scores|join(" | ") }} | |
+|---|{% for _ in scores %}---|{% endfor %}---|
 {% for block in blocks -%}
-| {{ block.name }} | {{ "{:.5f}".format(block.output) }} | {{ "{:.5f}".format(block.bi) }} | {{ block.fate }} |
+| {{ block.name }} | {{ block.scores|join(" | ") }} | {{ block.fate }} |
 {% endfor %}
 ## How
 
@@ -137,7 +137,11 @@ def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str
     scores = record["scores"]
     kept = list(record["boundaries"])
     blocks = [
-        {"name": name, "output": scores["output"][name], "bi": scores["bi"][name], "fate": "" if name in kept else "dropped"}
+        {
+            "name": name,
+            "scores": [f"{values[name]:.5f}" for values in scores.values()],
+            "fate": "" if name in kept else "dropped",
+        }
         for name in scores["output"]
     ]
     dropped = " ".join(f"{name}" for name in scores["output"] if name not in kept)
