@@ -26,6 +26,15 @@ VITAL = BlockId(stack="single_transformer_blocks", index=0)
 INFORMED = [name for name in CRITERIA if name != "random"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Hundreds of tiny forward passes: a second thread gives them nothing, and waiting for it on a busy machine takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def transformer():
     return mixing_transformer()
