@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def measure_inference(geometry: Geometry) -> dict[str, Any]:
     def step(name: str, patch: bool) -> Callable[[], None]:
         @torch.no_grad()
         def once() -> None:
-            with patched(model) if patch else no_patch():
+            with patched(model) if patch else nullcontext():
                 (outputs[name],) = model(**inputs)
 
         return once
@@ -170,11 +170,6 @@ def measure_inference(geometry: Geometry) -> dict[str, Any]:
         "peak_mib": peaks,
         "notes": notes,
     }
-
-
-@contextmanager
-def no_patch() -> Iterator[None]:
-    yield
 
 
 def float8_is_here(device: torch.device) -> bool:
@@ -225,8 +220,8 @@ def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
         def once() -> None:
             student.zero_grad(set_to_none=True)
             with (
-                patched(teacher) if patch else no_patch(),
-                patched(student) if patch else no_patch(),
+                patched(teacher) if patch else nullcontext(),
+                patched(student) if patch else nullcontext(),
                 ops.use_backend("eager" if eager_loss else "auto"),
             ):
                 method.loss("student", batch, torch.Generator().manual_seed(0)).total.backward()

@@ -66,6 +66,11 @@ def check_tables(cos: Tensor | None, sin: Tensor | None, tokens: int, q: Tensor)
         check_contiguous(name, t)
 
 
+def unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries, keys and values; without k and v, q is all three, (B, S, 3, H, d)."""
+    return q.unbind(2) if k is None or v is None else (q, k, v)
+
+
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight if weight.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], weight, eps)
 

@@ -24,6 +24,7 @@ from fastdistill.ops.heads import (
     is_adjacent,
     normed,
     rotated,
+    unpacked,
 )
 from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
 from fastdistill.ops.rows import contiguous_rows
@@ -80,10 +81,6 @@ def _three(name: str, stream: HeadStream) -> tuple[Tensor, Tensor | None, Tensor
     return stream
 
 
-def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
-    return q.unbind(2) if k is None or v is None else (q, k, v)
-
-
 class JointQkNormRope(Operator):
     name = "joint_qk_norm_rope"
     triton_module = "fastdistill.ops.triton.qk_norm_rope"
@@ -106,7 +103,7 @@ class JointQkNormRope(Operator):
         cos, sin = arguments[10:12]
         for name, stream in (("text", text), ("image", image)):
             _check_stream(name, *stream)
-        text, image = _unpacked(*text), _unpacked(*image)
+        text, image = unpacked(*text), unpacked(*image)
         q = image[0]
         for which, t, other in zip("qkv", text, image, strict=True):
             if (t.shape[0], *t.shape[2:]) != (other.shape[0], *other.shape[2:]) or t.device != other.device:
@@ -120,7 +117,7 @@ class JointQkNormRope(Operator):
         check_tables(cos, sin, text[0].shape[1] + q.shape[1], q)
 
     def reference(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        text, image = _unpacked(*arguments[:3]), _unpacked(*arguments[3:6])
+        text, image = unpacked(*arguments[:3]), unpacked(*arguments[3:6])
         text_q_weight, text_k_weight, image_q_weight, image_k_weight, cos, sin, eps, adjacent = arguments[6:]
         q = torch.cat((normed(text[0], text_q_weight, eps), normed(image[0], image_q_weight, eps)), dim=1)
         k = torch.cat((normed(text[1], text_k_weight, eps), normed(image[1], image_k_weight, eps)), dim=1)
@@ -130,7 +127,7 @@ class JointQkNormRope(Operator):
     def fake(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         text, image = arguments[0], arguments[3:6]
         tokens = text.shape[1] + image[0].shape[1]
-        q, k, v = (x.new_empty((x.shape[0], tokens, *x.shape[2:])) for x in _unpacked(*image))
+        q, k, v = (x.new_empty((x.shape[0], tokens, *x.shape[2:])) for x in unpacked(*image))
         return q, k, v
 
     def fake_backward(
@@ -169,7 +166,7 @@ class JointQkNormRope(Operator):
     def bytes_moved(self, *arguments: Any) -> tuple[int, int]:
         streams = [t for t in arguments[:6] if t is not None]
         heads = sum(t.nbytes for t in streams)
-        values = sum(_unpacked(*arguments[i : i + 3])[2].nbytes for i in (0, 3))
+        values = sum(unpacked(*arguments[i : i + 3])[2].nbytes for i in (0, 3))
         tables = 0 if arguments[10] is None else 2 * arguments[10].nbytes
         # Backward reads the gradients and, of q and k only, the inputs.
         return 2 * heads + tables, 3 * heads - values + tables

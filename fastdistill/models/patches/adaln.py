@@ -7,19 +7,13 @@ from typing import Any
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor
 
-from fastdistill.models.patches.fusions import Forward, Fusions, hooked, plain_layer_norm
-
-
-def _norm_is_its_own(module: Any) -> str | None:
-    """Why the norm inside of an adaptive layer norm cannot be skipped for the operator, if so."""
-    if not plain_layer_norm(module.norm):
-        return "its norm is no plain layer norm"
-    return "its norm is hooked" if hooked(module.norm) else None
+from fastdistill.models.patches.blocks import why_norms_stay
+from fastdistill.models.patches.fusions import Forward, Fusions
 
 
 def zero(module: AdaLayerNormZero, fusions: Fusions) -> Forward:
     def forward(x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Any = None) -> Any:
-        if reason := _norm_is_its_own(module):
+        if reason := why_norms_stay(module.norm):
             return fusions.step_aside(module, reason, x, timestep, class_labels, hidden_dtype, emb)
         if module.emb is not None:
             emb = module.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
@@ -31,7 +25,7 @@ def zero(module: AdaLayerNormZero, fusions: Fusions) -> Forward:
 
 def zero_single(module: AdaLayerNormZeroSingle, fusions: Fusions) -> Forward:
     def forward(x: Tensor, emb: Any = None) -> Any:
-        if reason := _norm_is_its_own(module):
+        if reason := why_norms_stay(module.norm):
             return fusions.step_aside(module, reason, x, emb)
         shift, scale, gate = module.linear(module.silu(emb)).chunk(3, dim=1)
         return fusions.modulate(x, scale, shift, module.norm.eps), gate
@@ -41,7 +35,7 @@ def zero_single(module: AdaLayerNormZeroSingle, fusions: Fusions) -> Forward:
 
 def continuous(module: AdaLayerNormContinuous, fusions: Fusions) -> Forward:
     def forward(x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        if reason := _norm_is_its_own(module):
+        if reason := why_norms_stay(module.norm):
             return fusions.step_aside(module, reason, x, conditioning_embedding)  # type: ignore[no-any-return]
         scale, shift = module.linear(module.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
         return fusions.modulate(x, scale, shift, module.norm.eps)

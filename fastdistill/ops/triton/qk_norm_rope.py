@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistill.ops.heads import unpacked
 from fastdistill.ops.triton.rows import register, sum_partials, token_chunks
 
 
@@ -128,7 +129,7 @@ def joint_qk_norm_rope(
     text_q_weight: Tensor, text_k_weight: Tensor, image_q_weight: Tensor, image_k_weight: Tensor,
     cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    text, image = _unpacked(text_q, text_k, text_v), _unpacked(image_q, image_k, image_v)
+    text, image = unpacked(text_q, text_k, text_v), unpacked(image_q, image_k, image_v)
     T = text_q.shape[1]
     outs = [x.new_empty((x.shape[0], T + x.shape[1], *x.shape[2:])) for x in image]
     for stream, weights, place in (
@@ -167,10 +168,6 @@ def joint_qk_norm_rope_backward(
             dweights.append(_backward(grad[:, place], x, weight, *tables, eps, adjacent, weight_grads, dx))
         targets[2].copy_(grad_v[:, place])
     return *gradients, *dweights
-
-
-def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
-    return q.unbind(2) if k is None or v is None else (q, k, v)
 
 
 def _rows(table: Tensor | None, place: slice) -> Tensor | None:
