@@ -6,9 +6,8 @@ Shapes: B batch, S tokens, H heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from fastdistill.ops.attention import attend
 from fastdistill.ops.backend import Request
 from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, is_adjacent
 from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
-from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
+from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, HeadCase, qk_norm_rope
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
 # The kernels hold tiles of whole heads in registers and shared memory.
@@ -169,7 +168,7 @@ class RopeAttention(Operator):
     def workloads(self) -> Sequence[Sample]:
         # Minutes for one row on a CPU at the length of a picture of 1024^2.
         lengths = (1152, 4608) if torch.cuda.is_available() else (1152,)
-        return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, AttentionCase(id="", q=(1, S, 24, 128)))) for S in lengths)
+        return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadCase(id="", q=(1, S, 24, 128)))) for S in lengths)
 
 
 def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -182,36 +181,21 @@ def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_contiguous("v", v)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionCase:
-    """Shapes of one sample."""
-
-    id: str
-    q: tuple[int, int, int, int]
-    adjacent: bool = True
-    tables: Literal["full", "compact", "none"] = "full"
-    """compact: with one entry for each pair; none: no rotation."""
-    layout: Literal["contiguous", "packed", "transposed"] = "contiguous"
-    """packed: chunks of one projection; transposed: (B, H, S, d) in memory."""
-    wide: bool = False
-    """Weights in float32 beside a narrower q."""
-
-
 CASES = (
-    AttentionCase(id="B2-S5-H2-d8", q=(2, 5, 2, 8)),
-    AttentionCase(id="B1-S37-H2-d24-packed", q=(1, 37, 2, 24), layout="packed"),
-    AttentionCase(id="B1-S33-H1-d64-half-compact-transposed", q=(1, 33, 1, 64), adjacent=False, tables="compact", layout="transposed"),
-    AttentionCase(id="B2-S18-H1-d50-half-packed", q=(2, 18, 1, 50), adjacent=False, layout="packed", wide=True),
-    AttentionCase(id="B1-S18-H1-d128-compact", q=(1, 18, 1, 128), tables="compact"),
-    AttentionCase(id="B1-S5-H1-d256-transposed", q=(1, 5, 1, 256), layout="transposed"),
-    AttentionCase(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
-    AttentionCase(id="B2-S1-H2-d2", q=(2, 1, 2, 2)),
-    AttentionCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
-    AttentionCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
+    HeadCase(id="B2-S5-H2-d8", q=(2, 5, 2, 8)),
+    HeadCase(id="B1-S37-H2-d24-packed", q=(1, 37, 2, 24), layout="packed"),
+    HeadCase(id="B1-S33-H1-d64-half-compact-transposed", q=(1, 33, 1, 64), adjacent=False, tables="compact", layout="transposed"),
+    HeadCase(id="B2-S18-H1-d50-half-packed", q=(2, 18, 1, 50), adjacent=False, layout="packed", wide=True),
+    HeadCase(id="B1-S18-H1-d128-compact", q=(1, 18, 1, 128), tables="compact"),
+    HeadCase(id="B1-S5-H1-d256-transposed", q=(1, 5, 1, 256), layout="transposed"),
+    HeadCase(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
+    HeadCase(id="B2-S1-H2-d2", q=(2, 1, 2, 2)),
+    HeadCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
+    HeadCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
 )
 
 
-def _arguments(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+def _arguments(case: HeadCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     B, S, H, d = case.q
     if case.layout == "packed":
         heads = torch.randn(B, S, 3, H, d, device=device).to(dtype).unbind(2)
