@@ -52,6 +52,19 @@ class BlockId:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Closing:
+    """The last linear layer of a block on the way to some of its streams, ``h_out = h + gate * linear(z)``; by names inside the block."""
+
+    linear: str
+    norm: str
+    """The adaptive layer norm that computes the gate (B, D) ..."""
+    gate: int
+    """... and its place among what that returns."""
+    streams: tuple[str, ...]
+    """What the layer writes to; of several, their tokens in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stack:
     """A list of equal blocks. Stacks that share a ``config_field`` must lose equally many, as that field counts the blocks of each."""
 
@@ -62,6 +75,8 @@ class Stack:
     """What a user types."""
     pass_through: Callable[..., Any]
     """A block's forward that returns its inputs as its output, one of those below."""
+    closings: tuple[Closing, ...] = ()
+    """What a repair may refit; none: unknown."""
 
 
 def both_streams(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

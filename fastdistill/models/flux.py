@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.family import Conditioning, Family, Stack, both_streams
+from fastdistill.models.family import Closing, Conditioning, Family, Stack, both_streams
 
 PATCH = 2
 
@@ -40,8 +40,23 @@ class Flux(Family):
 
     name = "flux"
     stacks = (
-        Stack(attribute="transformer_blocks", config_field="num_layers", short="double", pass_through=both_streams),
-        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=both_streams),
+        Stack(
+            attribute="transformer_blocks",
+            config_field="num_layers",
+            short="double",
+            pass_through=both_streams,
+            closings=(
+                Closing(linear="ff.net.2", norm="norm1", gate=4, streams=("image",)),
+                Closing(linear="ff_context.net.2", norm="norm1_context", gate=4, streams=("text",)),
+            ),
+        ),
+        Stack(
+            attribute="single_transformer_blocks",
+            config_field="num_single_layers",
+            short="single",
+            pass_through=both_streams,
+            closings=(Closing(linear="proj_out", norm="norm", gate=1, streams=("text", "image")),),
+        ),
     )
 
     @torch.no_grad()

@@ -34,13 +34,18 @@ def predictions(network: nn.Module, family: Family, points: CalibrationPoints, b
     return torch.cat([family.predict(network, part.x_t, part.t, part.conditioning).float() for part in points.chunks(batch)])
 
 
+def output_error(network: nn.Module, family: Family, points: CalibrationPoints, batch: int, reference: Tensor) -> float:
+    """``sum w(t) ||v' - v||^2 / sum w(t) ||v||^2`` of the network's velocities v' at the points; ``reference`` is v."""
+    difference = predictions(network, family, points, batch) - reference
+    return weighted_square(difference, points.t) / weighted_square(reference, points.t)
+
+
 def joint_output_error(
     network: nn.Module, family: Family, points: CalibrationPoints, batch: int, dropped: Iterable[BlockId], reference: Tensor
 ) -> float:
-    """``sum w(t) ||v_without - v||^2 / sum w(t) ||v||^2`` with all of ``dropped`` skipped at once; ``reference`` is v."""
+    """:func:`output_error` with all of ``dropped`` skipped at once."""
     with skipped(network, family, dropped):
-        predicted = predictions(network, family, points, batch)
-    return weighted_square(predicted - reference, points.t) / weighted_square(reference, points.t)
+        return output_error(network, family, points, batch, reference)
 
 
 @torch.no_grad()

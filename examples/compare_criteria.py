@@ -1,0 +1,291 @@
+"""Which criterion chooses the blocks whose loss can be made good? An experiment on the emoji FLUX; about two hours on two cores.
+
+    python examples/compare_criteria.py --output runs/criteria
+
+Every criterion chooses blocks to drop, 1/3 of them with three seeds, 1/4 and 1/2 with one. Every set that is chosen is cut, repaired in
+closed form, and recovered for an equal budget, from the plain cut and from the repaired one. Besides, ten random sets show what each repair
+is worth. An interrupted run continues; a finished one is only tabulated again: OUTPUT/results.json and OUTPUT/report.md.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from fastdistill.compress.calibrate import Calibration, calibrate
+from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.importance.criterion import CalibrationPoints, Material
+from fastdistill.compress.importance.ledger import Ledger
+from fastdistill.compress.importance.output_error import joint_output_error, output_error, predictions
+from fastdistill.compress.recovery import Recovery, RecoveryWeights
+from fastdistill.compress.repair import REPAIRS
+from fastdistill.compress.repair.damage import Damage
+from fastdistill.compress.select import spell
+from fastdistill.compress.surgery import boundary_map, cut
+from fastdistill.compress.workspace import write_json
+from fastdistill.evaluation.suite import evaluate
+from fastdistill.models.family import BlockId
+from fastdistill.models.features import block_ids
+from fastdistill.models.loading import load
+from fastdistill.models.patch import patched
+from fastdistill.models.registry import family_of
+from fastdistill.train.trainer import TrainConfig, Trainer
+
+VERIFIED = "output, verified"
+"""What the command does: of the best sets by the sum of scores, the one whose joint error is least."""
+MEASURED = ("caption_accuracy", "frechet_distance", "psnr_to_reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    output: Path
+    """Folder for the results; an interrupted run in it is continued."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of calibration, scores, recovery and pictures. All of them at 1/3, the first at 1/4 and 1/2."""
+    pictures: int = 200
+    """Per model that is measured."""
+    sampling_steps: int = 14
+    recovery_steps: int = 100
+    """A quarter of the command's default: where everything is made good, nothing can be compared."""
+    batch: int = 64
+    calibration_pictures: int = 512
+    """The points of the first half score; those of the second measure output errors."""
+    repair_points: int = 1024
+    random_sets: int = 10
+    """Sets of 1/3 to compare the repairs on."""
+
+
+class Experiment:
+    """One seed: the teacher, its calibration, and what was measured so far."""
+
+    def __init__(self, config: Config, seed: int, console: Console) -> None:
+        self.config, self.seed, self.console = config, seed, console
+        self.folder = config.output / f"seed{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.loaded = load("emoji", "cpu")
+        self.pipeline = self.loaded.pipeline
+        self.teacher = self.pipeline.transformer.requires_grad_(False)
+        self.family = family_of(self.teacher)
+        self.blocks = block_ids(self.teacher, self.family)
+        self.sampling = self.loaded.sampling
+        self.prompts = self.loaded.prompts
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value ``name``: from the folder if it is there."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            self.console.print(f"seed {self.seed}: {name}")
+            write_json(path, make())
+        return json.loads(path.read_text())
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        pictures = self.config.calibration_pictures
+        with patched(self.teacher):
+            return calibrate(
+                self.pipeline,
+                self.family,
+                self.prompts,
+                self.sampling,
+                pictures=pictures,
+                steps=14,
+                points=pictures,
+                batch=self.config.batch,
+                seed=self.seed,
+                cache=self.folder / "calibration.safetensors",
+                tick=lambda count: None,
+            )
+
+    @cached_property
+    def halves(self) -> list[CalibrationPoints]:
+        return list(self.calibration.points.chunks(self.config.calibration_pictures // 2))
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        with patched(self.teacher):
+            return predictions(self.teacher, self.family, self.halves[1], self.config.batch)
+
+    def scores(self, criterion: str, drops: int) -> dict[BlockId, float]:
+        """Only a search and a training depend on how many are going to be dropped."""
+        suffix = f"-drop{drops}" if criterion in ("greedy", "learned") else ""
+
+        def make() -> list[float]:
+            half = self.halves[0]
+            runs = self.calibration.runs[: len(half)]
+            material = Material(points=half, runs=runs, batch=self.config.batch, seed=self.seed, drops=drops)
+            with patched(self.teacher):
+                scores = CRITERIA[criterion](self.teacher, self.family, material, Ledger())
+            return [scores[block_id] for block_id in self.blocks]
+
+        return dict(zip(self.blocks, self.kept(f"scores-{criterion}{suffix}", make), strict=True))
+
+    def joint(self, dropped: Sequence[BlockId]) -> float:
+        """On the half that scored: a choice must not see the other."""
+        half = self.halves[0]
+        with patched(self.teacher):
+            reference = predictions(self.teacher, self.family, half, self.config.batch)
+            return joint_output_error(self.teacher, self.family, half, self.config.batch, dropped, reference)
+
+    def choices(self, drops: int) -> dict[str, list[BlockId]]:
+        """By criterion the set of least summed score; and of the six best by ``output`` the one of least joint error."""
+        found = {name: self._least(self.scores(name, drops), drops) for name in CRITERIA}
+
+        def best() -> list[int]:
+            scores = self.scores("output", drops)
+            candidates = _least_sums([scores[block_id] for block_id in self.blocks], drops, 6)
+            return min(candidates, key=lambda positions: self.joint([self.blocks[position] for position in positions]))
+
+        found[VERIFIED] = [self.blocks[position] for position in self.kept(f"verified-drop{drops}", best)]
+        return found
+
+    def _least(self, scores: dict[BlockId, float], drops: int) -> list[BlockId]:
+        chosen = set(sorted(self.blocks, key=scores.__getitem__)[:drops])
+        return [block_id for block_id in self.blocks if block_id in chosen]
+
+    def repaired(self, dropped: Sequence[BlockId], repair: str) -> Any:
+        student = cut(self.teacher, dropped)
+        damage = Damage(
+            student=student,
+            teacher=self.teacher,
+            family=self.family,
+            boundaries=boundary_map(self.blocks, dropped),
+            pool=self.calibration.pool,
+            points=self.config.repair_points,
+            batch=self.config.batch,
+            seed=self.seed,
+        )
+        with patched(self.teacher):
+            REPAIRS[repair](damage)
+        return student
+
+    def error(self, student: Any) -> float:
+        """On the half that neither scores nor choices have seen."""
+        with patched(student):
+            return output_error(student, self.family, self.halves[1], self.config.batch, self.held_out)
+
+    def pictures(self, transformer: Any) -> Tensor:
+        return self._evaluated(transformer, None).pictures
+
+    def _evaluated(self, transformer: Any, reference: Tensor | None) -> Any:
+        count = self.config.pictures
+        prompts = [self.prompts[i * len(self.prompts) // min(count, len(self.prompts))] for i in range(min(count, len(self.prompts)))]
+        sampling = type(self.sampling)(**{**vars(self.sampling), "num_inference_steps": self.config.sampling_steps})
+        with _transformer(self.pipeline, transformer), patched(transformer):
+            return evaluate(self.pipeline, prompts, sampling, seeds=[self.seed], batch=self.config.batch, reference=reference)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        return self.pictures(self.teacher)
+
+    def measured(self, transformer: Any) -> dict[str, float]:
+        metrics = self._evaluated(transformer, None if transformer is self.teacher else self.reference).metrics
+        return {name: metrics[name] for name in MEASURED if name in metrics}
+
+    def recovered(self, student: Any, dropped: Sequence[BlockId], run: Path) -> Any:
+        config = self.config
+        boundaries = boundary_map(self.blocks, dropped)
+        method = Recovery(student.float().train(), self.teacher, self.family, boundaries, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
+        train = TrainConfig(
+            steps=config.recovery_steps, learning_rate=1e-3, warmup_steps=20, ema_decay=0.98, seed=self.seed, checkpoint_every=1_000_000
+        )
+        trainer = Trainer(method, lambda step, rng: self.calibration.pool.batch(config.batch, rng), train, run)
+        with patched(student), patched(self.teacher):
+            trainer.fit("recover")
+        trainer.emas["student"].copy_to(student)
+        return student.eval()
+
+    def cell(self, dropped: Sequence[BlockId]) -> dict[str, Any]:
+        """Everything about one set of dropped blocks."""
+        import shutil
+
+        plain, repaired = cut(self.teacher, dropped), self.repaired(dropped, "ridge")
+        result: dict[str, Any] = {"parameters": plain.num_parameters()}
+        result["cut"] = {"output_error": self.error(plain), **self.measured(plain)}
+        result["repaired"] = {"output_error": self.error(repaired), **self.measured(repaired)}
+        run = self.folder / "recovery"
+        for name, student in (("recovered", plain), ("repaired_recovered", repaired)):
+            # An earlier run may have been stopped in the middle: a recovery is short, and starts again.
+            shutil.rmtree(run, ignore_errors=True)
+            student = self.recovered(student, dropped, run)
+            result[name] = {"output_error": self.error(student), **self.measured(student)}
+        shutil.rmtree(run, ignore_errors=True)
+        return result
+
+
+@contextmanager
+def _transformer(pipeline: Any, transformer: Any) -> Iterator[None]:
+    earlier, pipeline.transformer = pipeline.transformer, transformer
+    try:
+        yield
+    finally:
+        pipeline.transformer = earlier
+
+
+def _least_sums(scores: Sequence[float], drops: int, count: int) -> list[list[int]]:
+    from itertools import combinations
+
+    return [list(found) for found in sorted(combinations(range(len(scores)), drops), key=lambda s: sum(scores[i] for i in s))[:count]]
+
+
+def _name(experiment: Experiment, dropped: Sequence[BlockId]) -> str:
+    return spell(dropped, experiment.family).replace(" ", "_").replace(":", "")
+
+
+def repairs(experiment: Experiment) -> list[dict[str, Any]]:
+    """The output error of random sets: cut, and after each repair."""
+    rng = random.Random(0)
+    drops = len(experiment.blocks) // 3
+    rows = []
+    for _ in range(experiment.config.random_sets):
+        chosen = set(rng.sample(experiment.blocks, drops))
+        dropped = [block_id for block_id in experiment.blocks if block_id in chosen]
+
+        def measure(dropped: list[BlockId] = dropped) -> dict[str, float]:
+            return {
+                "cut": experiment.error(cut(experiment.teacher, dropped)),
+                **{name: experiment.error(experiment.repaired(dropped, name)) for name in REPAIRS},
+            }
+
+        rows.append({"dropped": spell(dropped, experiment.family), **experiment.kept(f"repairs-{_name(experiment, dropped)}", measure)})
+    return rows
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(0)
+    console = Console(stderr=True, highlight=False)
+    results: dict[str, Any] = {"config": {**vars(config), "output": str(config.output)}, "full": {}, "sets": [], "repairs": []}
+    plan = [(seed, 3) for seed in config.seeds] + [(config.seeds[0], 4), (config.seeds[0], 2)]
+    experiments = {seed: Experiment(config, seed, console) for seed in config.seeds}
+    for seed, fraction in plan:
+        experiment = experiments[seed]
+        results["full"][seed] = experiment.kept("full", partial(experiment.measured, experiment.teacher))
+        drops = len(experiment.blocks) // fraction
+        choices = experiment.choices(drops)
+        chosen_by: dict[str, list[str]] = {}
+        for name, dropped in choices.items():
+            chosen_by.setdefault(spell(dropped, experiment.family), []).append(name)
+        for spelled, names in chosen_by.items():
+            dropped = choices[names[0]]
+            cell = experiment.kept(f"set-{_name(experiment, dropped)}", partial(experiment.cell, dropped))
+            sums = {name: sum(experiment.scores(name, drops)[block_id] for block_id in dropped) for name in CRITERIA}
+            results["sets"].append({"seed": seed, "drops": drops, "dropped": spelled, "chosen_by": names, "sums": sums, **cell})
+        if (seed, fraction) == plan[0]:
+            results["repairs"] = repairs(experiment)
+        write_json(config.output / "results.json", results)
+    console.print(f"results: {config.output / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,12 @@
+"""Repairs of a cut model without training. A new one is one file, one line in ``REPAIRS`` and its name in ``compress/config.py``."""
+
+from __future__ import annotations
+
+from fastdistill.compress.repair import average, ridge, scale
+from fastdistill.compress.repair.damage import Repair
+
+REPAIRS: dict[str, Repair] = {
+    "ridge": ridge.repair,
+    "scale": scale.repair,
+    "average": average.repair,
+}
