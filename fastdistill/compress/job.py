@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from fastdistill.compress.budget import show
 from fastdistill.compress.calibrate import Calibration, calibrate
+from fastdistill.compress.choice import Request, Selection, choose, limit_of, parse, spell
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import Cost, Costs, as_dtype, flops, inputs_of, latency, sizes
+from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.criterion import Material
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import joint_output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.resources import require_disk, require_memory
-from fastdistill.compress.select import Request, Selection, limit_of, parse, select, spell
 from fastdistill.compress.solve import Interval
-from fastdistill.compress.surgery import boundary_map, check, cut
+from fastdistill.compress.surgery import boundary_map, check, check_count, cut
 from fastdistill.compress.verify import intervals
 from fastdistill.compress.workspace import Workspace
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids
+from fastdistill.models.features import block_ids, tied
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
@@ -75,9 +75,10 @@ def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
     size = transformer.num_parameters()
     if budget is None:
         request = parse(config.drop_blocks, family)
-        drops = request.blocks if request.count is None else blocks[: request.count]
-        check(transformer, family, drops)
-        left = size * (len(blocks) - len(drops)) // len(blocks)
+        drops = len(request.blocks) if request.count is None else request.count
+        check(transformer, family, request.blocks)
+        check_count(drops, len(blocks))
+        left = size * (len(blocks) - drops) // len(blocks)
     else:
         request = Request(budget=budget)
         static = sizes(transformer, family, _save_dtype(config).itemsize)
@@ -236,7 +237,7 @@ def _costs(
     teacher = pipeline.transformer
     blocks = block_ids(teacher, family)
     costs = sizes(teacher, family, _save_dtype(config).itemsize)
-    costs["flops"] = flops(teacher, family, inputs_of(pipeline, family, sampling, batch=1))
+    costs["flops"] = flops(teacher, family, workload(sampling, pipeline.vae_scale_factor))
     if request.budget and request.budget.quantity == "latency":
 
         def measure() -> list[int]:
@@ -251,10 +252,8 @@ def _costs(
 
 def _latency(config: CompressConfig, transformer: Any, pipeline: Any, family: Family, sampling: SamplingDefaults) -> Cost:
     """Of the stock model, which is what is saved."""
-    inputs = inputs_of(pipeline, family, sampling, config.latency_batch)
-    dtype = getattr(torch, config.latency_dtype) if config.latency_dtype else transformer.dtype
-    network, inputs = as_dtype(transformer, inputs, dtype)
-    return latency(network, family, inputs)
+    dtype = getattr(torch, config.latency_dtype) if config.latency_dtype else None
+    return latency(transformer, family, workload(sampling, pipeline.vae_scale_factor, config.latency_batch), dtype)
 
 
 def _select(
@@ -290,7 +289,16 @@ def _select(
             for first, last in found:
                 runs[first, last] = joint(range(first, last + 1))
                 advance(1)
-    return select(request, costs, scores[config.criterion], scores["output"], joint, intervals=runs, best=config.verify)
+    return choose(
+        request,
+        costs,
+        scores[config.criterion],
+        output_errors=scores["output"],
+        joint=joint,
+        intervals=runs,
+        best=config.verify,
+        tied=tied(teacher, family),
+    )
 
 
 def _recover(

@@ -13,9 +13,9 @@ import torch
 
 from fastdistill import __version__
 from fastdistill.compress.budget import show
+from fastdistill.compress.choice import spell
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
-from fastdistill.compress.select import spell
 from fastdistill.models.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
 

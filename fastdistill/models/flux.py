@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.family import Conditioning, Family, Stack, both_streams
+from fastdistill.models.family import Conditioning, Family, Stack, Workload, both_streams, noise
 
 PATCH = 2
 
@@ -43,6 +43,18 @@ class Flux(Family):
         Stack(attribute="transformer_blocks", config_field="num_layers", short="double", pass_through=both_streams),
         Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=both_streams),
     )
+
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
+        return {
+            "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.joint_attention_dim),
+            "pooled_projections": noise(network, batch, network.config.pooled_projection_dim),
+            "timestep": noise(network, batch),
+            "img_ids": image_ids(PATCH * rows, PATCH * columns, network.device),
+            "txt_ids": noise(network, workload.text_tokens, 3).zero_(),
+            "guidance": noise(network, batch) if network.config.guidance_embeds else None,
+        }
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning:
