@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdistill import cli
-from fastdistill.compress import job
+from fastdistill.compress import job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
 from fastdistill.evaluate import EvaluateConfig
@@ -164,7 +164,7 @@ def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipe
 
 def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--steps", "0", *QUICK[2:]]
-    measured, whole = [], job.joint_output_error
+    measured, whole = [], scoring.joint_output_error
 
     def stop_at_the_last(*args):
         if len(measured) == 5:
@@ -172,19 +172,28 @@ def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, 
         measured.append(tuple(args[4]))
         return whole(*args)
 
-    monkeypatch.setattr(job, "joint_output_error", stop_at_the_last)
+    monkeypatch.setattr(scoring, "joint_output_error", stop_at_the_last)
     assert command("compress", *options).code == 130
 
     def count(*args):
         measured.append(tuple(args[4]))
         return whole(*args)
 
-    monkeypatch.setattr(job, "joint_output_error", count)
+    monkeypatch.setattr(scoring, "joint_output_error", count)
     before, timed = job.latency, []
     monkeypatch.setattr(job, "latency", lambda *args: timed.append(1) or before(*args))
     assert command("compress", *options).code == 0
     assert len(set(measured)) == len(measured) > 5
     assert len(timed) == 1, "the full model was timed before the interruption, the cut one after it"
+
+
+def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
+    options = ["--model", pipeline_folder, "--drop-blocks", "2", "--steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
+    assert command("compress", *options).code == 0
+    record = json.loads((tmp_path / "out" / "compress.json").read_text())
+    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
+    scores = score(pipeline, ["a cat", "a dog", "a red fox"], points=6, steps=2, batch=4)
+    assert [*scores.values()] == [*record["scores"]["output"].values()]
 
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):

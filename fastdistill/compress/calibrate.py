@@ -40,8 +40,8 @@ def calibrate(
     points: int,
     batch: int,
     seed: int,
-    cache: Path,
-    tick: Callable[[int], None],
+    cache: Path | None = None,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> Calibration:
     """Sample ``pictures`` spread evenly over the prompts in ``steps`` steps, or read them from ``cache`` if it is there.
 
@@ -55,7 +55,9 @@ def calibrate(
     chosen_step = torch.randint(steps, (pictures,), generator=generator)
     dropped = torch.rand(pictures, generator=generator) < 0.1
     noise = torch.randn(pictures, *family.latent_shape(pipeline, sampling.height, sampling.width), generator=generator)
-    if not cache.exists():
+    if cache is not None and cache.exists():
+        tensors = load_file(cache)
+    else:
         parts = []
         for rows in torch.arange(pictures).split(batch):
             states, times = family.trajectory(
@@ -70,11 +72,11 @@ def calibrate(
             chosen = torch.stack(states).cpu()[chosen_step[rows], torch.arange(len(rows))]
             parts.append({"x_t": chosen, "t": times.cpu()[chosen_step[rows]].float(), "latents": states[-1].cpu()})
             tick(len(rows))
-        partial = cache.with_suffix(".partial")
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        save_file({**tensors, "times": times.float().cpu()}, partial)
-        partial.replace(cache)
-    tensors = load_file(cache)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"times": times.float().cpu()}
+        if cache is not None:
+            partial = cache.with_suffix(".partial")
+            save_file(tensors, partial)
+            partial.replace(cache)
     point_prompts = torch.where(dropped, len(prompts), which)[:points]
     return Calibration(
         points=CalibrationPoints(

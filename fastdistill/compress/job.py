@@ -6,25 +6,22 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from fastdistill.compress.budget import show
 from fastdistill.compress.calibrate import Calibration, calibrate
 from fastdistill.compress.choice import Request, Selection, choose, limit_of, parse, spell
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workload
-from fastdistill.compress.importance import CRITERIA
-from fastdistill.compress.importance.criterion import Material
-from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.resources import require_disk, require_memory
+from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.solve import Interval
 from fastdistill.compress.surgery import boundary_map, check, check_count, cut
 from fastdistill.compress.verify import intervals
@@ -125,9 +122,11 @@ def compress(
             raise
     with clock("calibrate"), patched(teacher):
         calibration = _calibrate(config, pipeline, family, prompts, sampling, workspace, console)
-    with clock("score"), patched(teacher):
-        scores = _scores(config, teacher, family, calibration, request, workspace, console)
-        selection = _select(config, request, costs, teacher, family, calibration, scores, workspace, console)
+    drops = len(request.blocks) if request.count is None else request.count
+    scorer = Scorer(teacher, family, calibration, batch=config.batch, seed=config.seed, drops=drops, console=console)
+    with clock("score"):
+        scores = _scores(config, scorer, workspace)
+        selection = _select(config, request, costs, scorer, scores, workspace, console)
     dropped = selection.dropped
     joint_error = min(found.joint for found in selection.verified if found.eligible)
     console.print(f"dropping {spell(dropped, family)}: output error {joint_error:.3f} before recovery")
@@ -197,37 +196,15 @@ def _calibrate(
         )
 
 
-def _scores(
-    config: CompressConfig,
-    teacher: nn.Module,
-    family: Family,
-    calibration: Calibration,
-    request: Request,
-    workspace: Workspace,
-    console: Console,
-) -> dict[str, dict[BlockId, float]]:
+def _scores(config: CompressConfig, scorer: Scorer, workspace: Workspace) -> dict[str, dict[BlockId, float]]:
     """Of ``output`` and ``bi``, which every report has, of the criterion that chooses, and of those asked for."""
-    blocks = block_ids(teacher, family)
-    drops = len(request.blocks) if request.count is None else request.count
-    material = Material(points=calibration.points, runs=calibration.runs, batch=config.batch, seed=config.seed, drops=drops)
 
     def score(criterion: str) -> list[float]:
-        with bar(console, f"score by {criterion}", len(blocks)) as advance:
-            shown = 0
-
-            def tick(share: float) -> None:
-                nonlocal shown
-                reached = int(share * len(blocks))
-                advance(reached - shown)
-                shown = reached
-
-            ledger = Ledger(workspace.work / f"scores-{criterion}.jsonl", tick)
-            scores = CRITERIA[criterion](teacher, family, material, ledger)
-        return [scores[block_id] for block_id in blocks]
+        return list(scorer.score(criterion, workspace.work / f"scores-{criterion}.jsonl").values())
 
     names = dict.fromkeys(["output", "bi", config.criterion, *config.also_score])
     values = {name: workspace.cached(f"scores-{name}", partial(score, name)) for name in names}
-    return {name: dict(zip(blocks, values[name], strict=True)) for name in names}
+    return {name: dict(zip(scorer.blocks, values[name], strict=True)) for name in names}
 
 
 def _costs(
@@ -260,30 +237,19 @@ def _select(
     config: CompressConfig,
     request: Request,
     costs: Costs,
-    teacher: nn.Module,
-    family: Family,
-    calibration: Calibration,
+    scorer: Scorer,
     scores: dict[str, dict[BlockId, float]],
     workspace: Workspace,
     console: Console,
 ) -> Selection:
-    blocks = block_ids(teacher, family)
-
-    @cache
-    def reference() -> Tensor:
-        return predictions(teacher, family, calibration.points, config.batch)
-
     def joint(positions: Sequence[int]) -> float:
-        dropped = [blocks[position] for position in positions]
-
-        def measure() -> float:
-            return joint_output_error(teacher, family, calibration.points, config.batch, dropped, reference())
-
-        return float(workspace.cached(f"joint-{sum(1 << position for position in positions):x}", measure))
+        dropped = [scorer.blocks[position] for position in positions]
+        name = f"joint-{sum(1 << position for position in positions):x}"
+        return float(workspace.cached(name, lambda: scorer.joint_error(dropped)))
 
     runs: dict[Interval, float] | None = None
     if config.criterion == "output" and not request.blocks and config.longest_run > 1:
-        found = list(intervals(len(blocks), config.longest_run))
+        found = list(intervals(len(scorer.blocks), config.longest_run))
         with bar(console, "score runs", len(found)) as advance:
             runs = {}
             for first, last in found:
@@ -297,7 +263,7 @@ def _select(
         joint=joint,
         intervals=runs,
         best=config.verify,
-        tied=tied(teacher, family),
+        tied=tied(scorer.network, scorer.family),
     )
 
 
