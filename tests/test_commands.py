@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdistill import cli
-from fastdistill.compress import job, score, scoring
+from fastdistill.compress import calibrate as calibrate_module
+from fastdistill.compress import cut, job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
 from fastdistill.evaluate import EvaluateConfig
@@ -185,6 +186,41 @@ def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, 
     assert command("compress", *options).code == 0
     assert len(set(measured)) == len(measured) > 5
     assert len(timed) == 1, "the full model was timed before the interruption, the cut one after it"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(5):
+        Image.new("RGB", (80, 64), (50 * index, 0, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a red {index % 2}")
+    return folder
+
+
+def test_calibration_on_pictures(command, pipeline_folder, pictures, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", pictures, "--also-score", "trajectory", *QUICK]
+    monkeypatch.setattr(job, "cut", interrupt)
+    assert command("compress", *options, "--output", output).code == 130
+    cached = load_file(output / "work" / "calibration.safetensors")
+    assert cached["latents"].shape == (5, 16, 8, 8)
+    monkeypatch.setattr(job, "cut", cut)
+    # Encoded once: a run that goes on does not look at the pictures again but to see that they are there.
+    monkeypatch.setattr(calibrate_module, "pixels", lambda *args: pytest.fail("encoded again"))
+    assert command("compress", *options, "--output", output).code == 0
+    record = json.loads((output / "compress.json").read_text())
+    assert (record["images"], record["config"]["images"]) == (5, str(pictures))
+    assert "5 pictures of" in (output / "report.md").read_text()
+    (pictures / "3.txt").unlink()
+    ended = command("compress", *options, "--output", tmp_path / "other")
+    assert ended.code == 2
+    assert "3.png and 0 more of 5 pictures have no caption" in ended.message
+    assert not (tmp_path / "other").exists()
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):

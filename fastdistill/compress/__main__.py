@@ -22,6 +22,7 @@ def main(config: CompressConfig) -> None:
     from fastdistill.compress.plan import plan
     from fastdistill.compress.report import manifest, report
     from fastdistill.compress.workspace import RESULT, Workspace, write_json
+    from fastdistill.data.images import read_folder
     from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
 
@@ -32,6 +33,7 @@ def main(config: CompressConfig) -> None:
     asked = "-".join(config.drop_blocks) or config.budget or ""
     output = config.output or Path("runs") / f"compress-{Path(config.model).name}-{asked.translate(str.maketrans('', '', ':='))}"
     prompts = read_prompts(config.prompts) if config.prompts else None
+    images = read_folder(config.images, config.calibration_pictures) if config.images else []
     console.print(f"loading {config.model}")
     loaded = load(config.model, config.device)
     prompts = prompts or loaded.prompts
@@ -42,9 +44,9 @@ def main(config: CompressConfig) -> None:
         console.print(f"continuing the interrupted run in {output}")
     sampling = loaded.sampling.replaced(config.sampling)
     evaluate = Evaluator(config, prompts, sampling, workspace.work, console)
-    outcome = compress(config, loaded.pipeline, prompts, sampling, workspace, evaluate, console)
+    outcome = compress(config, loaded.pipeline, prompts, images, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
-    record = manifest(config, outcome, sampling, len(prompts))
+    record = manifest(config, outcome, sampling, prompts=len(prompts), images=len(images))
     measured = rows([outcome.evaluation[name] for name in NAMES])
     (output / "report.md").write_text(report(record, measured), encoding="utf-8")
     write_json(output / RESULT, record)

@@ -21,6 +21,7 @@ from fastdistill.compress.costs import flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.surgery import check_count
+from fastdistill.data.images import read_folder
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId
 from fastdistill.models.features import block_ids, tied
@@ -35,6 +36,7 @@ def scorer(
     pipeline: Any,
     prompts: Sequence[str] = GENERAL_PROMPTS,
     *,
+    images: str | Path | None = None,
     points: int = 64,
     steps: int = 14,
     batch: int = 4,
@@ -48,6 +50,7 @@ def scorer(
     Args:
         pipeline: a diffusers pipeline of a family that can be scored; left as it is.
         prompts: to sample from; ``points`` pictures are drawn, in ``steps`` steps each.
+        images: a folder of pictures to take instead, with their captions in ``.txt`` files beside them.
         points: at how many points blocks are scored; the command's 256 give steadier scores for four times the time.
         batch: samples per forward pass.
         drop_blocks: how many blocks are going to be dropped, which bounds the search of ``greedy``.
@@ -63,10 +66,11 @@ def scorer(
     family = family_of(network)
     if isinstance(prompts, str) or not prompts:
         raise UserError("prompts must be a list of at least one")
+    pictures = read_folder(Path(images), points) if images is not None else []
     folder = getattr(pipeline, "name_or_path", None)
     sampling = dataclasses.replace(SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults(), **call)
     console = console or Console(quiet=True)
-    with bar(console, "calibrate", points) as tick, patched(network):
+    with bar(console, "calibrate", len(pictures) or points) as tick, patched(network):
         calibration = calibrate(
             pipeline,
             family,
@@ -77,6 +81,7 @@ def scorer(
             points=points,
             batch=batch,
             seed=seed,
+            images=pictures,
             tick=tick,
         )
     return Scorer(network, family, calibration, batch=batch, seed=seed, drops=drop_blocks, console=console)

@@ -26,6 +26,7 @@ from fastdistill.compress.solve import Interval
 from fastdistill.compress.surgery import boundary_map, check, check_count, cut
 from fastdistill.compress.verify import intervals
 from fastdistill.compress.workspace import Workspace
+from fastdistill.data.images import Captioned
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import block_ids, tied
@@ -94,6 +95,7 @@ def compress(
     config: CompressConfig,
     pipeline: Any,
     prompts: Sequence[str],
+    images: Sequence[Captioned],
     sampling: SamplingDefaults,
     workspace: Workspace,
     evaluate: Evaluate,
@@ -121,7 +123,7 @@ def compress(
             workspace.finish()
             raise
     with clock("calibrate"), patched(teacher):
-        calibration = _calibrate(config, pipeline, family, prompts, sampling, workspace, console)
+        calibration = _calibrate(config, pipeline, family, prompts, images, sampling, workspace, console)
     drops = len(request.blocks) if request.count is None else request.count
     scorer = Scorer(teacher, family, calibration, batch=config.batch, seed=config.seed, drops=drops, console=console)
     with clock("score"):
@@ -176,11 +178,12 @@ def _calibrate(
     pipeline: Any,
     family: Family,
     prompts: Sequence[str],
+    images: Sequence[Captioned],
     sampling: SamplingDefaults,
     workspace: Workspace,
     console: Console,
 ) -> Calibration:
-    with bar(console, "calibrate", config.calibration_pictures) as tick:
+    with bar(console, "calibrate", len(images) or config.calibration_pictures) as tick:
         return calibrate(
             pipeline,
             family,
@@ -191,6 +194,7 @@ def _calibrate(
             points=config.calibration_points,
             batch=config.batch,
             seed=config.seed,
+            images=images,
             cache=workspace.work / "calibration.safetensors",
             tick=tick,
         )

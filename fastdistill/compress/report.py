@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -84,9 +85,10 @@ criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. With
 {% endfor %}
 ## How
 
-Recovery: {{ config.steps }} steps of {{ config.batch }} on {{ config.calibration_pictures }} pictures that the full model drew of \
-{{ prompts }} prompts, L = {{ config.l_task }} L_task + {{ config.l_out }} L_OutKD + {{ config.l_feat }} L_FeatKD, learning rate \
-{{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
+Recovery: {{ config.steps }} steps of {{ config.batch }} on \
+{% if images %}{{ images }} pictures of {{ config.images }}{% else %}{{ config.calibration_pictures }} pictures that the full model drew \
+of {{ prompts }} prompts{% endif %}, L = {{ config.l_task }} L_task + {{ config.l_out }} L_OutKD + {{ config.l_feat }} L_FeatKD, learning \
+rate {{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
 
 | stage | seconds |
 |---|---|
@@ -102,8 +104,11 @@ FRONT_ROWS = 12
 SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
 
 
-def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, prompts: int) -> dict[str, Any]:
-    """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions."""
+def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, *, prompts: int, images: int) -> dict[str, Any]:
+    """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions.
+
+    ``images`` is the number of pictures from a folder that were calibrated on, 0 if the full model drew them.
+    """
     scores = outcome.scores
     spelled = {block_id: spell([block_id], outcome.family) for block_id in outcome.blocks}
     return {
@@ -121,12 +126,13 @@ def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefault
         "parameters": outcome.parameters,
         "evaluation": outcome.evaluation,
         "prompts": prompts,
+        "images": images,
         "seconds": outcome.seconds,
-        "config": {name: str(value) if name in ("output", "prompts") else value for name, value in dataclasses.asdict(config).items()},
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()},
         "versions": {
             "fastdistill": __version__,
-            "diffusers": diffusers.__version__,
             "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
             "machine": platform.machine(),
         },
     }

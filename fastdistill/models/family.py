@@ -129,6 +129,10 @@ class Family(Anatomy):
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning: ...
 
     @abstractmethod
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Latents of pictures (B, 3, H, W) in [-1, 1], the mode of what the autoencoder makes of each."""
+
+    @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity ``dx_t/dt`` at ``t`` (B,) in [0, 1], in the shape of ``x_t``."""
 

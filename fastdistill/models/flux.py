@@ -66,6 +66,13 @@ class Flux(Family):
             guidance = torch.full((len(prompts),), guidance_scale, device=prompt_embeds.device)
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, guidance=guidance)
 
+    @torch.no_grad()
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        vae = pipeline.vae
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return scaled
+
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x_t.shape[-2:]
         text_tokens = conditioning.prompt_embeds.shape[1]
