@@ -10,7 +10,7 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -93,7 +93,7 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     script = f"""
 import sys
 sys.modules["fastdistill"] = None
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 pipeline = FluxPipeline.from_pretrained({str(output / "model")!r})
 assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers) == (1, 2)
 picture = pipeline("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=8).images[0]
@@ -297,6 +297,22 @@ def truncate(copy):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def overflow(copy):
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.bias"][0] = float("inf")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def lose_a_shard(copy):
+    """Weights in two files, of which one has been lost."""
+    folder = copy / "transformer"
+    transformer = FluxTransformer2DModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    transformer.save_pretrained(folder, max_shard_size="100KB")
+    next(folder.glob("*-00002-of-*.safetensors")).unlink()
+
+
 def other_class(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
@@ -314,13 +330,17 @@ def cuttable_class(copy):
         (lambda copy: (copy / "model_index.json").unlink(), "no model_index.json"),
         (lambda copy: (copy / "model_index.json").write_text("{"), "not valid JSON"),
         (lambda copy: shutil.rmtree(copy / "vae"), "lacks its part vae"),
-        (lambda copy: (copy / "transformer/config.json").unlink(), "does not load"),
+        (lambda copy: (copy / "transformer/config.json").unlink(), "transformer has no config.json"),
         (lambda copy: (copy / "text_encoder/config.json").write_text("{"), "does not load"),
         (lambda copy: (copy / "tokenizer_2/tokenizer.json").write_text("{"), "does not load"),
         (lambda copy: (copy / "fastdistill.json").write_text('{"stepz": 3}'), "it is a JSON object of num_inference_steps"),
         (lambda copy: (copy / "prompts.txt").write_bytes(b"\xff\xfe\x00"), "is not UTF-8 text"),
         (truncate, "does not load"),
-        (poison, "proj_out.weight has NaN"),
+        (poison, "transformer weight proj_out.weight has NaN"),
+        (overflow, "vae weight decoder.conv_in.bias has NaN or infinite"),
+        (lambda copy: (copy / "transformer/diffusion_pytorch_model.safetensors").unlink(), "transformer has no weights"),
+        (lambda copy: (copy / "text_encoder_2/model.safetensors").unlink(), "text_encoder_2 has no weights"),
+        (lose_a_shard, "diffusion_pytorch_model-00002-of-"),
         (other_class, "is a StableDiffusionPipeline; supported: FluxPipeline"),
         (cuttable_class, "Its SD3Transformer2DModel can be cut from Python, with fastdistill.compress.cut"),
     ],

@@ -29,6 +29,7 @@ from fastdistill.models.loading import GENERAL_PROMPTS
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import anatomy_of, family_of
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.weights import check_computable, check_finite
 from fastdistill.progress import bar
 
 
@@ -58,12 +59,14 @@ def scorer(
         call: arguments of the pipeline's call, such as ``height``; by default those in its folder's fastdistill.json, else FLUX.1-dev's.
 
     Raises:
-        UserError: the family cannot be scored, or there is nothing to sample from.
+        UserError: the family cannot be scored, weights are not finite or not of a type to compute with, or there is nothing to sample from.
     """
     network = getattr(pipeline, "transformer", None)
     if network is None:
         raise UserError(f"scoring needs the pipeline, which samples and encodes prompts, and got a {type(pipeline).__name__}")
     family = family_of(network)
+    check_computable(network, type(network).__name__)
+    check_finite(network, type(network).__name__)
     if isinstance(prompts, str) or not prompts:
         raise UserError("prompts must be a list of at least one")
     pictures = read_folder(Path(images), points) if images is not None else []

@@ -170,6 +170,10 @@ def test_what_cannot_be_scored_is_refused_before_any_work(pipeline, monkeypatch)
         score(pipeline, "a cat")
     with pytest.raises(TypeError, match="heigth"):
         score(pipeline, ["a cat"], heigth=64)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias[3] = math.inf
+    with pytest.raises(UserError, match=r"FluxTransformer2DModel weight proj_out\.bias has NaN or infinite"):
+        score(pipeline, ["a cat"])
     pipeline.transformer = tiny.tiny_sd3()
     with pytest.raises(UserError, match="SD3Transformer2DModel can only be cut"):
         score(pipeline, ["a cat"])
