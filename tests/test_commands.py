@@ -85,6 +85,13 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     assert record["kept"] == {"transformer_blocks": [1], "single_transformer_blocks": [0, 2]}
     assert record["boundaries"] == {"double:1": "double:1", "single:0": "single:1", "single:2": "single:2"}
     assert record["parameters"]["compressed"] < record["parameters"]["full"]
+    assert record["choice"]["asked"] == "--drop-blocks double:0 single:1"
+    assert record["command"].startswith(f"python -m fastdistill.compress --model {pipeline_folder} --drop-blocks double:0 single:1")
+    assert set(record["scores"]) == {"output", "bi"}
+    assert all(len(values) == 5 for values in record["scores"].values())
+    assert (record["config"]["seed"], record["evaluation"]["full"]["seeds"], record["config"]["prompts"]) == (0, [0, 1, 2, 3], None)
+    assert set(record["versions"]) == {"fastdistill", "python", "torch", "diffusers", "transformers", "machine"}
+    assert json.loads((output / "model" / "compress.json").read_text()) == record
     assert set(record["evaluation"]) == {"full", "cut", "recovered"}
     report = (output / "report.md").read_text()
     assert "double:0" in report

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from fastdistill.cli import run
 from fastdistill.compress.config import CompressConfig
 
+PROGRAM = "python -m fastdistill.compress"
 NAMES = ("full", "cut", "recovered")
 GRID_COLUMNS = 10
 SUMMARY = (("caption_accuracy", "caption accuracy", "{:.1%}"), ("frechet_distance", "Frechet distance", "{:.1f}"))
@@ -46,9 +49,11 @@ def main(config: CompressConfig) -> None:
     evaluate = Evaluator(config, prompts, sampling, workspace.work, console)
     outcome = compress(config, loaded.pipeline, prompts, images, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
-    record = manifest(config, outcome, sampling, prompts=len(prompts), images=len(images))
+    record = manifest(config, outcome, sampling, prompts=len(prompts), images=len(images), command=f"{PROGRAM} {shlex.join(sys.argv[1:])}")
     measured = rows([outcome.evaluation[name] for name in NAMES])
     (output / "report.md").write_text(report(record, measured), encoding="utf-8")
+    # Beside the weights, too, as they travel alone; diffusers ignores it there.
+    write_json(output / "model" / RESULT, record)
     write_json(output / RESULT, record)
     workspace.finish()
     _summarise(record, output, console)
@@ -103,4 +108,4 @@ def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(CompressConfig, main, prog="python -m fastdistill.compress")
+    run(CompressConfig, main, prog=PROGRAM)

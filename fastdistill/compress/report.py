@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import jinja2
 import torch
+import transformers
 
 from fastdistill import __version__
 from fastdistill.compress.budget import show
@@ -104,7 +105,9 @@ FRONT_ROWS = 12
 SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
 
 
-def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, *, prompts: int, images: int) -> dict[str, Any]:
+def manifest(
+    config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, *, prompts: int, images: int, command: str
+) -> dict[str, Any]:
     """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions.
 
     ``images`` is the number of pictures from a folder that were calibrated on, 0 if the full model drew them.
@@ -113,6 +116,7 @@ def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefault
     spelled = {block_id: spell([block_id], outcome.family) for block_id in outcome.blocks}
     return {
         "format": 1,
+        "command": command,
         "model": config.model,
         "dropped": _by_stack(outcome, keep=False),
         "kept": _by_stack(outcome, keep=True),
@@ -131,8 +135,10 @@ def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefault
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()},
         "versions": {
             "fastdistill": __version__,
+            "python": platform.python_version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
             "machine": platform.machine(),
         },
     }
