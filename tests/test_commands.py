@@ -10,8 +10,9 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastdistill import cli
@@ -100,7 +101,7 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     script = f"""
 import sys
 sys.modules["fastdistill"] = None
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 pipeline = FluxPipeline.from_pretrained({str(output / "model")!r})
 assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers) == (1, 2)
 picture = pipeline("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=8).images[0]
@@ -392,16 +393,40 @@ def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path
     assert "Lower the learning rate" in ended.message
 
 
-def test_a_disk_that_fills_up_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (FluxPipeline, "save_pretrained", OSError(28, "No space left on device")),
+        # As it comes from safetensors on a disk that is full.
+        (calibrate_module, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_disk_that_fills_up_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch, owner, name, error):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(FluxPipeline, "save_pretrained", full)
-    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK]
-    ended = command("compress", *options)
+    monkeypatch.setattr(owner, name, full)
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
     assert ended.code == 1
     assert "disk is full" in ended.message
-    monkeypatch.undo()
+
+
+def test_quantised_weights_are_named(command, pipeline_folder, tmp_path, monkeypatch):
+    whole = DiffusionPipeline.from_pretrained
+
+    def quantised(*args, **kwargs):
+        pipeline = whole(*args, **kwargs)
+        weight = pipeline.transformer.proj_out.weight
+        pipeline.transformer.proj_out.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+        return pipeline
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", quantised)
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out")
+    assert ended.code == 2
+    assert "transformer weight proj_out.weight is int8" in ended.message
+    assert "load the model in bfloat16" in ended.message
+    assert not (tmp_path / "out").exists()
 
 
 def test_sample_is_repeatable_and_does_not_overwrite(command, pipeline_folder, tmp_path):
