@@ -71,7 +71,8 @@ class Flux(Family):
         vae = pipeline.vae
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        return scaled
+        # The encoder may answer in channels-last order.
+        return scaled.contiguous()
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x_t.shape[-2:]
