@@ -32,7 +32,7 @@ from fastdistill.compress.importance.output_error import joint_output_error, out
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repair import REPAIRS
 from fastdistill.compress.repair.damage import Damage
-from fastdistill.compress.select import spell
+from fastdistill.compress.choice import spell
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.compress.workspace import write_json
 from fastdistill.evaluation.suite import evaluate

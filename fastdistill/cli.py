@@ -14,6 +14,9 @@ from fastdistill.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
+DISK_FULL = "error: the disk is full; free some space and give the same command again to continue"
+MEMORY_FULL = "error: the GPU's memory is full; lower --batch (and for training --gradient-checkpointing) and give the command again"
+
 
 def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: str) -> None:
     """Parse ``config_type`` from the command line and call ``main``.
@@ -33,14 +36,17 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
         # The reader, `head` perhaps, has gone; the interpreter would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        _leave("error: the GPU's memory is full; lower --batch (and for training --gradient-checkpointing) and give the command again", 1)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _leave("error: the disk is full; free some space and give the same command again to continue", 1)
+            _leave(DISK_FULL, 1)
         _leave(f"error: {error}", 1)
+    except Exception as error:
+        # By name and text: torch and safetensors, whose errors these are, may not have been imported.
+        if type(error).__name__ == "OutOfMemoryError":
+            _leave(MEMORY_FULL, 1)
+        if type(error).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(error):
+            _leave(DISK_FULL, 1)
+        raise
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -10,12 +10,14 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastdistill import cli
-from fastdistill.compress import job
+from fastdistill.compress import calibrate as calibrate_module
+from fastdistill.compress import cut, job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
 from fastdistill.evaluate import EvaluateConfig
@@ -84,6 +86,13 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     assert record["kept"] == {"transformer_blocks": [1], "single_transformer_blocks": [0, 2]}
     assert record["boundaries"] == {"double:1": "double:1", "single:0": "single:1", "single:2": "single:2"}
     assert record["parameters"]["compressed"] < record["parameters"]["full"]
+    assert record["choice"]["asked"] == "--drop-blocks double:0 single:1"
+    assert record["command"].startswith(f"python -m fastdistill.compress --model {pipeline_folder} --drop-blocks double:0 single:1")
+    assert set(record["scores"]) == {"output", "bi"}
+    assert all(len(values) == 5 for values in record["scores"].values())
+    assert (record["config"]["seed"], record["evaluation"]["full"]["seeds"], record["config"]["prompts"]) == (0, [0, 1, 2, 3], None)
+    assert set(record["versions"]) == {"fastdistill", "python", "torch", "diffusers", "transformers", "machine"}
+    assert json.loads((output / "model" / "compress.json").read_text()) == record
     assert set(record["evaluation"]) == {"full", "cut", "recovered"}
     report = (output / "report.md").read_text()
     assert "double:0" in report
@@ -92,7 +101,7 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     script = f"""
 import sys
 sys.modules["fastdistill"] = None
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 pipeline = FluxPipeline.from_pretrained({str(output / "model")!r})
 assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers) == (1, 2)
 picture = pipeline("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=8).images[0]
@@ -164,7 +173,7 @@ def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipe
 
 def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--steps", "0", *QUICK[2:]]
-    measured, whole = [], job.joint_output_error
+    measured, whole = [], scoring.joint_output_error
 
     def stop_at_the_last(*args):
         if len(measured) == 5:
@@ -172,19 +181,63 @@ def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, 
         measured.append(tuple(args[4]))
         return whole(*args)
 
-    monkeypatch.setattr(job, "joint_output_error", stop_at_the_last)
+    monkeypatch.setattr(scoring, "joint_output_error", stop_at_the_last)
     assert command("compress", *options).code == 130
 
     def count(*args):
         measured.append(tuple(args[4]))
         return whole(*args)
 
-    monkeypatch.setattr(job, "joint_output_error", count)
+    monkeypatch.setattr(scoring, "joint_output_error", count)
     before, timed = job.latency, []
     monkeypatch.setattr(job, "latency", lambda *args: timed.append(1) or before(*args))
     assert command("compress", *options).code == 0
     assert len(set(measured)) == len(measured) > 5
     assert len(timed) == 1, "the full model was timed before the interruption, the cut one after it"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(5):
+        Image.new("RGB", (80, 64), (50 * index, 0, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a red {index % 2}")
+    return folder
+
+
+def test_calibration_on_pictures(command, pipeline_folder, pictures, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", pictures, "--also-score", "trajectory", *QUICK]
+    monkeypatch.setattr(job, "cut", interrupt)
+    assert command("compress", *options, "--output", output).code == 130
+    cached = load_file(output / "work" / "calibration.safetensors")
+    assert cached["latents"].shape == (5, 16, 8, 8)
+    monkeypatch.setattr(job, "cut", cut)
+    # Encoded once: a run that goes on does not look at the pictures again but to see that they are there.
+    monkeypatch.setattr(calibrate_module, "pixels", lambda *args: pytest.fail("encoded again"))
+    assert command("compress", *options, "--output", output).code == 0
+    record = json.loads((output / "compress.json").read_text())
+    assert (record["images"], record["config"]["images"]) == (5, str(pictures))
+    assert "5 pictures of" in (output / "report.md").read_text()
+    (pictures / "3.txt").unlink()
+    ended = command("compress", *options, "--output", tmp_path / "other")
+    assert ended.code == 2
+    assert "3.png and 0 more of 5 pictures have no caption" in ended.message
+    assert not (tmp_path / "other").exists()
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
+    options = ["--model", pipeline_folder, "--drop-blocks", "2", "--steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
+    assert command("compress", *options).code == 0
+    record = json.loads((tmp_path / "out" / "compress.json").read_text())
+    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
+    scores = score(pipeline, ["a cat", "a dog", "a red fox"], points=6, steps=2, batch=4)
+    assert [*scores.values()] == [*record["scores"]["output"].values()]
 
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
@@ -252,6 +305,22 @@ def truncate(copy):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def overflow(copy):
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.bias"][0] = float("inf")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def lose_a_shard(copy):
+    """Weights in two files, of which one has been lost."""
+    folder = copy / "transformer"
+    transformer = FluxTransformer2DModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    transformer.save_pretrained(folder, max_shard_size="100KB")
+    next(folder.glob("*-00002-of-*.safetensors")).unlink()
+
+
 def other_class(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
@@ -269,13 +338,17 @@ def cuttable_class(copy):
         (lambda copy: (copy / "model_index.json").unlink(), "no model_index.json"),
         (lambda copy: (copy / "model_index.json").write_text("{"), "not valid JSON"),
         (lambda copy: shutil.rmtree(copy / "vae"), "lacks its part vae"),
-        (lambda copy: (copy / "transformer/config.json").unlink(), "does not load"),
+        (lambda copy: (copy / "transformer/config.json").unlink(), "transformer has no config.json"),
         (lambda copy: (copy / "text_encoder/config.json").write_text("{"), "does not load"),
         (lambda copy: (copy / "tokenizer_2/tokenizer.json").write_text("{"), "does not load"),
         (lambda copy: (copy / "fastdistill.json").write_text('{"stepz": 3}'), "it is a JSON object of num_inference_steps"),
         (lambda copy: (copy / "prompts.txt").write_bytes(b"\xff\xfe\x00"), "is not UTF-8 text"),
         (truncate, "does not load"),
-        (poison, "proj_out.weight has NaN"),
+        (poison, "transformer weight proj_out.weight has NaN"),
+        (overflow, "vae weight decoder.conv_in.bias has NaN or infinite"),
+        (lambda copy: (copy / "transformer/diffusion_pytorch_model.safetensors").unlink(), "transformer has no weights"),
+        (lambda copy: (copy / "text_encoder_2/model.safetensors").unlink(), "text_encoder_2 has no weights"),
+        (lose_a_shard, "diffusion_pytorch_model-00002-of-"),
         (other_class, "is a StableDiffusionPipeline; supported: FluxPipeline"),
         (cuttable_class, "Its SD3Transformer2DModel can be cut from Python, with fastdistill.compress.cut"),
     ],
@@ -320,16 +393,40 @@ def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path
     assert "Lower the learning rate" in ended.message
 
 
-def test_a_disk_that_fills_up_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (FluxPipeline, "save_pretrained", OSError(28, "No space left on device")),
+        # As it comes from safetensors on a disk that is full.
+        (calibrate_module, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_disk_that_fills_up_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch, owner, name, error):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(FluxPipeline, "save_pretrained", full)
-    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK]
-    ended = command("compress", *options)
+    monkeypatch.setattr(owner, name, full)
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
     assert ended.code == 1
     assert "disk is full" in ended.message
-    monkeypatch.undo()
+
+
+def test_quantised_weights_are_named(command, pipeline_folder, tmp_path, monkeypatch):
+    whole = DiffusionPipeline.from_pretrained
+
+    def quantised(*args, **kwargs):
+        pipeline = whole(*args, **kwargs)
+        weight = pipeline.transformer.proj_out.weight
+        pipeline.transformer.proj_out.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+        return pipeline
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", quantised)
+    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out")
+    assert ended.code == 2
+    assert "transformer weight proj_out.weight is int8" in ended.message
+    assert "load the model in bfloat16" in ended.message
+    assert not (tmp_path / "out").exists()
 
 
 def test_sample_is_repeatable_and_does_not_overwrite(command, pipeline_folder, tmp_path):

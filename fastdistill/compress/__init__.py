@@ -1,13 +1,21 @@
-"""Make a diffusers transformer smaller: ``cut`` from Python, ``python -m fastdistill.compress`` from end to end."""
+"""Make a diffusers transformer smaller: ``score``, ``select``, ``cut`` from Python, ``python -m fastdistill.compress`` from end to end."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdistill.compress.api import score as score
+    from fastdistill.compress.api import scorer as scorer
+    from fastdistill.compress.api import select as select
     from fastdistill.compress.surgery import cut as cut
 
 # `python -m fastdistill.compress --help` comes through here and must answer at once, so torch loads on first use.
-_LAZY = {"cut": "fastdistill.compress.surgery"}
+_LAZY = {
+    "score": "fastdistill.compress.api",
+    "scorer": "fastdistill.compress.api",
+    "select": "fastdistill.compress.api",
+    "cut": "fastdistill.compress.surgery",
+}
 
 __all__ = [*_LAZY]
 

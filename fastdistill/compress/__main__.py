@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from fastdistill.cli import run
 from fastdistill.compress.config import CompressConfig
 
+PROGRAM = "python -m fastdistill.compress"
 NAMES = ("full", "cut", "recovered")
 GRID_COLUMNS = 10
 SUMMARY = (("caption_accuracy", "caption accuracy", "{:.1%}"), ("frechet_distance", "Frechet distance", "{:.1f}"))
@@ -22,6 +25,7 @@ def main(config: CompressConfig) -> None:
     from fastdistill.compress.plan import plan
     from fastdistill.compress.report import manifest, report
     from fastdistill.compress.workspace import RESULT, Workspace, write_json
+    from fastdistill.data.images import read_folder
     from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
 
@@ -32,6 +36,7 @@ def main(config: CompressConfig) -> None:
     asked = "-".join(config.drop_blocks) or config.budget or ""
     output = config.output or Path("runs") / f"compress-{Path(config.model).name}-{asked.translate(str.maketrans('', '', ':='))}"
     prompts = read_prompts(config.prompts) if config.prompts else None
+    images = read_folder(config.images, config.calibration_pictures) if config.images else []
     console.print(f"loading {config.model}")
     loaded = load(config.model, config.device)
     prompts = prompts or loaded.prompts
@@ -42,11 +47,13 @@ def main(config: CompressConfig) -> None:
         console.print(f"continuing the interrupted run in {output}")
     sampling = loaded.sampling.replaced(config.sampling)
     evaluate = Evaluator(config, prompts, sampling, workspace.work, console)
-    outcome = compress(config, loaded.pipeline, prompts, sampling, workspace, evaluate, console)
+    outcome = compress(config, loaded.pipeline, prompts, images, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
-    record = manifest(config, outcome, sampling, len(prompts))
+    record = manifest(config, outcome, sampling, prompts=len(prompts), images=len(images), command=f"{PROGRAM} {shlex.join(sys.argv[1:])}")
     measured = rows([outcome.evaluation[name] for name in NAMES])
     (output / "report.md").write_text(report(record, measured), encoding="utf-8")
+    # Beside the weights, too, as they travel alone; diffusers ignores it there.
+    write_json(output / "model" / RESULT, record)
     write_json(output / RESULT, record)
     workspace.finish()
     _summarise(record, output, console)
@@ -101,4 +108,4 @@ def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(CompressConfig, main, prog="python -m fastdistill.compress")
+    run(CompressConfig, main, prog=PROGRAM)

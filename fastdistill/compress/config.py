@@ -55,8 +55,11 @@ class CompressConfig:
     """Of the weights when latency is measured; default: as the model is loaded, float32 on a CPU and bfloat16 on a GPU."""
     prompts: Path | None = None
     """Text file with one calibration prompt a line; default: the model's own prompts.txt, else a small general list."""
+    images: Path | None = None
+    """Folder of jpg, png or webp pictures to score and recover on instead of pictures that the full model draws, scaled and cropped to
+    the size to sample at. Their captions are in .txt files of the same names, or there are none."""
     calibration_pictures: int = 400
-    """Pictures sampled from the full model to score and recover on."""
+    """Pictures sampled from the full model, or taken from --images at most, to score and recover on."""
     calibration_steps: int = 14
     """Sampling steps of each; fewer than for display, as the latents only have to be plausible."""
     calibration_points: int = 256

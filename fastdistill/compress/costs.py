@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdistill.models.family import BlockId, Conditioning, Family
+from fastdistill.models.family import Anatomy, BlockId, Workload
 from fastdistill.models.features import block, block_ids
 from fastdistill.models.sampling import SamplingDefaults
 
@@ -42,58 +41,44 @@ Costs = dict[str, Cost]
 """By quantity: ``params``, ``memory`` (bytes), ``flops``, ``latency`` (nanoseconds), ``blocks``."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What one forward pass takes."""
-
-    x_t: Tensor
-    t: Tensor
-    conditioning: Conditioning
-
-    def map(self, change: Any) -> Inputs:
-        """With every tensor changed."""
-        fields = {field.name: getattr(self.conditioning, field.name) for field in dataclasses.fields(self.conditioning)}
-        conditioning = dataclasses.replace(
-            self.conditioning, **{name: change(value) for name, value in fields.items() if isinstance(value, Tensor)}
-        )
-        return Inputs(x_t=change(self.x_t), t=change(self.t), conditioning=conditioning)
+def workload(sampling: SamplingDefaults, vae_scale_factor: int, batch: int = 1) -> Workload:
+    """Of one forward pass for ``batch`` pictures of ``sampling``'s size; ``vae_scale_factor`` is in pixels per latent."""
+    return Workload(
+        height=sampling.height // vae_scale_factor,
+        width=sampling.width // vae_scale_factor,
+        text_tokens=sampling.max_sequence_length,
+        batch=batch,
+    )
 
 
-def inputs_of(pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Inputs:
-    """Inputs of a pipeline's transformer as it gets them when it draws ``batch`` pictures of ``sampling``'s size."""
-    conditioning = family.encode_prompts(pipeline, [""] * batch, sampling.guidance_scale, sampling.max_sequence_length)
-    shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    x_t = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(conditioning.prompt_embeds)
-    return Inputs(x_t=x_t, t=x_t.new_full((batch,), 0.5), conditioning=conditioning)
-
-
-def sizes(network: nn.Module, family: Family, bytes_each: int) -> Costs:
+def sizes(network: nn.Module, anatomy: Anatomy, bytes_each: int) -> Costs:
     """``blocks``, ``params`` and ``memory``: the weights at ``bytes_each`` bytes. What activations take does not depend on the depth."""
-    parameters = {block_id: sum(p.numel() for p in block(network, block_id).parameters()) for block_id in block_ids(network, family)}
-    outside = sum(p.numel() for p in network.parameters()) - sum(parameters.values())
+    ids = block_ids(network, anatomy)
+    counts = {block_id: sum(p.numel() for p in block(network, block_id).parameters()) for block_id in ids}
+    parameters = _cost(network, anatomy, counts, sum(p.numel() for p in network.parameters()))
     return {
-        "blocks": Cost(blocks=dict.fromkeys(parameters, 1), outside=0),
-        "params": Cost(blocks=parameters, outside=outside),
-        "memory": Cost(blocks={block_id: count * bytes_each for block_id, count in parameters.items()}, outside=outside * bytes_each),
+        "blocks": Cost(blocks=dict.fromkeys(ids, 1), outside=0),
+        "params": parameters,
+        "memory": Cost(
+            blocks={block_id: count * bytes_each for block_id, count in parameters.blocks.items()}, outside=parameters.outside * bytes_each
+        ),
     }
 
 
-def flops(network: Any, family: Family, inputs: Inputs) -> Cost:
+def flops(network: Any, anatomy: Anatomy, load: Workload) -> Cost:
     """Floating-point operations of one forward pass, a multiplication and an addition counting two; matrix products and attention only.
 
     Counted on the ``meta`` device: nothing is computed, and the network may be without weights.
     """
     skeleton = skeleton_of(type(network), network.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        # In the dtype of the skeleton: products of two dtypes are refused even where nothing is computed.
-        meta = inputs.map(lambda tensor: torch.empty_like(tensor, device="meta", dtype=skeleton.dtype))
-        family.predict(skeleton, meta.x_t, meta.t, meta.conditioning)
+        skeleton(**anatomy.example(skeleton, load), return_dict=False)
     counts = counter.get_flop_counts()
     root = type(network).__name__
     blocks = {
-        block_id: sum(counts.get(f"{root}.{block_id.stack}.{block_id.index}", {}).values()) for block_id in block_ids(skeleton, family)
+        block_id: sum(counts.get(f"{root}.{block_id.stack}.{block_id.index}", {}).values()) for block_id in block_ids(skeleton, anatomy)
     }
-    return Cost(blocks=blocks, outside=counter.get_total_flops() - sum(blocks.values()))
+    return _cost(skeleton, anatomy, blocks, counter.get_total_flops())
 
 
 def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
@@ -103,44 +88,58 @@ def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def latency(network: nn.Module, family: Family, inputs: Inputs) -> Cost:
+def latency(network: Any, anatomy: Anatomy, load: Workload, dtype: torch.dtype | None = None) -> Cost:
     """Nanoseconds of one forward pass: medians over rounds of every block's own time, and of what is left of the whole.
 
     Equal blocks get the median of all of them. What differs between their times is noise, and a choice must not follow noise.
+    The network is timed where it is, in ``dtype``, for which it is copied, or in its own.
     """
-    times: dict[BlockId, list[int]] = {block_id: [] for block_id in block_ids(network, family)}
-    outside = []
+    if dtype not in (None, network.dtype):
+        network = copy.deepcopy(network).to(dtype)
+    arguments = anatomy.example(network, load)
+    times: dict[BlockId, list[int]] = {block_id: [] for block_id in block_ids(network, anatomy)}
+    whole = []
     for measured in range(WARM_UP + ROUNDS):
-        with _timed(network, times, inputs.x_t.device) as elapsed:
-            start = _mark(inputs.x_t.device)
-            family.predict(network, inputs.x_t, inputs.t, inputs.conditioning)
-            end = _mark(inputs.x_t.device)
+        with _timed(network, times, network.device) as elapsed:
+            start = _mark(network.device)
+            network(**arguments, return_dict=False)
+            end = _mark(network.device)
         if measured >= WARM_UP:
             of_blocks = elapsed()
-            for block_id, duration in of_blocks.items():
-                times[block_id].append(duration)
-            outside.append(max(0, _between(start, end) - sum(of_blocks.values())))
-    blocks: dict[BlockId, int] = {}
-    for kind in kinds(network, family):
-        median = round(statistics.median(duration for block_id in kind for duration in times[block_id]))
-        blocks |= dict.fromkeys(kind, median)
-    return Cost(blocks={block_id: blocks[block_id] for block_id in times}, outside=round(statistics.median(outside)))
+            for block_id, own in times.items():
+                # A block that this pass does not run takes no time.
+                own.append(of_blocks.get(block_id, 0))
+            whole.append(_between(start, end))
+    outside = statistics.median(max(0, total - sum(own[round_] for own in times.values())) for round_, total in enumerate(whole))
+    medians: dict[BlockId, int] = {}
+    for kind in _equal(network, anatomy):
+        medians |= dict.fromkeys(kind, round(statistics.median(duration for block_id in kind for duration in times[block_id])))
+    blocks = {block_id: medians[block_id] for block_id in times}
+    return _cost(network, anatomy, blocks, round(outside) + sum(blocks.values()))
 
 
-def as_dtype(network: Any, inputs: Inputs, dtype: torch.dtype) -> tuple[Any, Inputs]:
-    """The network, or a copy of it, and the inputs in ``dtype``."""
-    if network.dtype != dtype:
-        network = copy.deepcopy(network).to(dtype)
-    return network, inputs.map(lambda tensor: tensor.to(dtype))
+def kinds(network: nn.Module, anatomy: Anatomy) -> list[list[BlockId]]:
+    """The blocks in groups of those that cost the same."""
+    twins = anatomy.elsewhere(network)
+    groups = [[block_id for block_id in group if block_id not in twins] for group in _equal(network, anatomy)]
+    for group in groups:
+        group += [block_id for block_id, twin in twins.items() if twin in group]
+    return [sorted(group) for group in groups if group]
 
 
-def kinds(network: nn.Module, family: Family) -> list[list[BlockId]]:
-    """The blocks in groups of equal ones: of one stack, with parameters of the same shapes."""
+def _equal(network: nn.Module, anatomy: Anatomy) -> list[list[BlockId]]:
+    """The blocks in groups of one stack, with parameters of the same shapes."""
     groups: dict[Any, list[BlockId]] = {}
-    for block_id in block_ids(network, family):
+    for block_id in block_ids(network, anatomy):
         shapes = tuple((name, parameter.shape) for name, parameter in block(network, block_id).named_parameters())
         groups.setdefault((block_id.stack, shapes), []).append(block_id)
     return list(groups.values())
+
+
+def _cost(network: nn.Module, anatomy: Anatomy, blocks: Mapping[BlockId, int], total: int) -> Cost:
+    """A block that its place makes smaller costs what it would elsewhere; what the place saves, it saves whichever block is there."""
+    blocks = dict(blocks) | {block_id: blocks[twin] for block_id, twin in anatomy.elsewhere(network).items()}
+    return Cost(blocks=blocks, outside=total - sum(blocks.values()))
 
 
 @contextmanager

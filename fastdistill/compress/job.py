@@ -6,32 +6,30 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from fastdistill.compress.budget import show
 from fastdistill.compress.calibrate import Calibration, calibrate
+from fastdistill.compress.choice import Request, Selection, choose, limit_of, parse, spell
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import Cost, Costs, as_dtype, flops, inputs_of, latency, sizes
-from fastdistill.compress.importance import CRITERIA
-from fastdistill.compress.importance.criterion import Material
-from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
+from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workload
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.resources import require_disk, require_memory
-from fastdistill.compress.select import Request, Selection, limit_of, parse, select, spell
+from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.solve import Interval
-from fastdistill.compress.surgery import boundary_map, check, cut
+from fastdistill.compress.surgery import boundary_map, check, check_count, cut
 from fastdistill.compress.verify import intervals
 from fastdistill.compress.workspace import Workspace
+from fastdistill.data.images import Captioned
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids
+from fastdistill.models.features import block_ids, tied
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
@@ -75,9 +73,10 @@ def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
     size = transformer.num_parameters()
     if budget is None:
         request = parse(config.drop_blocks, family)
-        drops = request.blocks if request.count is None else blocks[: request.count]
-        check(transformer, family, drops)
-        left = size * (len(blocks) - len(drops)) // len(blocks)
+        drops = len(request.blocks) if request.count is None else request.count
+        check(transformer, family, request.blocks)
+        check_count(drops, len(blocks))
+        left = size * (len(blocks) - drops) // len(blocks)
     else:
         request = Request(budget=budget)
         static = sizes(transformer, family, _save_dtype(config).itemsize)
@@ -96,6 +95,7 @@ def compress(
     config: CompressConfig,
     pipeline: Any,
     prompts: Sequence[str],
+    images: Sequence[Captioned],
     sampling: SamplingDefaults,
     workspace: Workspace,
     evaluate: Evaluate,
@@ -123,10 +123,12 @@ def compress(
             workspace.finish()
             raise
     with clock("calibrate"), patched(teacher):
-        calibration = _calibrate(config, pipeline, family, prompts, sampling, workspace, console)
-    with clock("score"), patched(teacher):
-        scores = _scores(config, teacher, family, calibration, request, workspace, console)
-        selection = _select(config, request, costs, teacher, family, calibration, scores, workspace, console)
+        calibration = _calibrate(config, pipeline, family, prompts, images, sampling, workspace, console)
+    drops = len(request.blocks) if request.count is None else request.count
+    scorer = Scorer(teacher, family, calibration, batch=config.batch, seed=config.seed, drops=drops, console=console)
+    with clock("score"):
+        scores = _scores(config, scorer, workspace)
+        selection = _select(config, request, costs, scorer, scores, workspace, console)
     dropped = selection.dropped
     joint_error = min(found.joint for found in selection.verified if found.eligible)
     console.print(f"dropping {spell(dropped, family)}: output error {joint_error:.3f} before recovery")
@@ -176,11 +178,12 @@ def _calibrate(
     pipeline: Any,
     family: Family,
     prompts: Sequence[str],
+    images: Sequence[Captioned],
     sampling: SamplingDefaults,
     workspace: Workspace,
     console: Console,
 ) -> Calibration:
-    with bar(console, "calibrate", config.calibration_pictures) as tick:
+    with bar(console, "calibrate", len(images) or config.calibration_pictures) as tick:
         return calibrate(
             pipeline,
             family,
@@ -191,42 +194,21 @@ def _calibrate(
             points=config.calibration_points,
             batch=config.batch,
             seed=config.seed,
+            images=images,
             cache=workspace.work / "calibration.safetensors",
             tick=tick,
         )
 
 
-def _scores(
-    config: CompressConfig,
-    teacher: nn.Module,
-    family: Family,
-    calibration: Calibration,
-    request: Request,
-    workspace: Workspace,
-    console: Console,
-) -> dict[str, dict[BlockId, float]]:
+def _scores(config: CompressConfig, scorer: Scorer, workspace: Workspace) -> dict[str, dict[BlockId, float]]:
     """Of ``output`` and ``bi``, which every report has, of the criterion that chooses, and of those asked for."""
-    blocks = block_ids(teacher, family)
-    drops = len(request.blocks) if request.count is None else request.count
-    material = Material(points=calibration.points, runs=calibration.runs, batch=config.batch, seed=config.seed, drops=drops)
 
     def score(criterion: str) -> list[float]:
-        with bar(console, f"score by {criterion}", len(blocks)) as advance:
-            shown = 0
-
-            def tick(share: float) -> None:
-                nonlocal shown
-                reached = int(share * len(blocks))
-                advance(reached - shown)
-                shown = reached
-
-            ledger = Ledger(workspace.work / f"scores-{criterion}.jsonl", tick)
-            scores = CRITERIA[criterion](teacher, family, material, ledger)
-        return [scores[block_id] for block_id in blocks]
+        return list(scorer.score(criterion, workspace.work / f"scores-{criterion}.jsonl").values())
 
     names = dict.fromkeys(["output", "bi", config.criterion, *config.also_score])
     values = {name: workspace.cached(f"scores-{name}", partial(score, name)) for name in names}
-    return {name: dict(zip(blocks, values[name], strict=True)) for name in names}
+    return {name: dict(zip(scorer.blocks, values[name], strict=True)) for name in names}
 
 
 def _costs(
@@ -236,7 +218,7 @@ def _costs(
     teacher = pipeline.transformer
     blocks = block_ids(teacher, family)
     costs = sizes(teacher, family, _save_dtype(config).itemsize)
-    costs["flops"] = flops(teacher, family, inputs_of(pipeline, family, sampling, batch=1))
+    costs["flops"] = flops(teacher, family, workload(sampling, pipeline.vae_scale_factor))
     if request.budget and request.budget.quantity == "latency":
 
         def measure() -> list[int]:
@@ -251,46 +233,42 @@ def _costs(
 
 def _latency(config: CompressConfig, transformer: Any, pipeline: Any, family: Family, sampling: SamplingDefaults) -> Cost:
     """Of the stock model, which is what is saved."""
-    inputs = inputs_of(pipeline, family, sampling, config.latency_batch)
-    dtype = getattr(torch, config.latency_dtype) if config.latency_dtype else transformer.dtype
-    network, inputs = as_dtype(transformer, inputs, dtype)
-    return latency(network, family, inputs)
+    dtype = getattr(torch, config.latency_dtype) if config.latency_dtype else None
+    return latency(transformer, family, workload(sampling, pipeline.vae_scale_factor, config.latency_batch), dtype)
 
 
 def _select(
     config: CompressConfig,
     request: Request,
     costs: Costs,
-    teacher: nn.Module,
-    family: Family,
-    calibration: Calibration,
+    scorer: Scorer,
     scores: dict[str, dict[BlockId, float]],
     workspace: Workspace,
     console: Console,
 ) -> Selection:
-    blocks = block_ids(teacher, family)
-
-    @cache
-    def reference() -> Tensor:
-        return predictions(teacher, family, calibration.points, config.batch)
-
     def joint(positions: Sequence[int]) -> float:
-        dropped = [blocks[position] for position in positions]
-
-        def measure() -> float:
-            return joint_output_error(teacher, family, calibration.points, config.batch, dropped, reference())
-
-        return float(workspace.cached(f"joint-{sum(1 << position for position in positions):x}", measure))
+        dropped = [scorer.blocks[position] for position in positions]
+        name = f"joint-{sum(1 << position for position in positions):x}"
+        return float(workspace.cached(name, lambda: scorer.joint_error(dropped)))
 
     runs: dict[Interval, float] | None = None
     if config.criterion == "output" and not request.blocks and config.longest_run > 1:
-        found = list(intervals(len(blocks), config.longest_run))
+        found = list(intervals(len(scorer.blocks), config.longest_run))
         with bar(console, "score runs", len(found)) as advance:
             runs = {}
             for first, last in found:
                 runs[first, last] = joint(range(first, last + 1))
                 advance(1)
-    return select(request, costs, scores[config.criterion], scores["output"], joint, intervals=runs, best=config.verify)
+    return choose(
+        request,
+        costs,
+        scores[config.criterion],
+        output_errors=scores["output"],
+        joint=joint,
+        intervals=runs,
+        best=config.verify,
+        tied=tied(scorer.network, scorer.family),
+    )
 
 
 def _recover(

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from fastdistill.compress.budget import show
+from fastdistill.compress.budget import Budget, show
+from fastdistill.compress.choice import Request, limit_of, nothing_meets, parse, spell
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import Costs, Inputs, flops, kinds, sizes, skeleton_of
-from fastdistill.compress.select import limit_of, parse, spell
-from fastdistill.compress.surgery import check
+from fastdistill.compress.costs import Costs, flops, kinds, sizes, skeleton_of, workload
+from fastdistill.compress.surgery import check, check_count
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId, Conditioning, Family
+from fastdistill.models.family import Anatomy, BlockId, Stack
+from fastdistill.models.features import tied
 from fastdistill.models.loading import EMBEDDED, embedded_folder
-from fastdistill.models.registry import FAMILIES, family_of
+from fastdistill.models.registry import anatomy_named, anatomy_of
 from fastdistill.models.sampling import SamplingDefaults
 
 COLUMNS = {"params": "parameters", "memory": "weights", "flops": "operations"}
-# Of the autoencoder of every FLUX; a pipeline's folder may say otherwise.
-VAE_SCALE_FACTOR = 8
 
 
 def plan(config: CompressConfig) -> str:
@@ -32,40 +32,46 @@ def plan(config: CompressConfig) -> str:
 
     A count or a budget has no scores to choose by yet. But blocks of one kind cost the same, so that what a cut costs depends only on
     how many of each kind stay; all such combinations are listed, for a budget those to which no block can be added.
+    A block of SD3 that its place makes smaller, the last one, costs what it would elsewhere, as whichever takes its place is smaller then.
 
     Raises:
         UserError: no such model, not a supported one, or a demand that cannot be met.
     """
-    network, sampling, scale_factor = read_config(config.model)
+    network, sampling, vae_scale_factor = read_config(config.model)
     sampling = sampling.replaced(config.sampling)
-    family = family_of(network)
-    inputs = _inputs(network, family, sampling, scale_factor)
-    costs = sizes(network, family, getattr(torch, config.save_dtype).itemsize) | {"flops": flops(network, family, inputs)}
-    groups = kinds(network, family)
-    names = _names(groups, family)
+    anatomy = anatomy_of(network)
+    costs = sizes(network, anatomy, getattr(torch, config.save_dtype).itemsize)
+    costs["flops"] = flops(network, anatomy, workload(sampling, vae_scale_factor))
+    groups = kinds(network, anatomy)
     text = [
         f"{type(network).__name__}, weights in {config.save_dtype}, one forward pass at {sampling.width} x {sampling.height} pixels "
         f"and {sampling.max_sequence_length} text tokens.",
+        *([anatomy.remark] if anatomy.remark else []),
         "",
-        f"| {' + '.join(names)} | " + " | ".join(COLUMNS.values()) + " |",
+        f"| {' + '.join(_names(groups, anatomy))} | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
         _row([len(group) for group in groups], [], costs),
     ]
-    if config.drop_blocks and (request := parse(config.drop_blocks, family)).blocks:
-        check(network, family, request.blocks)
+    request = Request(budget=config.parsed_budget()) if config.budget else parse(config.drop_blocks, anatomy)
+    if request.blocks:
+        check(network, anatomy, request.blocks)
         left = [sum(block_id not in request.blocks for block_id in group) for group in groups]
-        return "\n".join([*text, _row(left, request.blocks, costs), "", f"Without {spell(request.blocks, family)}."])
-    if config.drop_blocks:
-        check(network, family, [block_id for group in groups for block_id in group][: request.count])
-        found = _combinations(groups, lambda dropped: len(dropped) == request.count)
-        closing = f"Every way to drop {request.count}; which blocks go is chosen by scores, for which the weights are needed."
-    else:
-        found = _within_budget(config, groups, costs)
+        return "\n".join([*text, _row(left, request.blocks, costs), "", f"Without {spell(request.blocks, anatomy)}."])
+    shared = tied(network, anatomy)
+    drops = [drop for drop in _drops(groups) if _equally(drop, groups, shared)]
+    if request.budget:
+        found = _within(request.budget, drops, costs)
         closing = (
             f"What meets --budget {config.budget} and would not with one block more; whatever leaves less of each does too. Which blocks "
             "go is chosen by scores, for which the weights are needed."
         )
-    rows = [_row([len(group) - count for group, count in zip(groups, counts, strict=True)], dropped, costs) for counts, dropped in found]
+    else:
+        check_count(request.count or 0, costs["blocks"].total)
+        found = [drop for drop in drops if len(drop.blocks) == request.count]
+        closing = f"Every way to drop {request.count}; which blocks go is chosen by scores, for which the weights are needed."
+    if not found:
+        raise UserError(nothing_meets(request, shared))
+    rows = [_row([len(group) - count for group, count in zip(groups, drop.counts, strict=True)], drop.blocks, costs) for drop in found]
     return "\n".join([*text, *rows, "", closing])
 
 
@@ -90,8 +96,7 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
         name = config["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no diffusers config: it has to be a JSON object with _class_name") from error
-    if name not in FAMILIES:
-        raise UserError(f"{name} is not a supported transformer; supported: {', '.join(FAMILIES)}")
+    anatomy = anatomy_named(name)
     import diffusers
 
     try:
@@ -100,7 +105,7 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
         raise UserError(f"{path} does not describe a {name}: {error}") from error
     vae = folder / "vae" / "config.json"
     channels = json.loads(vae.read_text(encoding="utf-8")).get("block_out_channels") if vae.is_file() else None
-    return network, SamplingDefaults.load(folder), 2 ** (len(channels) - 1) if channels else VAE_SCALE_FACTOR
+    return network, SamplingDefaults.load(folder), 2 ** (len(channels) - 1) if channels else anatomy.vae_scale_factor
 
 
 def _from_hub(model: str) -> Path:
@@ -113,56 +118,52 @@ def _from_hub(model: str) -> Path:
         raise UserError(f"{model} is no folder here, and its config does not come from the hub: {first_line}") from error
 
 
-def _inputs(network: Any, family: Family, sampling: SamplingDefaults, scale_factor: int) -> Inputs:
-    """Without a pipeline to ask, the shapes are those that the config names."""
-    pipeline = SimpleNamespace(transformer=network, vae_scale_factor=scale_factor)
-    with torch.device("meta"):
-        return Inputs(
-            x_t=torch.empty(1, *family.latent_shape(pipeline, sampling.height, sampling.width)),
-            t=torch.empty(1),
-            conditioning=Conditioning(
-                prompt_embeds=torch.empty(1, sampling.max_sequence_length, network.config.joint_attention_dim),
-                pooled_prompt_embeds=torch.empty(1, network.config.pooled_projection_dim),
-                guidance=torch.empty(1) if network.config.guidance_embeds else None,
-            ),
-        )
-
-
-def _names(groups: Sequence[Sequence[BlockId]], family: Family) -> list[str]:
+def _names(groups: Sequence[Sequence[BlockId]], anatomy: Anatomy) -> list[str]:
     """``double``, ``single``; a stack with more than one kind of block has them told apart by their indices."""
-    short = {stack.attribute: stack.short for stack in family.stacks}
+    short = {stack.attribute: stack.short for stack in anatomy.stacks}
     stacks = [group[0].stack for group in groups]
-    return [short[group[0].stack] if stacks.count(group[0].stack) == 1 else spell(group, family) for group in groups]
+    return [short[group[0].stack] if stacks.count(group[0].stack) == 1 else spell(group, anatomy) for group in groups]
 
 
-def _within_budget(config: CompressConfig, groups: list[list[BlockId]], costs: Costs) -> list[tuple[tuple[int, ...], list[BlockId]]]:
-    budget = config.parsed_budget()
-    assert budget is not None
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """How many of each kind go, and blocks that stand for them."""
+
+    counts: tuple[int, ...]
+    blocks: list[BlockId]
+
+    def covers(self, other: Drop) -> bool:
+        """Whether this one drops as many of each kind as ``other``, and more of some."""
+        return self.counts != other.counts and all(mine >= its for mine, its in zip(self.counts, other.counts, strict=True))
+
+
+def _drops(groups: Sequence[Sequence[BlockId]]) -> Iterator[Drop]:
+    """Every number of each kind, but not all blocks."""
+    for counts in product(*(range(len(group) + 1) for group in groups)):
+        blocks = [block_id for group, count in zip(groups, counts, strict=True) for block_id in group[:count]]
+        if len(blocks) < sum(map(len, groups)):
+            yield Drop(counts=counts, blocks=blocks)
+
+
+def _equally(drop: Drop, groups: Sequence[Sequence[BlockId]], shared: Mapping[str, Sequence[Stack]]) -> bool:
+    """Whether stacks that share a count lose equally many."""
+    lost: Counter[str] = Counter()
+    for group, count in zip(groups, drop.counts, strict=True):
+        lost[group[0].stack] += count
+    return all(len({lost[stack.attribute] for stack in stacks}) == 1 for stacks in shared.values())
+
+
+def _within(budget: Budget, drops: Sequence[Drop], costs: Costs) -> list[Drop]:
+    """Those that meet the budget and drop no more than they must."""
     if budget.quantity not in costs:
         raise UserError(
-            f"--budget {config.budget}: {budget.quantity} is measured on the model itself, and --dry-run has only its config; "
+            f"--budget {budget.quantity}: it is measured on the model itself, and --dry-run has only its config; "
             "plan by operations, such as --budget flops=0.7, or give the command without --dry-run"
         )
     cost = costs[budget.quantity]
     limit = limit_of(budget, cost)
-
-    def tight(dropped: list[BlockId]) -> bool:
-        left = cost.left(dropped)
-        return left <= limit and all(left + cost.blocks[block_id] > limit for block_id in dropped)
-
-    return _combinations(groups, tight)
-
-
-def _combinations(
-    groups: Sequence[Sequence[BlockId]], wanted: Callable[[list[BlockId]], bool]
-) -> list[tuple[tuple[int, ...], list[BlockId]]]:
-    """How many of each kind to drop, and blocks that stand for them, such that one block stays at least."""
-    found = []
-    for counts in product(*(range(len(group) + 1) for group in groups)):
-        dropped = [block_id for group, count in zip(groups, counts, strict=True) for block_id in group[:count]]
-        if len(dropped) < sum(map(len, groups)) and wanted(dropped):
-            found.append((counts, dropped))
-    return found
+    enough = [drop for drop in drops if cost.left(drop.blocks) <= limit]
+    return [drop for drop in enough if not any(drop.covers(other) for other in enough)]
 
 
 def _row(left: Sequence[int], dropped: Sequence[BlockId], costs: Costs) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import jinja2
 import torch
+import transformers
 
 from fastdistill import __version__
 from fastdistill.compress.budget import show
+from fastdistill.compress.choice import spell
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
-from fastdistill.compress.select import spell
 from fastdistill.models.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
 
@@ -84,9 +86,10 @@ criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. With
 {% endfor %}
 ## How
 
-Recovery: {{ config.steps }} steps of {{ config.batch }} on {{ config.calibration_pictures }} pictures that the full model drew of \
-{{ prompts }} prompts, L = {{ config.l_task }} L_task + {{ config.l_out }} L_OutKD + {{ config.l_feat }} L_FeatKD, learning rate \
-{{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
+Recovery: {{ config.steps }} steps of {{ config.batch }} on \
+{% if images %}{{ images }} pictures of {{ config.images }}{% else %}{{ config.calibration_pictures }} pictures that the full model drew \
+of {{ prompts }} prompts{% endif %}, L = {{ config.l_task }} L_task + {{ config.l_out }} L_OutKD + {{ config.l_feat }} L_FeatKD, learning \
+rate {{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
 
 | stage | seconds |
 |---|---|
@@ -102,12 +105,18 @@ FRONT_ROWS = 12
 SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
 
 
-def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, prompts: int) -> dict[str, Any]:
-    """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions."""
+def manifest(
+    config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, *, prompts: int, images: int, command: str
+) -> dict[str, Any]:
+    """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions.
+
+    ``images`` is the number of pictures from a folder that were calibrated on, 0 if the full model drew them.
+    """
     scores = outcome.scores
     spelled = {block_id: spell([block_id], outcome.family) for block_id in outcome.blocks}
     return {
         "format": 1,
+        "command": command,
         "model": config.model,
         "dropped": _by_stack(outcome, keep=False),
         "kept": _by_stack(outcome, keep=True),
@@ -121,12 +130,15 @@ def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefault
         "parameters": outcome.parameters,
         "evaluation": outcome.evaluation,
         "prompts": prompts,
+        "images": images,
         "seconds": outcome.seconds,
-        "config": {name: str(value) if name in ("output", "prompts") else value for name, value in dataclasses.asdict(config).items()},
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()},
         "versions": {
             "fastdistill": __version__,
-            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
             "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
             "machine": platform.machine(),
         },
     }

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -44,6 +44,7 @@ def solve(
     *,
     best: int = 1,
     exact_cost: bool = False,
+    tied: Sequence[Sequence[range]] = (),
 ) -> list[Choice]:
     """Choices by falling ``saved``, then rising ``error``; no budget needs another.
 
@@ -58,6 +59,7 @@ def solve(
             neighbours were scored as one.
         best: how many choices a budget may be asked for.
         exact_cost: compare only choices that save the same: for a demand to save exactly so much.
+        tied: groups of ranges of positions; only choices are made that drop equally many in all ranges of a group.
     """
     count = len(errors)
     if count != len(costs):
@@ -67,7 +69,7 @@ def solve(
     fronts: list[list[Partial]] = [[] for _ in range(count + 1)]
     fronts[0].append((0, 0.0, 0))
     for start in range(count):
-        partials = fronts[start] = _undominated(fronts[start], best, exact_cost)
+        partials = fronts[start] = _undominated(fronts[start], best, exact_cost, _open(tied, start))
         for end, following in _runs(start, count, joined=intervals is not None):
             error, saved, bits = price[start, end], saves[end + 1] - saves[start], (1 << (end + 1)) - (1 << start)
             if error < math.inf:
@@ -75,7 +77,7 @@ def solve(
         fronts[start + 1] += partials
     return [
         Choice(dropped=tuple(position for position in range(count) if -minus_mask >> position & 1), saved=-minus_saved, error=error)
-        for minus_saved, error, minus_mask in _undominated(fronts[count], best, exact_cost)
+        for minus_saved, error, minus_mask in _undominated(fronts[count], best, exact_cost, _open(tied, count))
     ]
 
 
@@ -93,18 +95,37 @@ def pareto(choices: Sequence[Choice]) -> list[Choice]:
     return front[::-1]
 
 
-def _undominated(partials: list[Partial], best: int, exact_cost: bool) -> list[Partial]:
-    """Those that fewer than ``best`` others equal or surpass, in order."""
+def _undominated(partials: list[Partial], best: int, exact_cost: bool, account: Callable[[int], Hashable]) -> list[Partial]:
+    """Those that fewer than ``best`` others with the same account equal or surpass, in order; none whose account is ``None``."""
     kept: list[Partial] = []
-    least: list[float] = []
+    leasts: dict[Hashable, list[float]] = {}
     for partial in sorted(partials):
-        if exact_cost and kept and kept[-1][0] != partial[0]:
-            least = []
+        key = account(-partial[2])
+        if key is None:
+            continue
+        least = leasts.setdefault((key, partial[0] if exact_cost else None), [])
         if len(least) < best or partial[1] < least[-1]:
             kept.append(partial)
             bisect.insort(least, partial[1])
             del least[best:]
     return kept
+
+
+def _open(tied: Sequence[Sequence[range]], position: int) -> Callable[[int], Hashable]:
+    """What completes choices for the blocks up to ``position`` alike: a function of their bits, ``None`` for what cannot be completed.
+
+    In a group of tied ranges that is how many each has lost, and nothing more once they have lost equally many and lie behind.
+    """
+    groups = [[(1 << span.stop) - (1 << span.start) for span in spans] for spans in tied]
+    behind = [all(span.stop <= position for span in spans) for spans in tied]
+
+    def account(bits: int) -> Hashable:
+        lost = [tuple((bits & mask).bit_count() for mask in masks) for masks in groups]
+        if any(done and len(set(counts)) > 1 for done, counts in zip(behind, lost, strict=True)):
+            return None
+        return tuple(counts for done, counts in zip(behind, lost, strict=True) if not done)
+
+    return account
 
 
 def _runs(start: int, count: int, *, joined: bool) -> Iterator[tuple[int, int]]:

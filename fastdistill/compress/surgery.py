@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdistill.errors import UserError
 from fastdistill.models.family import Anatomy, BlockId
-from fastdistill.models.features import block_ids, blocks_of
+from fastdistill.models.features import block_ids, blocks_of, tied
 from fastdistill.models.registry import anatomy_of
 
 
@@ -73,17 +74,19 @@ def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) 
             ends = {stack.short: len(blocks_of(transformer, stack)) - 1 for stack in anatomy.stacks}
             counts = ", ".join(f"{name}: 0-{end}" for name, end in ends.items() if end >= 0)
             raise UserError(f"there is no block {short.get(block_id.stack, block_id.stack)}:{block_id.index}; this model has {counts}")
-    if len(dropped) >= len(existing):
-        raise UserError(f"dropping all {len(existing)} blocks leaves no model; drop at most {len(existing) - 1}")
-    left: dict[str, dict[str, int]] = {}
-    for stack in anatomy.stacks:
-        if blocks := blocks_of(transformer, stack):
-            gone = sum(block_id.stack == stack.attribute for block_id in dropped)
-            left.setdefault(stack.config_field, {})[stack.short] = len(blocks) - gone
-    for field, counts_left in left.items():
-        if len(set(counts_left.values())) > 1:
-            counts = ", ".join(f"{name}: {count}" for name, count in counts_left.items())
-            raise UserError(f"{' and '.join(counts_left)} have one count, {field}; drop equally many of each (left would be {counts})")
+    check_count(len(dropped), len(existing))
+    kept = Counter(block_id.stack for block_id in existing if block_id not in dropped)
+    for field, stacks in tied(transformer, anatomy).items():
+        left = {stack.short: kept[stack.attribute] for stack in stacks}
+        if len(set(left.values())) > 1:
+            counts = ", ".join(f"{name}: {count}" for name, count in left.items())
+            raise UserError(f"{' and '.join(left)} have one count, {field}; drop equally many of each (left would be {counts})")
+
+
+def check_count(drops: int, blocks: int) -> None:
+    """Raise :class:`UserError` if so many of so many blocks cannot be dropped."""
+    if drops >= blocks:
+        raise UserError(f"dropping all {blocks} blocks leaves no model; drop at most {blocks - 1}")
 
 
 def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dict[BlockId, BlockId]:

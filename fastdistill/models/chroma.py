@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.errors import UserError
-from fastdistill.models.family import Anatomy, Stack, both_streams, one_stream
+from fastdistill.models.family import Anatomy, Stack, Workload, both_streams, noise, one_stream
+from fastdistill.models.flux import PATCH, image_ids
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 INPUT = "distilled_guidance_layer.in_proj.weight"
@@ -25,6 +26,10 @@ class Chroma(Anatomy):
     """The approximator's first layer is fitted to the new row numbers; see :func:`renumbered`."""
 
     name = "chroma"
+    remark = (
+        "Chroma's approximator is counted as it is. In the cut model it works on fewer rows, and its first layer may have a few million "
+        "parameters more."
+    )
     stacks = (
         Stack(attribute=DOUBLE, config_field="num_layers", short="double", pass_through=both_streams),
         Stack(attribute=SINGLE, config_field="num_single_layers", short="single", pass_through=one_stream),
@@ -35,6 +40,16 @@ class Chroma(Anatomy):
         rows = kept_rows(kept[DOUBLE], kept[SINGLE], doubles, singles)
         state[INPUT] = renumbered(state[INPUT], rows)
         config["approximator_num_channels"] = state[INPUT].shape[1]
+
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
+        return {
+            "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.joint_attention_dim),
+            "timestep": noise(network, batch),
+            "img_ids": image_ids(PATCH * rows, PATCH * columns, network.device),
+            "txt_ids": noise(network, workload.text_tokens, 3).zero_(),
+        }
 
 
 def kept_rows(kept_doubles: Sequence[int], kept_singles: Sequence[int], doubles: int, singles: int) -> list[int]:

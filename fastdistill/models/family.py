@@ -89,17 +89,36 @@ def one_stream(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-class Anatomy:
-    """The block lists of one class of diffusers transformers, and how its config and weights follow a cut."""
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one forward pass works on: latents of ``height`` x ``width``, so many text tokens, and so many samples."""
+
+    height: int
+    width: int
+    text_tokens: int
+    batch: int = 1
+
+
+def noise(network: Any, *shape: int) -> Tensor:
+    """Standard normal numbers in the dtype and on the device of ``network``."""
+    return torch.randn(*shape, dtype=network.dtype, device=network.device)
+
+
+class Anatomy(ABC):
+    """The block lists of one class of diffusers transformers, what it takes, and how its config and weights follow a cut."""
 
     name: str
     stacks: tuple[Stack, ...]
     """In the order in which the forward pass runs through them."""
+    vae_scale_factor: int = 8
+    """Pixels along the side of a latent, with the autoencoder that the family is published with."""
+    remark: str = ""
+    """What a cut costs beside its blocks' costs, in words for the user."""
 
     def stack(self, attribute: str) -> Stack:
         return next(stack for stack in self.stacks if stack.attribute == attribute)
 
-    def follow(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def follow(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:  # noqa: B027
         """Change, in place, what depends on a block's place beside its name: nothing, unless a family says otherwise.
 
         Args:
@@ -109,12 +128,24 @@ class Anatomy:
             state: its state dict, with the new names and tensors of its own.
         """
 
+    def elsewhere(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
+        """For each block that its place makes smaller, one of the size it would have elsewhere. Whichever block is there is smaller."""
+        return {}
 
-class Family(Anatomy, ABC):
+    @abstractmethod
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        """Arguments of ``network`` with the shapes that its pipeline gives them for text to image, in its dtype and on its device."""
+
+
+class Family(Anatomy):
     """A family that can be sampled, scored and recovered. Latents are (B, C, H, W) in the scale that the transformer is trained on."""
 
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning: ...
+
+    @abstractmethod
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Latents of pictures (B, 3, H, W) in [-1, 1], the mode of what the autoencoder makes of each."""
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

@@ -30,6 +30,15 @@ def block(network: nn.Module, block_id: BlockId) -> nn.Module:
     return found
 
 
+def tied(network: nn.Module, anatomy: Anatomy) -> dict[str, list[Stack]]:
+    """Stacks of which one config field counts the blocks, by that field: a cut has to take equally many from each."""
+    fields: dict[str, list[Stack]] = {}
+    for stack in anatomy.stacks:
+        if blocks_of(network, stack):
+            fields.setdefault(stack.config_field, []).append(stack)
+    return {field: stacks for field, stacks in fields.items() if len(stacks) > 1}
+
+
 @contextmanager
 def captured(network: nn.Module, family: Family, blocks: Iterable[BlockId]) -> Iterator[dict[BlockId, Streams]]:
     """The outputs of ``blocks``, by stream, of the latest forward pass inside the ``with``."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.family import Closing, Conditioning, Family, Stack, both_streams
+from fastdistill.models.family import Closing, Conditioning, Family, Stack, Workload, both_streams, noise
 
 PATCH = 2
 
@@ -59,6 +59,18 @@ class Flux(Family):
         ),
     )
 
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
+        return {
+            "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.joint_attention_dim),
+            "pooled_projections": noise(network, batch, network.config.pooled_projection_dim),
+            "timestep": noise(network, batch),
+            "img_ids": image_ids(PATCH * rows, PATCH * columns, network.device),
+            "txt_ids": noise(network, workload.text_tokens, 3).zero_(),
+            "guidance": noise(network, batch) if network.config.guidance_embeds else None,
+        }
+
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning:
         prompt_embeds, pooled, _ = pipeline.encode_prompt(
@@ -68,6 +80,14 @@ class Flux(Family):
         if pipeline.transformer.config.guidance_embeds:
             guidance = torch.full((len(prompts),), guidance_scale, device=prompt_embeds.device)
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, guidance=guidance)
+
+    @torch.no_grad()
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        vae = pipeline.vae
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        # The encoder may answer in channels-last order.
+        return scaled.contiguous()
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x_t.shape[-2:]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.models.family import Anatomy, Stack, both_streams
+from fastdistill.models.family import Anatomy, Stack, Workload, both_streams, noise
 
 
 def joint_stream(
@@ -26,9 +26,33 @@ def joint_stream(
     return (hidden_states[:, :text_seq_len], hidden_states[:, text_seq_len:]) if split_hidden_states else hidden_states
 
 
+PATCH = 2
+
+
+def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Position ids (rows * columns, 4) of the image tokens: 0, row, column, 0."""
+    return torch.cartesian_prod(*map(torch.arange, (1, rows, columns, 1))).to(device)
+
+
+def text_ids(tokens: int, device: torch.device) -> Tensor:
+    """Position ids (tokens, 4) of the text tokens: 0, 0, 0, place."""
+    return torch.cartesian_prod(*map(torch.arange, (1, 1, 1, tokens))).to(device)
+
+
 class Flux2(Anatomy):
     name = "flux2"
     stacks = (
         Stack(attribute="transformer_blocks", config_field="num_layers", short="double", pass_through=both_streams),
         Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=joint_stream),
     )
+
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
+        return {
+            "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.joint_attention_dim),
+            "timestep": noise(network, batch),
+            "img_ids": image_ids(rows, columns, network.device),
+            "txt_ids": text_ids(workload.text_tokens, network.device),
+            "guidance": noise(network, batch) if network.config.guidance_embeds else None,
+        }

@@ -6,7 +6,10 @@ list knows of the others. Modulations are shared by all blocks of a list and sta
 
 from __future__ import annotations
 
-from fastdistill.models.family import Anatomy, Stack, both_streams, one_stream
+from typing import Any
+
+from fastdistill.models.family import Anatomy, Stack, Workload, both_streams, noise, one_stream
+from fastdistill.models.flux2 import PATCH, image_ids, text_ids
 
 
 class Flux3(Anatomy):
@@ -17,3 +20,15 @@ class Flux3(Anatomy):
         Stack(attribute="mode_blocks.image_cond", config_field="num_layers", short="reference", pass_through=one_stream),
         Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=both_streams),
     )
+
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        """Without reference pictures, whose blocks then have nothing to do."""
+        rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
+        return {
+            "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.joint_attention_dim),
+            "timestep": noise(network, batch),
+            "img_ids": image_ids(rows, columns, network.device),
+            "txt_ids": text_ids(workload.text_tokens, network.device),
+            "target_timestep": noise(network, batch) if network.config.flow_map else None,
+        }

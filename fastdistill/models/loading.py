@@ -15,6 +15,7 @@ from torch import nn
 from fastdistill.errors import UserError
 from fastdistill.models.registry import FAMILIES
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.weights import check_computable, check_finite
 
 EMBEDDED = "emoji"
 PIPELINES = ("FluxPipeline",)
@@ -58,7 +59,8 @@ def load(model: str, device: str | None = None) -> Loaded:
     """Open a FLUX pipeline: ``"emoji"`` for the embedded one, a local folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
-        UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite.
+        UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite, or not of a type
+            to compute with.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = embedded_folder() if model == EMBEDDED else Path(model)
@@ -80,9 +82,9 @@ def load(model: str, device: str | None = None) -> Loaded:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for part, module in pipeline.components.items():
-        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-            if not bool(torch.isfinite(parameter).all()):
-                raise UserError(f"{model}: {part} weight {name} has NaN or infinite values; get a sound copy of the weights")
+        if isinstance(module, nn.Module):
+            check_finite(module, f"{model}: {part}")
+    check_computable(pipeline.transformer, f"{model}: transformer")
     return Loaded(name=model, pipeline=pipeline, sampling=SamplingDefaults.load(folder), prompts=_prompts(folder))
 
 
@@ -126,11 +128,35 @@ def _check_folder(folder: Path) -> None:
     _check_class(
         entries.get("_class_name", "a pipeline without a class"), transformer[1] if isinstance(transformer, list) else None, str(folder)
     )
-    missing = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] and not (folder / name).is_dir()]
+    parts = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0]]
+    missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise UserError(
             f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of the pipeline"
         )
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UserError(f"{folder}: transformer has no config.json; get a complete copy of the pipeline")
+    for name in parts:
+        # Only models have one; schedulers and tokenizers call theirs otherwise.
+        if (folder / name / "config.json").is_file():
+            _check_weight_files(folder / name)
+
+
+def _check_weight_files(part: Path) -> None:
+    """Weights are one file, or those that an index names. There may be several sets, as of half precision, and one has to be complete."""
+    files = {path.name for pattern in ("*.safetensors", "*.bin") for path in part.glob(pattern)}
+    lost: list[str] = []
+    for index in sorted(part.glob("*.index*.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not the index of a model's weights; get a sound copy of the pipeline") from error
+        if shards <= files:
+            return
+        lost += sorted(shards - files)
+    if all("-of-" in name for name in files):
+        what = f"lacks {', '.join(lost)}" if lost else "has no weights"
+        raise UserError(f"{part.parent}: {part.name} {what}; get a complete copy of the pipeline")
 
 
 def _check_class(name: str, transformer: str | None, model: str) -> None:

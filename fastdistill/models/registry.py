@@ -37,7 +37,15 @@ def anatomy_of(transformer: nn.Module) -> Anatomy:
     Raises:
         UserError: the class is not supported.
     """
-    name = type(transformer).__name__
+    return anatomy_named(type(transformer).__name__)
+
+
+def anatomy_named(name: str) -> Anatomy:
+    """The same by the name of the class.
+
+    Raises:
+        UserError: it is not supported.
+    """
     if name not in FAMILIES:
         raise UserError(f"{name} is not a supported transformer; supported: {', '.join(FAMILIES)}")
     return FAMILIES[name]()

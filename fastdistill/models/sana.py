@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from fastdistill.models.family import Anatomy, Stack, one_stream
+from typing import Any
+
+from fastdistill.models.family import Anatomy, Stack, Workload, noise, one_stream
 
 
 class Sana(Anatomy):
     name = "sana"
     stacks = (Stack(attribute="transformer_blocks", config_field="num_layers", short="block", pass_through=one_stream),)
+    vae_scale_factor = 32
+
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        patch, batch = network.config.patch_size, workload.batch
+        height, width = (patch * (side // patch) for side in (workload.height, workload.width))
+        return {
+            "hidden_states": noise(network, batch, network.config.in_channels, height, width),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.caption_channels),
+            "timestep": noise(network, batch),
+            "guidance": noise(network, batch) if network.config.guidance_embeds else None,
+        }

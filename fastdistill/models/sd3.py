@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.family import Anatomy, Stack, both_streams
+from fastdistill.models.family import Anatomy, BlockId, Stack, Workload, both_streams, noise
 
 BLOCKS = "transformer_blocks"
 
@@ -29,6 +29,24 @@ class SD3(Anatomy):
         config["dual_attention_layers"] = tuple(new for new, old in enumerate(indices) if old in dual)
         if indices[-1] != len(source.get_submodule(BLOCKS)) - 1:  # type: ignore[arg-type]
             _read_text_only(state, f"{BLOCKS}.{len(indices) - 1}.")
+
+    def elsewhere(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
+        blocks: Any = network.get_submodule(BLOCKS)
+        last = len(blocks) - 1
+        for index in range(last):
+            if blocks[index].use_dual_attention == blocks[last].use_dual_attention:
+                return {BlockId(stack=BLOCKS, index=last): BlockId(stack=BLOCKS, index=index)}
+        return {}
+
+    def example(self, network: Any, workload: Workload) -> dict[str, Any]:
+        patch, batch = network.config.patch_size, workload.batch
+        height, width = (patch * (side // patch) for side in (workload.height, workload.width))
+        return {
+            "hidden_states": noise(network, batch, network.config.in_channels, height, width),
+            "encoder_hidden_states": noise(network, batch, workload.text_tokens, network.config.joint_attention_dim),
+            "pooled_projections": noise(network, batch, network.config.pooled_projection_dim),
+            "timestep": noise(network, batch),
+        }
 
 
 def _read_text_only(state: dict[str, Tensor], prefix: str) -> None:

@@ -2,23 +2,44 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastdistill.compress import plan as plan_module
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import Inputs, as_dtype, flops, kinds, latency, sizes
+from fastdistill.compress.costs import flops, kinds, latency, sizes, workload
 from fastdistill.compress.plan import plan, read_config
 from fastdistill.compress.surgery import cut
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId
+from fastdistill.models.family import BlockId, Workload
 from fastdistill.models.features import block_ids
-from fastdistill.models.registry import family_of
-from tests.tiny import tiny_flux_pipeline, tiny_inputs
+from fastdistill.models.registry import anatomy_of, family_of
+from tests.tiny import tiny_flux_pipeline
 
 # What FLUX.1-dev's config says beside the class's defaults.
 FLUX_DEV = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
+SD35_LARGE = {
+    "_class_name": "SD3Transformer2DModel", "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+}  # fmt: skip
+SD35_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel", "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13)),
+}  # fmt: skip
+# Shallow, so that their operations are counted quickly.
+TWO_LISTS = {"num_layers": 2, "num_single_layers": 2}
+SKELETONS = {
+    "FLUX.2": {"_class_name": "Flux2Transformer2DModel", **TWO_LISTS},
+    "FLUX.3": {"_class_name": "Flux3Transformer2DModel", **TWO_LISTS},
+    "Chroma": {"_class_name": "ChromaTransformer2DModel", **TWO_LISTS},
+    "SD3.5": SD35_LARGE | {"num_layers": 3},
+    "Qwen-Image": {"_class_name": "QwenImageTransformer2DModel", "num_layers": 3},
+    "Z-Image": {"_class_name": "ZImageTransformer2DModel", "n_layers": 4},
+    "Sana": {"_class_name": "SanaTransformer2DModel", "num_layers": 3},
+    "PixArt": {"_class_name": "PixArtTransformer2DModel", "num_layers": 3, "caption_channels": 4096},
+}
 DOUBLE, SINGLE = BlockId(stack="transformer_blocks", index=0), BlockId(stack="single_transformer_blocks", index=0)
 
 
@@ -29,18 +50,18 @@ def flux_dev(tmp_path_factory):
     counted = functools.cache(lambda: flops_of_flux_dev(str(path)))
     with pytest.MonkeyPatch.context() as patch:
         # The same every time, and three seconds of dispatching.
-        patch.setattr(plan_module, "flops", lambda *args: counted())
+        of_others = plan_module.flops
+        patch.setattr(plan_module, "flops", lambda network, *args: counted() if is_flux(network) else of_others(network, *args))
         yield str(path)
 
 
+def is_flux(network):
+    return type(network).__name__ == FLUX_DEV["_class_name"]
+
+
 def flops_of_flux_dev(path):
-    network, sampling, scale_factor = read_config(path)
-    return flops(network, family_of(network), plan_module._inputs(network, family_of(network), sampling, scale_factor))
-
-
-def inputs(transformer, **options):
-    x_t, t, conditioning = tiny_inputs(transformer, **options)
-    return Inputs(x_t=x_t, t=t, conditioning=conditioning)
+    network, sampling, vae_scale_factor = read_config(path)
+    return flops(network, anatomy_of(network), workload(sampling, vae_scale_factor))
 
 
 def test_sizes_of_flux_dev(flux_dev):
@@ -52,6 +73,55 @@ def test_sizes_of_flux_dev(flux_dev):
     assert costs["params"].blocks[DOUBLE] / 1e6 == pytest.approx(339.83, abs=5e-3)
     assert costs["params"].blocks[SINGLE] / 1e6 == pytest.approx(141.59, abs=5e-3)
     assert costs["memory"].total == 2 * costs["params"].total
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        ({"_class_name": "Flux2Transformer2DModel"}, 32.22),
+        ({"_class_name": "QwenImageTransformer2DModel"}, 20.43),
+        ({"_class_name": "ChromaTransformer2DModel"}, 8.90),
+        ({"_class_name": "ZImageTransformer2DModel"}, 6.15),
+        (SD35_LARGE, 8.06),
+        (SD35_MEDIUM, 2.24),
+        ({"_class_name": "SanaTransformer2DModel"}, 1.60),
+        ({"_class_name": "PixArtTransformer2DModel", "caption_channels": 4096}, 0.611),
+    ],
+    ids=lambda value: value["_class_name"].removesuffix("Transformer2DModel") if isinstance(value, dict) else None,
+)
+def test_published_sizes(tmp_path, config, billions):
+    """FLUX.2-dev 32 B, Qwen-Image 20 B, Chroma 8.9 B, Z-Image 6 B, SD3.5 large 8.1 B and medium 2.2 B, Sana 1.6 B, PixArt 0.6 B."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    network, _, _ = read_config(str(tmp_path))
+    assert sizes(network, anatomy_of(network), 2)["params"].total / 1e9 == pytest.approx(billions, abs=5e-3)
+
+
+def rows_of(tmp_path, config, **options):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = plan(CompressConfig(model=str(tmp_path), dry_run=True, **options))
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("name", SKELETONS)
+def test_every_family_is_planned(tmp_path, name):
+    whole, *cuts = rows_of(tmp_path, SKELETONS[name], drop_blocks=("2",))[1:]
+    assert cuts
+    assert all(0 < float(share.split("(")[1][:5]) <= 1 for cut_row in cuts for share in cut_row[1:])
+    assert sum(map(int, whole[0].split(" + "))) - sum(map(int, cuts[0][0].split(" + "))) == 2
+
+
+def test_a_plan_takes_equally_many_from_lists_that_share_a_count(tmp_path):
+    config = SKELETONS["Z-Image"]
+    left = [row[0] for row in rows_of(tmp_path, config, drop_blocks=("2",))[2:]]
+    assert left == ["2 + 2 + 2", "1 + 1 + 4"]
+    # One block more in either of them would be within the budget for the first, but is no model.
+    for row in rows_of(tmp_path, config, budget="params=0.6")[2:]:
+        noise, context, _ = row[0].split(" + ")
+        assert noise == context
+    with pytest.raises(UserError, match="noise and context have one count"):
+        rows_of(tmp_path, config, drop_blocks=("noise:0",))
+    with pytest.raises(UserError, match="no 1 blocks can go together: noise and context must lose equally many"):
+        rows_of(tmp_path, config | {"n_layers": 0}, drop_blocks=("1",))
 
 
 def test_the_plan_of_flux_lite(flux_dev):
@@ -119,28 +189,27 @@ def test_a_model_that_is_nowhere(tmp_path):
 def test_operations_follow_the_tokens_and_need_no_weights():
     transformer = tiny_flux_pipeline().transformer
     family = family_of(transformer)
-    cost = flops(transformer, family, inputs(transformer, batch=1))
+    load = Workload(height=8, width=8, text_tokens=5)
+    cost = flops(transformer, family, load)
     double, single = cost.blocks[DOUBLE], cost.blocks[SINGLE]
     width, tokens = 32, 5 + 16
     products, attention = 2 * 12 * width**2 * tokens, 4 * width * tokens**2
     assert double - 2 * 12 * width**2 == single - 2 * 3 * width**2 == products + attention
     smaller = cut(transformer, [DOUBLE])
-    assert flops(smaller, family, inputs(transformer, batch=1)).total == cost.left([DOUBLE])
-    assert flops(transformer, family, inputs(transformer, batch=2)).total == 2 * cost.total
+    assert flops(smaller, family, load).total == cost.left([DOUBLE])
+    assert flops(transformer, family, replace(load, batch=2)).total == 2 * cost.total
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_latency_is_measured_and_leaves_the_model_alone(dtype):
     transformer = tiny_flux_pipeline().transformer
     family = family_of(transformer)
     weights = {name: value.clone() for name, value in transformer.state_dict().items()}
-    network, in_dtype = as_dtype(transformer, inputs(transformer), dtype)
-    assert network.dtype == in_dtype.x_t.dtype == dtype
-    cost = latency(network, family, in_dtype)
+    cost = latency(transformer, family, Workload(height=8, width=8, text_tokens=5, batch=2), dtype)
     assert list(cost.blocks) == block_ids(transformer, family)
     assert all(value > 1000 for value in cost.blocks.values())
     assert cost.outside > 1000
     for kind in kinds(transformer, family):
         assert len({cost.blocks[block_id] for block_id in kind}) == 1
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
     assert all(torch.equal(value, weights[name]) and value.dtype == torch.float32 for name, value in transformer.state_dict().items())

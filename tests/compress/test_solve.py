@@ -102,6 +102,34 @@ def test_an_exact_count_is_not_traded_for_a_larger_one(kind):
         assert [choice.error for choice in found] == pytest.approx(expected[:3], abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("joined", [False, True], ids=["singles", "intervals"])
+@pytest.mark.parametrize(
+    "tied",
+    [[[range(0, 2), range(2, 4)]], [[range(0, 2), range(3, 5), range(6, 8)]], [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]],
+)
+@pytest.mark.parametrize("exact", [False, True], ids=["at least", "exactly"])
+def test_tied_ranges_lose_equally_many(seed, joined, tied, exact):
+    errors, costs, intervals = problem(seed, "floats")
+    intervals = intervals if joined else None
+    costs = [1] * 8 if exact else costs
+
+    def balanced(subset):
+        return all(len({sum(position in span for position in subset) for span in spans}) == 1 for spans in tied)
+
+    everything = [found for found in brute_force(errors, costs, intervals) if balanced(found[2])]
+    choices = solve(errors, costs, intervals, best=3, exact_cost=exact, tied=tied)
+    assert all(balanced(choice.dropped) for choice in choices)
+    for needed in {saved for saved, _, _ in everything}:
+        if exact:
+            found = sorted(choice.error for choice in choices if choice.saved == needed)
+            expected = sorted(error for saved, error, _ in everything if saved == needed)
+        else:
+            found = [choice.error for choice in within(choices, needed)]
+            expected = sorted(error for saved, error, _ in everything if saved >= needed)
+        assert found[:3] == pytest.approx(expected[:3], rel=1e-12)
+
+
 def test_of_equal_choices_the_later_blocks_go():
     assert within(solve([1.0] * 5, [1] * 5), 2)[0].dropped == (3, 4)
     assert within(solve([3.0, 1.0, 2.0, 1.0, 9.0], [1] * 5), 1)[0].dropped == (3,)

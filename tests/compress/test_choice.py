@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fastdistill.compress.budget import parse_budget
-from fastdistill.compress.costs import Cost, Inputs, flops, sizes
+from fastdistill.compress.choice import Request, choose, limit_of, parse, spell
+from fastdistill.compress.costs import Cost, flops, sizes
 from fastdistill.compress.importance.criterion import CalibrationPoints
 from fastdistill.compress.importance.output_error import joint_output_error, predictions
-from fastdistill.compress.select import Request, limit_of, parse, select, spell
 from fastdistill.compress.verify import Verified, additivity, intervals
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId
+from fastdistill.models.family import BlockId, Workload
 from fastdistill.models.features import block_ids
 from fastdistill.models.flux import Flux
 from tests.tiny import tiny_flux_pipeline, tiny_inputs
@@ -64,7 +64,7 @@ def chosen(request, costs, errors, best=1, joint=None, runs=None):
     """``joint`` is the error of a set of positions; by default errors add up."""
     scores = dict(zip(TINY, errors, strict=True))
     adds_up = joint or (lambda positions: sum(errors[position] for position in positions))
-    return select(request, costs, scores, scores, adds_up, intervals=runs, best=best)
+    return choose(request, costs, scores, joint=adds_up, intervals=runs, best=best)
 
 
 def count_costs():
@@ -88,9 +88,8 @@ def test_named_blocks_go_whatever_they_score():
 def tiny_costs():
     """Of a real transformer: by parameters a double block is 2.4 single ones, by operations one; by time, say, one too."""
     transformer = tiny_flux_pipeline().transformer
-    x_t, t, conditioning = tiny_inputs(transformer, batch=1)
     costs = sizes(transformer, Flux(), 2)
-    costs["flops"] = flops(transformer, Flux(), Inputs(x_t=x_t, t=t, conditioning=conditioning))
+    costs["flops"] = flops(transformer, Flux(), Workload(height=8, width=8, text_tokens=5))
     costs["latency"] = Cost(blocks=dict.fromkeys(block_ids(transformer, Flux()), 10**6), outside=10**5)
     return costs
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fastdistill.compress.budget import Budget, show
 from fastdistill.compress.costs import Cost, Costs
 from fastdistill.compress.solve import Choice, Interval, pareto, solve, within
 from fastdistill.compress.verify import Additivity, Verified, additivity, best_of, to_verify, verify
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId, Family
+from fastdistill.models.family import Anatomy, BlockId, Stack
 
 HELP = "a count such as 4, or blocks such as double:1,2 single:0,5-7"
 
@@ -48,7 +49,7 @@ class Selection:
     additivity: Additivity
 
 
-def parse(words: Sequence[str], family: Family) -> Request:
+def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
     """Read ``["4"]`` or ``["double:1,2", "single:0,5-7"]``.
 
     Raises:
@@ -58,7 +59,7 @@ def parse(words: Sequence[str], family: Family) -> Request:
         if (count := int(words[0])) == 0:
             raise UserError(f"--drop-blocks 0 drops nothing; give {HELP}")
         return Request(count=count)
-    stacks = {stack.short: stack.attribute for stack in family.stacks} | {stack.attribute: stack.attribute for stack in family.stacks}
+    stacks = {stack.short: stack.attribute for stack in anatomy.stacks} | {stack.attribute: stack.attribute for stack in anatomy.stacks}
     blocks: list[BlockId] = []
     for word in words:
         name, colon, ranges = word.partition(":")
@@ -93,31 +94,33 @@ def limit_of(budget: Budget, cost: Cost) -> int:
     return limit
 
 
-def select(
+def choose(
     request: Request,
     costs: Costs,
     scores: Mapping[BlockId, float],
-    output_errors: Mapping[BlockId, float],
-    joint: Callable[[tuple[int, ...]], float],
     *,
-    intervals: Mapping[Interval, float] | None,
-    best: int,
+    tied: Mapping[str, Sequence[Stack]] = MappingProxyType({}),
+    output_errors: Mapping[BlockId, float] | None = None,
+    joint: Callable[[tuple[int, ...]], float] | None = None,
+    intervals: Mapping[Interval, float] | None = None,
+    best: int = 1,
 ) -> Selection:
-    """The blocks that go: those named, or of the ``best`` sets by the sum of their scores the one whose joint error is least.
+    """The blocks that go: those named, or the set with the least sum of scores, or of the ``best`` sets the one whose joint error is least.
 
     Args:
         costs: those of the quantity that the request is in, at least.
         scores: of the single blocks by the criterion, in the order of the forward pass, and of ``intervals`` of them where there are any.
-        output_errors: the output error of each block alone, by which the joint ones are predicted.
-        joint: measures the output error without the blocks at these positions.
+        tied: stacks that have to lose equally many blocks, by their config field (:func:`fastdistill.models.features.tied`).
+        output_errors: the output error of each block alone, by which the joint ones are predicted; by default the scores.
+        joint: measures the output error without the blocks at these positions; without it nothing is verified.
 
     Raises:
-        UserError: :func:`limit_of` does.
+        UserError: :func:`limit_of` does, or tied stacks allow nothing that meets the request.
     """
     blocks = list(scores)
     quantity = request.budget.quantity if request.budget else "blocks"
     cost = costs[quantity]
-    errors = [output_errors[block_id] for block_id in blocks]
+    errors = [(output_errors or scores)[block_id] for block_id in blocks]
 
     def meets(choice: Choice) -> bool:
         # Asked for a number, a larger one is not the answer.
@@ -130,12 +133,16 @@ def select(
     else:
         limit = limit_of(request.budget, cost) if request.budget else cost.total - (request.count or 0)
         saves = [cost.blocks[block_id] for block_id in blocks]
-        choices = solve(list(scores.values()), saves, intervals, best=best, exact_cost=request.budget is None)
+        ranges = [[_range(blocks, stack) for stack in stacks] for stacks in tied.values()]
+        choices = solve(list(scores.values()), saves, intervals, best=best, exact_cost=request.budget is None, tied=ranges)
         front = pareto(choices)
-        sets = to_verify([choice for choice in within(choices, cost.total - limit) if meets(choice)], front, best)
-    verified = verify(sets, errors, joint, meets)
+        sets = [choice for choice in within(choices, cost.total - limit) if meets(choice)]
+        if not sets:
+            raise UserError(nothing_meets(request, tied))
+        sets = to_verify(sets, front, best) if joint else sets[:1]
+    verified = verify(sets, errors, joint, meets) if joint else []
     return Selection(
-        dropped=[blocks[position] for position in best_of(verified).dropped],
+        dropped=[blocks[position] for position in (best_of(verified) if verified else sets[0]).dropped],
         quantity=quantity,
         full=cost.total,
         limit=limit,
@@ -145,7 +152,19 @@ def select(
     )
 
 
-def spell(blocks: Sequence[BlockId], family: Family) -> str:
+def _range(blocks: Sequence[BlockId], stack: Stack) -> range:
+    positions = [position for position, block_id in enumerate(blocks) if block_id.stack == stack.attribute]
+    return range(positions[0], positions[-1] + 1)
+
+
+def nothing_meets(request: Request, tied: Mapping[str, Sequence[Stack]]) -> str:
+    """Why there is no set of blocks that meets a request, and what to do."""
+    demand = "the budget cannot be met" if request.budget else f"no {request.count} blocks can go together"
+    shared = "; ".join(f"{' and '.join(stack.short for stack in stacks)} must lose equally many" for stacks in tied.values())
+    return f"{demand}: {shared or 'too many blocks have an infinite score, which keeps them'}; ask for another number, or for less"
+
+
+def spell(blocks: Sequence[BlockId], anatomy: Anatomy) -> str:
     """The blocks as the user would type them: ``double:1,2 single:0``."""
-    indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in family.stacks}
+    indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in anatomy.stacks}
     return " ".join(f"{stack.short}:{','.join(map(str, found))}" for stack, found in indices.items() if found)

@@ -1,0 +1,156 @@
+"""``score`` and ``select`` for Python, where ``cut`` (:mod:`fastdistill.compress.surgery`) takes what they give.
+
+Thin layers over what the command runs. The command also keeps every stage's result, so that a long run goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastdistill.compress.budget import parse_budget
+from fastdistill.compress.calibrate import calibrate
+from fastdistill.compress.choice import Request, choose
+from fastdistill.compress.costs import flops, latency, sizes, workload
+from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.scoring import Scorer
+from fastdistill.compress.surgery import check_count
+from fastdistill.data.images import read_folder
+from fastdistill.errors import UserError
+from fastdistill.models.family import BlockId
+from fastdistill.models.features import block_ids, tied
+from fastdistill.models.loading import GENERAL_PROMPTS
+from fastdistill.models.patch import patched
+from fastdistill.models.registry import anatomy_of, family_of
+from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.weights import check_computable, check_finite
+from fastdistill.progress import bar
+
+
+def scorer(
+    pipeline: Any,
+    prompts: Sequence[str] = GENERAL_PROMPTS,
+    *,
+    images: str | Path | None = None,
+    points: int = 64,
+    steps: int = 14,
+    batch: int = 4,
+    seed: int = 0,
+    drop_blocks: int | None = None,
+    console: Console | None = None,
+    **call: Any,
+) -> Scorer:
+    """A calibration of ``pipeline`` to score by several criteria, ``.score("output")``, and to verify with, ``.joint_error(blocks)``.
+
+    Args:
+        pipeline: a diffusers pipeline of a family that can be scored; left as it is.
+        prompts: to sample from; ``points`` pictures are drawn, in ``steps`` steps each.
+        images: a folder of pictures to take instead, with their captions in ``.txt`` files beside them.
+        points: at how many points blocks are scored; the command's 256 give steadier scores for four times the time.
+        batch: samples per forward pass.
+        drop_blocks: how many blocks are going to be dropped, which bounds the search of ``greedy``.
+        console: a rich console to show progress on.
+        call: arguments of the pipeline's call, such as ``height``; by default those in its folder's fastdistill.json, else FLUX.1-dev's.
+
+    Raises:
+        UserError: the family cannot be scored, weights are not finite or not of a type to compute with, or there is nothing to sample from.
+    """
+    network = getattr(pipeline, "transformer", None)
+    if network is None:
+        raise UserError(f"scoring needs the pipeline, which samples and encodes prompts, and got a {type(pipeline).__name__}")
+    family = family_of(network)
+    check_computable(network, type(network).__name__)
+    check_finite(network, type(network).__name__)
+    if isinstance(prompts, str) or not prompts:
+        raise UserError("prompts must be a list of at least one")
+    pictures = read_folder(Path(images), points) if images is not None else []
+    folder = getattr(pipeline, "name_or_path", None)
+    sampling = dataclasses.replace(SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults(), **call)
+    console = console or Console(quiet=True)
+    with bar(console, "calibrate", len(pictures) or points) as tick, patched(network):
+        calibration = calibrate(
+            pipeline,
+            family,
+            prompts,
+            sampling,
+            pictures=points,
+            steps=steps,
+            points=points,
+            batch=batch,
+            seed=seed,
+            images=pictures,
+            tick=tick,
+        )
+    return Scorer(network, family, calibration, batch=batch, seed=seed, drops=drop_blocks, console=console)
+
+
+def score(pipeline: Any, prompts: Sequence[str] = GENERAL_PROMPTS, *, criterion: str = "output", **options: Any) -> dict[BlockId, float]:
+    """What each block of the pipeline's transformer is worth, in the order of the forward pass; the lowest goes first.
+
+    Args:
+        criterion: one of those of ``python -m fastdistill.compress --criterion``.
+        options: of :func:`scorer`, which also says what is raised.
+    """
+    if criterion not in CRITERIA:
+        raise UserError(f"there is no criterion {criterion!r}; there are {', '.join(CRITERIA)}")
+    return scorer(pipeline, prompts, **options).score(criterion)
+
+
+def select(
+    transformer: Any,
+    scores: Mapping[BlockId, float],
+    *,
+    drop_blocks: int | None = None,
+    budget: str | None = None,
+    joint_error: Callable[[Sequence[BlockId]], float] | None = None,
+    verify: int = 6,
+    dtype: torch.dtype | None = None,
+    **call: Any,
+) -> list[BlockId]:
+    """The blocks to drop, in the order of the forward pass: the set with the least sum of scores that meets the demand, exactly.
+
+    Args:
+        transformer: a diffusers transformer of a supported family.
+        scores: of every block; infinite for one that must stay.
+        drop_blocks: how many, or:
+        budget: what the smaller one may cost: ``params=0.66``, ``memory=8GiB``, ``latency=0.7``, measured here and now, or ``flops=60T``.
+        joint_error: measures sets of blocks, as :meth:`Scorer.joint_error` does. Then the ``verify`` best sets by the sum of scores are
+            tried, and the best of these is taken.
+        dtype: of the weights as they are going to be saved and timed; by default as they are.
+        call: of the pipeline, where ``latency`` or ``flops`` are asked for: ``height``, ``width``, ``max_sequence_length``.
+
+    Raises:
+        UserError: the family is not supported, the scores are of other blocks, or the demand cannot be met.
+    """
+    anatomy = anatomy_of(transformer)
+    blocks = block_ids(transformer, anatomy)
+    if (drop_blocks is None) == (budget is None):
+        raise UserError("give either drop_blocks, such as 4, or budget, such as 'params=0.66'")
+    if scores.keys() != set(blocks):
+        raise UserError(f"these are the scores of {len(scores)} blocks, and not of the {len(blocks)} of this {type(transformer).__name__}")
+    if any(math.isnan(value) for value in scores.values()):
+        raise UserError("a score is not a number; score again with sound weights")
+    request = Request(count=drop_blocks, budget=parse_budget(budget) if budget else None)
+    costs = sizes(transformer, anatomy, (dtype or transformer.dtype).itemsize)
+    if drop_blocks is not None:
+        if drop_blocks < 1:
+            raise UserError(f"drop_blocks={drop_blocks} drops nothing; give at least 1")
+        check_count(drop_blocks, len(blocks))
+    elif request.budget and (quantity := request.budget.quantity) not in costs:
+        load = workload(dataclasses.replace(SamplingDefaults(), **call), anatomy.vae_scale_factor)
+        costs[quantity] = flops(transformer, anatomy, load) if quantity == "flops" else latency(transformer, anatomy, load, dtype)
+    selection = choose(
+        request,
+        costs,
+        {block_id: scores[block_id] for block_id in blocks},
+        tied=tied(transformer, anatomy),
+        joint=None if joint_error is None else lambda positions: joint_error([blocks[position] for position in positions]),
+        best=verify if joint_error else 1,
+    )
+    return selection.dropped

@@ -1,0 +1,73 @@
+"""A folder of pictures with captions, as trainers take it: ``name.txt`` beside ``name.jpg``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fastdistill.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioned:
+    """A picture's file and what it shows; the empty prompt if the folder has no captions."""
+
+    path: Path
+    caption: str
+
+
+def read_folder(folder: Path, at_most: int) -> list[Captioned]:
+    """The pictures of ``folder`` in the order of their names, or ``at_most`` of them, spread evenly.
+
+    Every one of these is opened and decoded, so that none fails in the middle of long work.
+
+    Raises:
+        UserError: no such folder, no picture in it, one that is none, captions for some only, or a caption that is no text.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, and their captions as .txt files beside them"
+        )
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder} holds no picture; it needs {', '.join(SUFFIXES)} files, not in folders of their own")
+    bare = [path for path in paths if not path.with_suffix(".txt").is_file()]
+    if 0 < len(bare) < len(paths):
+        raise UserError(
+            f"{bare[0]} and {len(bare) - 1} more of {len(paths)} pictures have no caption; write it to {bare[0].with_suffix('.txt').name}, "
+            "or remove all captions to use the empty prompt"
+        )
+    count = min(at_most, len(paths))
+    chosen = [paths[i * len(paths) // count] for i in range(count)]
+    for path in chosen:
+        _open(path)
+    return [Captioned(path=path, caption="" if bare else _caption(path.with_suffix(".txt"))) for path in chosen]
+
+
+def pixels(image: Captioned, height: int, width: int) -> Tensor:
+    """(3, height, width) in [-1, 1]: scaled until the shorter side fits, and the centre of it, as diffusers' training scripts do."""
+    picture = ImageOps.fit(_open(image.path), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            # A camera says which side is up in a tag.
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise on damaged files
+        raise UserError(f"{path} cannot be read as a picture ({error}); replace or remove it") from error
+
+
+def _caption(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save the caption as such") from error
