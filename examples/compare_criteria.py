@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdistill.compress.calibrate import Calibration, calibrate
+from fastdistill.compress.choice import spell
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material
 from fastdistill.compress.importance.ledger import Ledger
@@ -32,7 +32,6 @@ from fastdistill.compress.importance.output_error import joint_output_error, out
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repair import REPAIRS
 from fastdistill.compress.repair.damage import Damage
-from fastdistill.compress.choice import spell
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.compress.workspace import write_json
 from fastdistill.evaluation.suite import evaluate

@@ -32,3 +32,18 @@ def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Itera
                 console.print(f"{describe}: {done}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False)
 
         yield advance
+
+
+@contextmanager
+def share_bar(console: Console, describe: str, total: int = 100) -> Iterator[Callable[[float], None]]:
+    """Yields ``tick(share)`` for work that knows what share of it is done."""
+    shown = 0
+    with bar(console, describe, total) as advance:
+
+        def tick(share: float) -> None:
+            nonlocal shown
+            reached = int(share * total)
+            advance(reached - shown)
+            shown = reached
+
+        yield tick

@@ -12,7 +12,6 @@ from fastdistill.cli import run
 from fastdistill.compress.config import CompressConfig
 
 PROGRAM = "python -m fastdistill.compress"
-NAMES = ("full", "cut", "recovered")
 GRID_COLUMNS = 10
 SUMMARY = (("caption_accuracy", "caption accuracy", "{:.1%}"), ("frechet_distance", "Frechet distance", "{:.1f}"))
 
@@ -50,7 +49,7 @@ def main(config: CompressConfig) -> None:
     outcome = compress(config, loaded.pipeline, prompts, images, sampling, workspace, evaluate, console)
     evaluate.grid().save(output / "grid.png")
     record = manifest(config, outcome, sampling, prompts=len(prompts), images=len(images), command=f"{PROGRAM} {shlex.join(sys.argv[1:])}")
-    measured = rows([outcome.evaluation[name] for name in NAMES])
+    measured = rows(list(outcome.evaluation.values()))
     (output / "report.md").write_text(report(record, measured), encoding="utf-8")
     # Beside the weights, too, as they travel alone; diffusers ignores it there.
     write_json(output / "model" / RESULT, record)
@@ -69,6 +68,7 @@ class Evaluator:
         self.prompts = [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
         rounds = ceil(count / len(self.prompts)) if config.evaluate_pictures else 1
         self.seeds = [config.seed + k for k in range(rounds)]
+        self.names = config.stages()
         self.measure = config.evaluate_pictures > 0
         self.batch, self.sampling, self.work, self.console = config.batch, sampling, work, console
 
@@ -93,15 +93,15 @@ class Evaluator:
         from fastdistill.grid import grid
 
         columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
-        pictures = torch.stack([load_file(self.work / f"pictures-{name}.safetensors")["pictures"][columns].float() for name in NAMES])
-        return grid(pictures, NAMES, [self.prompts[i] for i in columns])
+        pictures = torch.stack([load_file(self.work / f"pictures-{name}.safetensors")["pictures"][columns].float() for name in self.names])
+        return grid(pictures, self.names, [self.prompts[i] for i in columns])
 
 
 def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
     sizes = record["parameters"]
     console.print(f"{sizes['full'] / 1e6:.2f} M -> {sizes['compressed'] / 1e6:.2f} M parameters")
     for key, label, form in SUMMARY:
-        values = {name: record["evaluation"][name].get(key) for name in NAMES}
+        values = {name: metrics.get(key) for name, metrics in record["evaluation"].items()}
         if all(value is not None for value in values.values()):
             console.print(f"{label}: " + ", ".join(f"{name} {form.format(value)}" for name, value in values.items()))
     console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")

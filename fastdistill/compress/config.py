@@ -65,6 +65,13 @@ class CompressConfig:
     calibration_points: int = 256
     """Points on those trajectories at which blocks are scored."""
 
+    repair: Literal["ridge", "scale", "average", "none"] = "ridge"
+    """How the cut is mended before any training, in closed form: the last layer ahead of each gap is fitted anew to the full model
+    (ridge), or scaled (scale); or kept and dropped blocks are averaged (average)."""
+    repair_points: int = 1024
+    """Noised pictures that it is fitted to. Together they should have some thirty tokens for each input of that layer: 1024 for the
+    emoji model, 256 for FLUX.1-dev at 512 pixels."""
+
     steps: int = 400
     """Recovery steps; 0 cuts only."""
     batch: int = 64
@@ -97,11 +104,24 @@ class CompressConfig:
             raise UserError("give either --drop-blocks, such as 4 or double:1,2 single:0, or --budget, such as params=0.66")
         self.parsed_budget()
         at_least(
-            self, 1, "calibration_pictures", "calibration_steps", "calibration_points", "batch", "verify", "longest_run", "latency_batch"
+            self,
+            1,
+            "repair_points",
+            "calibration_pictures",
+            "calibration_steps",
+            "calibration_points",
+            "batch",
+            "verify",
+            "longest_run",
+            "latency_batch",
         )
         at_least(self, 0, "steps", "evaluate_pictures", "l_task", "l_out", "l_feat")
         if self.steps and not (self.l_task or self.l_out or self.l_feat):
             raise UserError("with --l-task, --l-out and --l-feat all zero there is nothing to recover by; set one, or --steps 0")
+
+    def stages(self) -> tuple[str, ...]:
+        """The models on the way, by what is done to them."""
+        return ("full", "cut", *(["repaired"] if self.repair != "none" else []), *(["recovered"] if self.steps else []))
 
     def parsed_budget(self) -> Budget | None:
         return parse_budget(self.budget) if self.budget else None

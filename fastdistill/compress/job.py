@@ -1,4 +1,4 @@
-"""The compression of one pipeline from end to end: calibrate, score, choose, cut, recover, measure, write."""
+"""The compression of one pipeline from end to end: calibrate, score, choose, cut, repair, recover, measure, write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdistill.compress.budget import show
@@ -20,6 +21,8 @@ from fastdistill.compress.choice import Request, Selection, choose, limit_of, pa
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workload
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
+from fastdistill.compress.repair import REPAIRS
+from fastdistill.compress.repair.damage import Damage
 from fastdistill.compress.resources import require_disk, require_memory
 from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.solve import Interval
@@ -33,7 +36,7 @@ from fastdistill.models.features import block_ids, tied
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.progress import bar
+from fastdistill.progress import bar, share_bar
 from fastdistill.train.trainer import TrainConfig, Trainer
 
 Evaluate = Callable[[Any, str], dict[str, Any]]
@@ -52,8 +55,8 @@ class Outcome:
     """Nanoseconds of one forward pass of the cut model, if a latency budget had it measured."""
     boundaries: dict[BlockId, BlockId]
     scores: dict[str, dict[BlockId, float]]
-    joint_error: float
-    """The relative output error of the cut model before recovery; the sum of the single errors would predict it if they added up."""
+    output_errors: dict[str, float]
+    """Of the cut, the repaired and the recovered model, relative. The sum of the single errors would predict the first if they added up."""
     parameters: dict[str, int]
     evaluation: dict[str, dict[str, Any]]
     seconds: dict[str, float]
@@ -84,8 +87,8 @@ def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
         left = size
         if budget.quantity in static:
             left = size * limit_of(budget, static[budget.quantity]) // static[budget.quantity].total
-    # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, and the result.
-    require_disk(output, size * 4 * (8 if config.steps else 2))
+    # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, the repaired model, the result.
+    require_disk(output, size * 4 * (9 if config.steps else 2))
     if config.steps:
         require_memory(pipeline.device, left * 20)
     return request
@@ -130,8 +133,8 @@ def compress(
         scores = _scores(config, scorer, workspace)
         selection = _select(config, request, costs, scorer, scores, workspace, console)
     dropped = selection.dropped
-    joint_error = min(found.joint for found in selection.verified if found.eligible)
-    console.print(f"dropping {spell(dropped, family)}: output error {joint_error:.3f} before recovery")
+    errors = {"cut": min(found.joint for found in selection.verified if found.eligible)}
+    console.print(f"dropping {spell(dropped, family)}: output error {errors['cut']:.3f}")
 
     boundaries = boundary_map(blocks, dropped)
     student = cut(teacher, dropped)
@@ -149,14 +152,24 @@ def compress(
         evaluation["full"] = workspace.cached("evaluation-full", lambda: evaluate(pipeline, "full"))
         with _transformer(pipeline, student):
             evaluation["cut"] = workspace.cached("evaluation-cut", lambda: evaluate(pipeline, "cut"))
+    if config.repair != "none":
+        with clock("repair"):
+            _repair(config, student, teacher, family, boundaries, calibration, workspace.work / "repaired.safetensors", console)
+            errors["repaired"] = workspace.cached("error-repaired", lambda: scorer.output_error(student))
+        console.print(f"repaired by {config.repair}: output error {errors['repaired']:.3f}")
+        with clock("evaluate"), _transformer(pipeline, student):
+            evaluation["repaired"] = workspace.cached("evaluation-repaired", lambda: evaluate(pipeline, "repaired"))
     if config.steps:
         with clock("recover"):
             _recover(config, student, teacher, family, boundaries, calibration, workspace.work / "recovery")
     student.to(_save_dtype(config))
     saved = _save(pipeline, student, workspace.output / "model", sampling, prompts)
-    with clock("evaluate"), _transformer(pipeline, student.to(teacher.dtype)):
-        evaluation["recovered"] = workspace.cached("evaluation-recovered", lambda: evaluate(pipeline, "recovered"))
     if config.steps:
+        student.to(teacher.dtype)
+        errors["recovered"] = workspace.cached("error-recovered", lambda: scorer.output_error(student))
+        console.print(f"recovered: output error {errors['recovered']:.3f}")
+        with clock("evaluate"), _transformer(pipeline, student):
+            evaluation["recovered"] = workspace.cached("evaluation-recovered", lambda: evaluate(pipeline, "recovered"))
         shutil.copy(workspace.work / "recovery" / "metrics.jsonl", workspace.output / "metrics.jsonl")
     return Outcome(
         family=family,
@@ -166,7 +179,7 @@ def compress(
         latency_after=latency_after,
         boundaries=boundaries,
         scores=scores,
-        joint_error=joint_error,
+        output_errors=errors,
         parameters={"full": teacher.num_parameters(), "compressed": saved},
         evaluation=evaluation,
         seconds=workspace.seconds,
@@ -269,6 +282,38 @@ def _select(
         best=config.verify,
         tied=tied(scorer.network, scorer.family),
     )
+
+
+def _repair(
+    config: CompressConfig,
+    student: Any,
+    teacher: nn.Module,
+    family: Family,
+    boundaries: dict[BlockId, BlockId],
+    calibration: Calibration,
+    cache: Path,
+    console: Console,
+) -> None:
+    """Mend ``student`` in place, or read what an interrupted run made of it from ``cache``."""
+    if not cache.exists():
+        with share_bar(console, "repair") as tick, patched(teacher):
+            REPAIRS[config.repair](
+                Damage(
+                    student=student,
+                    teacher=teacher,
+                    family=family,
+                    boundaries=boundaries,
+                    pool=calibration.pool,
+                    points=config.repair_points,
+                    batch=config.batch,
+                    seed=config.seed,
+                    tick=tick,
+                )
+            )
+        unfinished = cache.with_suffix(".partial")
+        save_file(student.state_dict(), unfinished)
+        unfinished.replace(cache)
+    student.load_state_dict(load_file(cache))
 
 
 def _recover(

@@ -29,15 +29,15 @@ REPORT = """\
 ({{ "{:.0%}".format(parameters.compressed / parameters.full) }}), {{ blocks|length }} blocks before, {{ kept }} after. \
 `model/` is a stock diffusers pipeline.
 
-![full, cut and recovered model from the same noise](grid.png)
+![{{ evaluation|join(", ") }} model from the same noise](grid.png)
 {% if measured %}
 ## Quality
 
 {{ evaluation.full.pictures }} pictures of each model from the same prompts and noise, {{ evaluation.full.steps }} steps, \
 seed {{ evaluation.full.seeds|join(", ") }}. The reference is the full model.
 
-| | full | cut | recovered |
-|---|---|---|---|
+| | {{ evaluation|join(" | ") }} |
+|---|{% for _ in evaluation %}---|{% endfor %}
 {% for name, values in measured -%}
 | {{ name }} | {{ values|join(" | ") }} |
 {% endfor %}
@@ -77,7 +77,9 @@ The Pareto front of the scores over all sets{{ " (every one in compress.json)" i
 
 The relative output error of the model without the block (`output`), how much the block turns the image stream (`bi`), and further \
 criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. Without all dropped blocks at once the error is \
-{{ "{:.4f}".format(joint_error) }}; their single errors add up to {{ "{:.4f}".format(predicted_error) }}.
+{{ "{:.4f}".format(output_errors.cut) }}; their single errors add up to {{ "{:.4f}".format(predicted_error) }}.\
+{% if "repaired" in output_errors %} Repaired by `{{ config.repair }}` it is {{ "{:.4f}".format(output_errors.repaired) }}.{% endif %}\
+{% if "recovered" in output_errors %} After recovery it is {{ "{:.4f}".format(output_errors.recovered) }}.{% endif %}
 
 | block | {{ scores|join(" | ") }} | |
 |---|{% for _ in scores %}---|{% endfor %}---|
@@ -126,7 +128,7 @@ def manifest(
         "costs": _costs(outcome),
         "at": {"height": sampling.height, "width": sampling.width, "max_sequence_length": sampling.max_sequence_length},
         "predicted_error": sum(scores["output"][block_id] for block_id in outcome.selection.dropped),
-        "joint_error": outcome.joint_error,
+        "output_errors": outcome.output_errors,
         "parameters": outcome.parameters,
         "evaluation": outcome.evaluation,
         "prompts": prompts,
@@ -145,7 +147,7 @@ def manifest(
 
 
 def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """``report.md`` from a :func:`manifest` and, by row, the label and the texts of the full, cut and recovered model."""
+    """``report.md`` from a :func:`manifest` and, by row, the label and the texts of each model of its evaluation."""
     scores = record["scores"]
     kept = list(record["boundaries"])
     blocks = [

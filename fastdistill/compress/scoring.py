@@ -14,11 +14,11 @@ from fastdistill.compress.calibrate import Calibration
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.criterion import Material
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
+from fastdistill.compress.importance.output_error import joint_output_error, output_error, predictions
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import block_ids
 from fastdistill.models.patch import patched
-from fastdistill.progress import bar
+from fastdistill.progress import share_bar
 
 
 class Scorer:
@@ -51,15 +51,7 @@ class Scorer:
 
         ``pieces`` is a file in which finished pieces are kept: a scoring that was stopped goes on from there.
         """
-        with bar(self._console, f"score by {criterion}", len(self.blocks)) as advance, patched(self.network):
-            shown = 0
-
-            def tick(share: float) -> None:
-                nonlocal shown
-                reached = int(share * len(self.blocks))
-                advance(reached - shown)
-                shown = reached
-
+        with share_bar(self._console, f"score by {criterion}", len(self.blocks)) as tick, patched(self.network):
             scores = CRITERIA[criterion](self.network, self.family, self._material, Ledger(pieces, tick))
         return {block_id: scores[block_id] for block_id in self.blocks}
 
@@ -68,6 +60,12 @@ class Scorer:
         points, batch = self._material.points, self._material.batch
         with patched(self.network):
             return joint_output_error(self.network, self.family, points, batch, dropped, self._reference)
+
+    def output_error(self, network: Any) -> float:
+        """That of another network, which stands for this one."""
+        points, batch = self._material.points, self._material.batch
+        with patched(network), patched(self.network):
+            return output_error(network, self.family, points, batch, self._reference)
 
     @cached_property
     def _reference(self) -> Tensor:

@@ -40,6 +40,8 @@ def repair(damage: Damage) -> None:
                 fit.gather(rows)
         for fit in fits:
             fit.begin()
+        done += 1
+        damage.tick(done / passes)
         for _ in range(ITERATIONS):
             for chunk in watch(damage, span, missing=False):
                 for fit, rows in zip(fits, chunk, strict=True):
@@ -47,14 +49,17 @@ def repair(damage: Damage) -> None:
             for fit in fits:
                 fit.advance()
             done += 1
-            damage.tick((done + 1) / passes)
+            damage.tick(done / passes)
         for layer, fit in zip(layers, fits, strict=True):
-            layer.weight += fit.solution[:, :-1]
-            layer.bias += fit.solution[:, -1]
+            layer.weight.add_(fit.solution[:, :-1])
+            layer.bias.add_(fit.solution[:, -1])
 
 
 class Fit:
-    """Preconditioned conjugate gradients for ``(A_j + lambda c_j I) w_j = b_j``, all rows j at once; products in float32, sums in float64."""
+    """Preconditioned conjugate gradients for ``(A_j + lambda c_j I) w_j = b_j``, all rows j at once.
+
+    Products are float32, sums over chunks and the solution float64.
+    """
 
     def __init__(self, layer: nn.Linear) -> None:
         columns, self.device = layer.in_features + 1, layer.weight.device
