@@ -12,7 +12,7 @@ from fastdistill.compress.budget import Budget, parse_budget
 from fastdistill.errors import UserError
 from fastdistill.options import Sampling, SamplingOptions, at_least
 
-CriterionName = Literal["output", "trajectory", "greedy", "taylor", "bi", "mse", "cka", "probe", "random"]
+CriterionName = Literal["output", "trajectory", "greedy", "taylor", "bi", "mse", "cka", "probe", "learned", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class CompressConfig:
     """What a block is worth. By what happens without it: the error of the output (output), of the end of a short sampling run
     (trajectory), or of the output, measured again after each drop (greedy), or that error to first order (taylor). By what it does to
     the image stream: how much it turns it (bi), how much it adds (mse), how unlike it becomes (cka), how badly a linear map stands
-    for it (probe). Or by chance (random). output and bi are always reported."""
+    for it (probe). By masks learned together with a small update of the weights, for how well the rest can recover (learned; --verify 1
+    cuts just what they say). Or by chance (random). output and bi are always reported."""
     also_score: tuple[CriterionName, ...] = ()
     """Further criteria to report."""
     longest_run: int = 2

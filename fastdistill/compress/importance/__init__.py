@@ -6,6 +6,7 @@ from fastdistill.compress.importance import (
     block_influence,
     cka,
     greedy,
+    learned,
     mse,
     output_error,
     probe,
@@ -24,5 +25,6 @@ CRITERIA: dict[str, Criterion] = {
     "mse": mse.score,
     "cka": cka.score,
     "probe": probe.score,
+    "learned": learned.score,
     "random": random_order.score,
 }

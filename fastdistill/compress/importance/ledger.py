@@ -42,6 +42,11 @@ class Ledger:
     def __getitem__(self, name: str) -> Any:
         return self._pieces[name]
 
+    @property
+    def folder(self) -> Path | None:
+        """For what is no JSON value, such as the state of a training; None where nothing is kept."""
+        return None if self._path is None else self._path.with_suffix("")
+
     def keep(self, name: str, value: Any) -> None:
         self._pieces[name] = value
         if self._path is not None:

@@ -27,7 +27,7 @@ PROBES = 4
 
 
 def gated(module: nn.Module, pass_through: Callable[..., Any], gate: Tensor) -> Callable[..., Any]:
-    """The module's forward with ``gate`` (B,), whose value must be 1."""
+    """The module's forward, whose output is what came in where ``gate`` (B,) is 0, and as ever where it is 1."""
     own = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -42,9 +42,9 @@ def gated(module: nn.Module, pass_through: Callable[..., Any], gate: Tensor) -> 
 
 
 def faded(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-    # Written so that a gate of 1 changes no bit; the difference in float32, as the block may add little.
+    # Written so that a gate of 1 changes no bit; in float32, as the block may add little.
     added = after.float() - before.float()
-    return after + ((gate - 1).view(-1, *[1] * (added.dim() - 1)) * added).to(after.dtype)
+    return (after.float() + (gate - 1).view(-1, *[1] * (added.dim() - 1)) * added).to(after.dtype)
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
