@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,12 @@ class Anatomy:
             config: of the cut transformer, with the new counts.
             state: its state dict, with the new names and tensors of its own.
         """
+
+
+class Predicts(Protocol):
+    """What a training method asks of a family: to call a network. Toy networks need no more of one."""
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor: ...
 
 
 class Family(Anatomy, ABC):
