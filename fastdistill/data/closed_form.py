@@ -152,7 +152,7 @@ class GaussianMixture(nn.Module):
         whitened = along / variances
         log_joint = self._log_prior(labels) - (along * whitened + variances.log() + math.log(2 * math.pi)).sum(-1) / 2
         log_density = torch.logsumexp(log_joint, dim=1)
-        responsibilities = torch.softmax(log_joint, dim=1)
+        responsibilities = torch.exp(log_joint - log_density[:, None])
         weighted = responsibilities[..., None] * whitened
         score = -torch.einsum("kij,bkj->bi", self.axes, weighted)
         x_0 = responsibilities @ self.means + torch.einsum("kij,bkj->bi", self.axes, alpha * self.variances * weighted)

@@ -61,7 +61,7 @@ def convert(p: Tensor, x_t: Tensor, t: Tensor, process: Process, source: Predict
     """``p`` (B, ...), a ``source`` at ``x_t`` and ``t`` (B,), as a ``target``.
 
     Coefficients are computed in float64; the result has the dtype of ``p`` and ``x_t`` together, and float32 for the half types, in whose
-    few bits ``x_t - x_0`` would drown.
+    few bits ``x_t - x_0`` would drown. A conversion looks at its coefficients, which on a GPU waits for what is queued there.
 
     Raises:
         ValueError: the target is not determined, or infinite: where ``alpha`` is 0, ``epsilon`` and ``score`` say nothing about ``x_0``;

@@ -37,7 +37,7 @@ class Process(ABC):
     """A schedule ``alpha(t), sigma(t)`` with its derivatives, and what follows from them.
 
     The functions of ``t`` work on tensors of any shape and keep their dtype. As an SDE the process is
-    ``dx = f(t) x dt + g(t) dw`` (Song et al. 2021, equation 5), with the marginals above if (Kingma et al. 2021, equation 2)::
+    ``dx = f(t) x dt + g(t) dw`` (Song et al. 2021, equation 5), with the marginals above if (Kingma et al. 2021)::
 
         f = alpha' / alpha          g^2 = 2 sigma sigma' - 2 f sigma^2 = -sigma^2 d(log_snr)/dt
     """
@@ -201,7 +201,7 @@ class CosineVariancePreserving(VariancePreserving):
 
 @dataclass(frozen=True, kw_only=True)
 class TrigFlow(VariancePreserving):
-    """``alpha = cos(pi t / 2)`` and ``sigma = sin(pi t / 2)`` (sCM, Lu & Song 2024, section 4.1, whose time is the angle).
+    """``alpha = cos(pi t / 2)`` and ``sigma = sin(pi t / 2)`` (sCM, Lu & Song 2024, whose time is the angle).
 
     For data of unit standard deviation: sCM scales both data and noise by ``sigma_d``. A derivative by the angle, which is v, is
     ``2 / pi`` of one by ``t``.
