@@ -20,11 +20,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from fastdistill.data.emoji import BACKGROUNDS, Emoji
 from fastdistill.data.latents import LatentPool
+from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
+from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.family import Conditioning
 from fastdistill.models.flux import Flux
 from fastdistill.train import checkpoint
-from fastdistill.train.flow_matching import FlowMatching
+from fastdistill.train.denoising import Denoising
 from fastdistill.train.trainer import TrainConfig, Trainer
 
 
@@ -130,7 +132,7 @@ def main(config: Config) -> None:
         assert config.draws >= len(BACKGROUNDS)
         latents, captions = cached_latents(config.run / "latents.safetensors", parts.vae, data, config.draws)
         pool = LatentPool(latents=latents, prompts=captions, conditioning=parts.encode([*data.captions, ""]))
-        method = FlowMatching(transformer, Flux(), RectifiedFlow(time_mean=config.time_mean))
+        method = Denoising(transformer, Flux(), RectifiedFlow(), Prediction.VELOCITY, LogitNormal(mean=config.time_mean))
         trainer = Trainer(method, lambda step, rng: pool.batch(config.batch, rng), config.train, run)
         trainer.fit("transformer")
         trainer.emas["student"].copy_to(transformer)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.data.latents import LatentBatch
+from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
+from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.family import BlockId, Family
 from fastdistill.models.features import Streams, block_ids, captured
 from fastdistill.ops import feature_kd_loss
@@ -54,12 +56,13 @@ class Recovery(StudentMethod):
     ) -> None:
         self.networks = {"student": student, "teacher": teacher}
         self.family, self.weights = family, weights
-        self.process = RectifiedFlow()
+        self.process, self.times = RectifiedFlow(), LogitNormal()
         self.student_blocks = block_ids(student, family)
         self.teacher_blocks = list(boundaries.values())
 
     def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        x_t, t, data_velocity = self.process.draw(batch.latents, rng)
+        x_t, t, noise = self.process.draw(batch.latents, self.times, rng)
+        data_velocity = Prediction.VELOCITY.target(self.process, batch.latents, noise, t)
         student, teacher = self.networks["student"], self.networks["teacher"]
         with ExitStack() as stack:
             student_features = stack.enter_context(captured(student, self.family, self.student_blocks if self.weights.feat else []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from fastdistill.models.family import Conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class LatentBatch:
-    """Clean latents (B, C, H, W) in the transformer's scale, and their conditioning."""
+    """Clean latents (B, ...), in the scale that the network is trained on, with what its family's ``predict`` takes beside them."""
 
     latents: Tensor
-    conditioning: Conditioning
+    conditioning: Any
+    """A :class:`~fastdistill.models.family.Conditioning` of text-to-image models; class labels (B,) of toy networks."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]

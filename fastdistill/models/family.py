@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,12 @@ class Anatomy(ABC):
     @abstractmethod
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:
         """Arguments of ``network`` with the shapes that its pipeline gives them for text to image, in its dtype and on its device."""
+
+
+class Predicts(Protocol):
+    """What a training method asks of a family: to call a network. Toy networks need no more of one."""
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor: ...
 
 
 class Family(Anatomy):

@@ -1,0 +1,83 @@
+"""What diffusers has no scheduler for, for any process: the probability-flow ODE and the reverse SDE in ``t``, and Langevin dynamics.
+
+All call the predictor at the falling ``times`` (steps,) and end with its ``x_0`` at the last of them, which removes the noise left there
+(Tweedie's formula; Jolicoeur-Martineau et al. 2021). From rectified flow's last time that is Euler's step to ``t = 0``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastdistill.diffusion.prediction import Prediction, Predictor
+from fastdistill.diffusion.process import noise_like, repeat_time
+
+
+def _start(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
+    return float(predictor.process.sigma(times[0].double())) * noise
+
+
+@torch.no_grad()
+def euler(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
+    """The probability-flow ODE ``dx/dt = velocity`` (Song et al. 2021, equation 13) by Euler's method: an error of first order."""
+    x = _start(predictor, noise, times)
+    for t, t_next in pairwise(times):
+        x = x + float(t_next - t) * predictor(x, repeat_time(t, x), Prediction.VELOCITY)
+    return predictor(x, repeat_time(times[-1], x), Prediction.X0)
+
+
+@torch.no_grad()
+def heun(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
+    """The probability-flow ODE by Heun's method, two calls a step and an error of second order (Karras et al. 2022, algorithm 1)."""
+    x = _start(predictor, noise, times)
+    for t, t_next in pairwise(times):
+        step = float(t_next - t)
+        velocity = predictor(x, repeat_time(t, x), Prediction.VELOCITY)
+        corrector = predictor(x + step * velocity, repeat_time(t_next, x), Prediction.VELOCITY)
+        x = x + step * (velocity + corrector) / 2
+    return predictor(x, repeat_time(times[-1], x), Prediction.X0)
+
+
+@torch.no_grad()
+def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator) -> Tensor:
+    """The reverse SDE ``dx = (f x - g^2 score) dt + g dw`` (Song et al. 2021, equation 6): an error of first order in distribution.
+
+    Stable where ``log_snr`` changes by less than 2 a step, so that its times are best those of :meth:`Process.log_snr_times`.
+
+    Raises:
+        ValueError: a time but the last has ``alpha = 0``, where ``f`` and ``g`` are infinite.
+    """
+    process = predictor.process
+    drift, diffusion_squared = process.drift(times.double()), process.diffusion_squared(times.double())
+    if not bool(drift[:-1].isfinite().all()):
+        raise ValueError(f"the SDE of {type(process).__name__} is infinite where alpha = 0: start it later than t = {float(times[0]):g}")
+    x = _start(predictor, noise, times)
+    for index, (t, t_next) in enumerate(pairwise(times)):
+        f, g_squared, step = float(drift[index]), float(diffusion_squared[index]), float(t - t_next)
+        score = predictor(x, repeat_time(t, x), Prediction.SCORE)
+        x = x - step * (f * x - g_squared * score) + (step * g_squared) ** 0.5 * noise_like(x, rng)
+    return predictor(x, repeat_time(times[-1], x), Prediction.X0)
+
+
+@torch.no_grad()
+def annealed_langevin(
+    predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator, *, corrections: int = 20, step_size: float = 0.4
+) -> Tensor:
+    """``corrections`` steps ``x <- x + h/2 score + sqrt(h) z`` at each time, ``h = step_size sigma^2`` (Song & Ermon 2019, algorithm 1).
+
+    ``step_size`` is that of the standardised state ``x / sigma``: the paper's ``epsilon / sigma_L^2``. Its stationary variance is too large
+    by ``step_size / 4`` of ``sigma^2``, which later levels forget.
+    """
+    process = predictor.process
+    sigmas, scales = process.sigma(times.double()), torch.hypot(process.alpha(times.double()), process.sigma(times.double()))
+    x = _start(predictor, noise, times)
+    for index, t in enumerate(times):
+        if index:
+            # Once sigma is below the width of a mode, the steps are too small to follow an alpha that still changes.
+            x = x * float(scales[index] / scales[index - 1])
+        size = step_size * float(sigmas[index]) ** 2
+        for _ in range(corrections):
+            x = x + size / 2 * predictor(x, repeat_time(t, x), Prediction.SCORE) + size**0.5 * noise_like(x, rng)
+    return predictor(x, repeat_time(times[-1], x), Prediction.X0)

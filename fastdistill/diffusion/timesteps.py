@@ -1,0 +1,89 @@
+"""Times in [0, 1]: the distributions that training draws from, and the grids that few-step samplers visit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TimeDistribution(Protocol):
+    """Where on the path from data to noise training looks."""
+
+    def __call__(self, batch: int, rng: torch.Generator) -> Tensor:
+        """``batch`` times, float32 on ``rng``'s device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """``t ~ U[low, high)``: DDPM's choice on [0, 1), and DMD's on [0.02, 0.98) (Yin et al. 2024, section 3.2)."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"times lie in [0, 1]: 0 <= low < high <= 1, got {self.low} and {self.high}")
+
+    def __call__(self, batch: int, rng: torch.Generator) -> Tensor:
+        return self.low + (self.high - self.low) * torch.rand(batch, generator=rng, device=rng.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """``t = sigmoid(mean + std z)``, ``z ~ N(0, 1)`` (Esser et al. 2024, equation 19).
+
+    Above 0, ``mean`` draws more times near noise, where a sample's coarse features are decided: ``mean = log(s)`` is the density of the
+    times of ``mean = 0`` under the shift ``s`` (:func:`shifted`).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, batch: int, rng: torch.Generator) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=rng, device=rng.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """Times of ``base`` under the shift ``shift`` (:func:`shifted`)."""
+
+    base: TimeDistribution
+    shift: float
+
+    def __call__(self, batch: int, rng: torch.Generator) -> Tensor:
+        return shifted(self.base(batch, rng), self.shift)
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """``t' = s t / (1 + (s - 1) t)``, towards noise for ``s > 1`` (Esser et al. 2024, equation 23).
+
+    On rectified flow it divides the signal-to-noise ratio ``((1 - t) / t)^2`` by ``s^2``, which is what a picture of ``s^2`` times as many
+    pixels needs to be equally uncertain. diffusers' ``mu`` is ``log(s)``.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flux_shift(image_tokens: int) -> float:
+    """The shift that ``FluxPipeline`` gives a picture of ``image_tokens`` tokens: ``exp(mu)``, ``mu`` linear in them.
+
+    0.5 at 256 tokens (256 pixels squared) and 1.15 at 4096 (1024 pixels squared), the defaults of ``calculate_shift`` in diffusers.
+    """
+    tokens, mu = (256, 4096), (0.5, 1.15)
+    return math.exp(mu[0] + (mu[1] - mu[0]) * (image_tokens - tokens[0]) / (tokens[1] - tokens[0]))
+
+
+def few_step_times(steps: int, shift: float = 1.0) -> Tensor:
+    """The times (steps,) at which a sampler of ``steps`` steps calls its network: falling from 1, evenly spaced before the shift.
+
+    ``[1, 0.75, 0.5, 0.25]`` for 4 steps; with FLUX.1's shift at 1024 pixels squared, ``exp(1.15)``, ``[1, 0.9045, 0.7595, 0.5128]``. These
+    are the ``sigmas`` of ``FlowMatchEulerDiscreteScheduler`` in ``FluxPipeline``, without their last, 0. (Called without ``sigmas``, that
+    scheduler ends its grid at ``sigma_min`` instead, and shifts it twice; pipelines of FLUX's kind do not call it so.)
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least one step, got {steps}")
+    return shifted(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), shift).float()
