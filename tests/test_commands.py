@@ -20,6 +20,7 @@ from fastdistill.compress import calibrate as calibrate_module
 from fastdistill.compress import cut, job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
+from fastdistill.compress.repair import REPAIRS
 from fastdistill.evaluate import EvaluateConfig
 from fastdistill.evaluate import main as evaluate_main
 from fastdistill.models.sampling import SamplingDefaults
@@ -34,6 +35,7 @@ COMMANDS = {
     "evaluate": (EvaluateConfig, evaluate_main),
 }
 QUICK = ["--steps", "4", "--batch", "4", "--calibration-pictures", "6", "--calibration-steps", "2", "--evaluate-pictures", "4"]
+QUICK += ["--repair-points", "8"]
 
 Ended = namedtuple("Ended", "code message")
 
@@ -93,7 +95,8 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     assert (record["config"]["seed"], record["evaluation"]["full"]["seeds"], record["config"]["prompts"]) == (0, [0, 1, 2, 3], None)
     assert set(record["versions"]) == {"fastdistill", "python", "torch", "diffusers", "transformers", "machine"}
     assert json.loads((output / "model" / "compress.json").read_text()) == record
-    assert set(record["evaluation"]) == {"full", "cut", "recovered"}
+    assert list(record["evaluation"]) == ["full", "cut", "repaired", "recovered"]
+    assert set(record["output_errors"]) == {"cut", "repaired", "recovered"}
     report = (output / "report.md").read_text()
     assert "double:0" in report
     assert "dropped" in report
@@ -114,6 +117,25 @@ assert picture.size == (64, 64)
     assert "finished run" in again.message
 
 
+@pytest.mark.parametrize("repair", ["scale", "average", "none"])
+def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_folder, tmp_path, repair):
+    output = tmp_path / "out"
+    quick = ["--steps", "0", *QUICK[2:], "--repair", repair, "--save-dtype", "float32", "--output", output]
+    assert command("compress", "--model", pipeline_folder, "--drop-blocks", "single:1", *quick).code == 0
+    record = json.loads((output / "compress.json").read_text())
+    assert list(record["evaluation"]) == ["full", "cut", *(["repaired"] if repair != "none" else [])]
+    full, saved = (FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (pipeline_folder, output / "model"))
+    block, kept = saved.single_transformer_blocks[0], full.single_transformer_blocks[0]
+    changed = {name for name, weight in block.state_dict().items() if not torch.equal(weight, kept.state_dict()[name])}
+    if repair == "average":
+        assert {"proj_mlp.weight", "attn.to_q.weight", "proj_out.weight"} <= changed
+    else:
+        assert changed == ({"proj_out.weight", "proj_out.bias"} if repair == "scale" else set())
+    report = (output / "report.md").read_text()
+    assert (f"Repaired by `{repair}`" in report) == (repair != "none")
+    assert "After recovery" not in report
+
+
 def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--model", pipeline_folder, "--drop-blocks", "2", *QUICK]
     assert command("compress", *options, "--output", tmp_path / "whole").code == 0
@@ -130,6 +152,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     assert "continues" in ended.message
     monkeypatch.setattr(Trainer, "_advance", whole_advance)
     # What is finished is not done again.
+    monkeypatch.setitem(REPAIRS, "ridge", lambda damage: pytest.fail("repaired again"))
     monkeypatch.setattr(
         job, "calibrate", lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs)
     )
@@ -156,7 +179,7 @@ def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     assert [point["left"] for point in choice["front"]] == sorted((point["left"] for point in choice["front"]), reverse=True)
     eligible = [found for found in choice["verified"] if found["eligible"]]
     assert len(eligible) >= 3
-    assert record["joint_error"] == min(found["joint"] for found in eligible)
+    assert record["output_errors"]["cut"] == min(found["joint"] for found in eligible)
     assert choice["additivity"]["sets"] == len(choice["verified"])
     report = (output / "report.md").read_text()
     assert "Do errors add up?" in report

@@ -1,6 +1,6 @@
 """Which criterion chooses the blocks whose loss can be made good? An experiment on the emoji FLUX; about two hours on two cores.
 
-    python examples/compare_criteria.py --output runs/criteria
+    python examples/compare_criteria/experiment.py --output runs/criteria
 
 Every criterion chooses blocks to drop, 1/3 of them with three seeds, 1/4 and 1/2 with one. Every set that is chosen is cut, repaired in
 closed form, and recovered for an equal budget, from the plain cut and from the repaired one. Besides, ten random sets show what each repair
@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
+from tables import tables
 from torch import Tensor
 
 from fastdistill.compress.calibrate import Calibration, calibrate
@@ -180,7 +182,7 @@ class Experiment:
     def _evaluated(self, transformer: Any, reference: Tensor | None) -> Any:
         count = self.config.pictures
         prompts = [self.prompts[i * len(self.prompts) // min(count, len(self.prompts))] for i in range(min(count, len(self.prompts)))]
-        sampling = type(self.sampling)(**{**vars(self.sampling), "num_inference_steps": self.config.sampling_steps})
+        sampling = dataclasses.replace(self.sampling, num_inference_steps=self.config.sampling_steps)
         with _transformer(self.pipeline, transformer), patched(transformer):
             return evaluate(self.pipeline, prompts, sampling, seeds=[self.seed], batch=self.config.batch, reference=reference)
 
@@ -207,8 +209,6 @@ class Experiment:
 
     def cell(self, dropped: Sequence[BlockId]) -> dict[str, Any]:
         """Everything about one set of dropped blocks."""
-        import shutil
-
         plain, repaired = cut(self.teacher, dropped), self.repaired(dropped, "ridge")
         result: dict[str, Any] = {"parameters": plain.num_parameters()}
         result["cut"] = {"output_error": self.error(plain), **self.measured(plain)}
@@ -233,8 +233,6 @@ def _transformer(pipeline: Any, transformer: Any) -> Iterator[None]:
 
 
 def _least_sums(scores: Sequence[float], drops: int, count: int) -> list[list[int]]:
-    from itertools import combinations
-
     return [list(found) for found in sorted(combinations(range(len(scores)), drops), key=lambda s: sum(scores[i] for i in s))[:count]]
 
 
@@ -264,11 +262,13 @@ def repairs(experiment: Experiment) -> list[dict[str, Any]]:
 def main(config: Config) -> None:
     torch.manual_seed(0)
     console = Console(stderr=True, highlight=False)
-    results: dict[str, Any] = {"config": {**vars(config), "output": str(config.output)}, "full": {}, "sets": [], "repairs": []}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+    results: dict[str, Any] = {"config": settings, "full": {}, "sets": [], "repairs": []}
     plan = [(seed, 3) for seed in config.seeds] + [(config.seeds[0], 4), (config.seeds[0], 2)]
     experiments = {seed: Experiment(config, seed, console) for seed in config.seeds}
     for seed, fraction in plan:
         experiment = experiments[seed]
+        results["blocks"] = len(experiment.blocks)
         results["full"][seed] = experiment.kept("full", partial(experiment.measured, experiment.teacher))
         drops = len(experiment.blocks) // fraction
         choices = experiment.choices(drops)
@@ -283,7 +283,8 @@ def main(config: Config) -> None:
         if (seed, fraction) == plan[0]:
             results["repairs"] = repairs(experiment)
         write_json(config.output / "results.json", results)
-    console.print(f"results: {config.output / 'results.json'}")
+        (config.output / "report.md").write_text(tables(results), encoding="utf-8")
+    console.print(f"results: {config.output / 'results.json'}, tables: {config.output / 'report.md'}")
 
 
 if __name__ == "__main__":
