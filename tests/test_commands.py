@@ -20,7 +20,7 @@ from fastdistill.compress import calibrate as calibrate_module
 from fastdistill.compress import cut, job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.repair import REPAIRS
+from fastdistill.compress.repairs import REPAIRS
 from fastdistill.evaluate import EvaluateConfig
 from fastdistill.evaluate import main as evaluate_main
 from fastdistill.models.sampling import SamplingDefaults

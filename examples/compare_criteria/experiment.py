@@ -9,8 +9,10 @@ is worth. An interrupted run continues; a finished one is only tabulated again: 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ from fastdistill.compress.importance.criterion import CalibrationPoints, Materia
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import joint_output_error, output_error, predictions
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
-from fastdistill.compress.repair import REPAIRS
-from fastdistill.compress.repair.damage import Damage
+from fastdistill.compress.repairs import REPAIRS
+from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.compress.workspace import write_json
 from fastdistill.evaluation.suite import evaluate

@@ -27,10 +27,10 @@ def tables(results: dict[str, Any]) -> str:
         rows = [row for row in sets if row["drops"] == count]
         seeds = sorted({row["seed"] for row in rows})
         parts += [f"### {count} of {results['blocks']} blocks dropped, seed{'s' if len(seeds) > 1 else ''} {_words(seeds)}", ""]
-        parts += _markdown(_heading(), by_criterion(rows)) + [""]
+        parts += [*_markdown(_heading(), by_criterion(rows)), ""]
         parts += ["Sets, by seed: " + "; ".join(_sets(rows, seed) for seed in seeds) + ".", ""]
     parts += ["### Does a score say what is left in the end?", ""]
-    parts += _markdown(["predictor", "cut", "repaired", "recovered", "repaired, recovered"], correlations(sets)) + [""]
+    parts += [*_markdown(["predictor", "cut", "repaired", "recovered", "repaired, recovered"], correlations(sets)), ""]
     r2, count = additivity(sets)
     parts += [
         f"Do errors add up? Over these {count} sets, R^2 of the sum of single errors as a prediction of the joint error: {r2:.2f}.",

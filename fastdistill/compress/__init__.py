@@ -1,9 +1,10 @@
-"""Make a diffusers transformer smaller: ``score``, ``select``, ``cut`` from Python, ``python -m fastdistill.compress`` from end to end."""
+"""Make a diffusers transformer smaller: ``score``, ``select``, ``cut``, ``repair``, or ``python -m fastdistill.compress`` end to end."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdistill.compress.api import repair as repair
     from fastdistill.compress.api import score as score
     from fastdistill.compress.api import scorer as scorer
     from fastdistill.compress.api import select as select
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # `python -m fastdistill.compress --help` comes through here and must answer at once, so torch loads on first use.
 _LAZY = {
+    "repair": "fastdistill.compress.api",
     "score": "fastdistill.compress.api",
     "scorer": "fastdistill.compress.api",
     "select": "fastdistill.compress.api",

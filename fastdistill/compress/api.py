@@ -1,4 +1,4 @@
-"""``score`` and ``select`` for Python, where ``cut`` (:mod:`fastdistill.compress.surgery`) takes what they give.
+"""``score``, ``select`` and ``repair`` for Python, around ``cut`` (:mod:`fastdistill.compress.surgery`).
 
 Thin layers over what the command runs. The command also keeps every stage's result, so that a long run goes on after a kill.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 
 from fastdistill.compress.budget import parse_budget
-from fastdistill.compress.calibrate import calibrate
+from fastdistill.compress.calibrate import Calibration, calibrate
 from fastdistill.compress.choice import Request, choose
 from fastdistill.compress.costs import flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.repairs import REPAIRS
+from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.scoring import Scorer
-from fastdistill.compress.surgery import check_count
+from fastdistill.compress.surgery import boundary_map, check, check_count, spelled_out
 from fastdistill.data.images import read_folder
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId
@@ -37,16 +39,36 @@ def scorer(
     pipeline: Any,
     prompts: Sequence[str] = GENERAL_PROMPTS,
     *,
+    batch: int = 4,
+    seed: int = 0,
+    drop_blocks: int | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> Scorer:
+    """A calibration of ``pipeline`` to score by several criteria, ``.score("output")``, and to verify with, ``.joint_error(blocks)``.
+
+    Args:
+        drop_blocks: how many blocks are going to be dropped, which bounds the search of ``greedy``.
+        options: of :func:`calibration`, which also says what is raised.
+    """
+    material = calibration(pipeline, prompts, batch=batch, seed=seed, console=console, **options)
+    network = pipeline.transformer
+    return Scorer(network, family_of(network), material, batch=batch, seed=seed, drops=drop_blocks, console=console)
+
+
+def calibration(
+    pipeline: Any,
+    prompts: Sequence[str] = GENERAL_PROMPTS,
+    *,
     images: str | Path | None = None,
     points: int = 64,
     steps: int = 14,
     batch: int = 4,
     seed: int = 0,
-    drop_blocks: int | None = None,
     console: Console | None = None,
     **call: Any,
-) -> Scorer:
-    """A calibration of ``pipeline`` to score by several criteria, ``.score("output")``, and to verify with, ``.joint_error(blocks)``.
+) -> Calibration:
+    """What the full model makes of ``prompts``, to score and to repair by.
 
     Args:
         pipeline: a diffusers pipeline of a family that can be scored; left as it is.
@@ -54,7 +76,6 @@ def scorer(
         images: a folder of pictures to take instead, with their captions in ``.txt`` files beside them.
         points: at how many points blocks are scored; the command's 256 give steadier scores for four times the time.
         batch: samples per forward pass.
-        drop_blocks: how many blocks are going to be dropped, which bounds the search of ``greedy``.
         console: a rich console to show progress on.
         call: arguments of the pipeline's call, such as ``height``; by default those in its folder's fastdistill.json, else FLUX.1-dev's.
 
@@ -74,7 +95,7 @@ def scorer(
     sampling = dataclasses.replace(SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults(), **call)
     console = console or Console(quiet=True)
     with bar(console, "calibrate", len(pictures) or points) as tick, patched(network):
-        calibration = calibrate(
+        return calibrate(
             pipeline,
             family,
             prompts,
@@ -87,7 +108,6 @@ def scorer(
             images=pictures,
             tick=tick,
         )
-    return Scorer(network, family, calibration, batch=batch, seed=seed, drops=drop_blocks, console=console)
 
 
 def score(pipeline: Any, prompts: Sequence[str] = GENERAL_PROMPTS, *, criterion: str = "output", **options: Any) -> dict[BlockId, float]:
@@ -154,3 +174,46 @@ def select(
         best=verify if joint_error else 1,
     )
     return selection.dropped
+
+
+def repair(
+    pipeline: Any,
+    smaller: Any,
+    drop: Mapping[str, Sequence[int]] | Iterable[BlockId],
+    prompts: Sequence[str] = GENERAL_PROMPTS,
+    *,
+    kind: str = "ridge",
+    repair_points: int = 256,
+    batch: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """Mend ``smaller``, in place, so that it comes closer to the pipeline's transformer; without training, in closed form.
+
+    Args:
+        pipeline: with the full transformer, of a family that can be scored; left as it is.
+        smaller: what :func:`cut` made of that transformer by dropping ``drop``.
+        kind: one of those of ``python -m fastdistill.compress --repair``.
+        repair_points: noised pictures that it is fitted to; together some thirty tokens for each input of the last layer of a block.
+        options: of :func:`calibration`, which also says what else is raised.
+
+    Raises:
+        UserError: there is no such repair, or ``smaller`` is not the transformer without these blocks.
+    """
+    if kind not in REPAIRS:
+        raise UserError(f"there is no repair {kind!r}; there are {', '.join(REPAIRS)}")
+    teacher = pipeline.transformer
+    family = family_of(teacher)
+    dropped = spelled_out(drop, family)
+    check(teacher, family, dropped)
+    boundaries = boundary_map(block_ids(teacher, family), dropped)
+    if len(block_ids(smaller, family)) != len(boundaries):
+        raise UserError(
+            f"the smaller model has {len(block_ids(smaller, family))} blocks, and without these {len(boundaries)} would be left"
+        )
+    pool = calibration(pipeline, prompts, batch=batch, seed=seed, **options).pool
+    REPAIRS[kind](
+        Damage(
+            student=smaller, teacher=teacher, family=family, boundaries=boundaries, pool=pool, points=repair_points, batch=batch, seed=seed
+        )
+    )

@@ -21,8 +21,8 @@ from fastdistill.compress.choice import Request, Selection, choose, limit_of, pa
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workload
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
-from fastdistill.compress.repair import REPAIRS
-from fastdistill.compress.repair.damage import Damage
+from fastdistill.compress.repairs import REPAIRS
+from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.resources import require_disk, require_memory
 from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.solve import Interval

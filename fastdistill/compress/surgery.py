@@ -31,7 +31,7 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
             does not describe, as adapters and fused projections are.
     """
     anatomy = anatomy_of(transformer)
-    dropped = _block_ids(drop, anatomy)
+    dropped = spelled_out(drop, anatomy)
     check(transformer, anatomy, dropped)
     stacks = [stack for stack in anatomy.stacks if blocks_of(transformer, stack)]
     kept = {
@@ -102,7 +102,8 @@ def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dic
     return {existing[start]: existing[end] for start, end in zip(kept, ends, strict=True)}
 
 
-def _block_ids(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
+def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
+    """The blocks that :func:`cut` is told to drop, in either way."""
     if isinstance(drop, Mapping):
         attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
         return {BlockId(stack=attributes.get(name, name), index=index) for name, indices in drop.items() for index in indices}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from fastdistill.compress import cut, score, scorer, select
+from fastdistill.compress import cut, repair, score, scorer, select
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId
 from fastdistill.models.features import block_ids
@@ -52,7 +52,7 @@ def test_the_readme(tmp_path, monkeypatch):
     names = {"pipeline": DiffusionPipeline.from_pretrained(tmp_path)}
     names["pipeline"].set_progress_bar_config(disable=True)
     exec("\n".join(snippet), names)
-    assert len(snippet) == 5
+    assert len(snippet) == 6
     assert len(names["drop"]) == 4
     worst = max(names["scores"], key=names["scores"].get)
     assert worst not in names["drop"]
@@ -177,3 +177,21 @@ def test_what_cannot_be_scored_is_refused_before_any_work(pipeline, monkeypatch)
     pipeline.transformer = tiny.tiny_sd3()
     with pytest.raises(UserError, match="SD3Transformer2DModel can only be cut"):
         score(pipeline, ["a cat"])
+
+
+def test_a_repair_brings_the_smaller_model_closer(pipeline):
+    measured = scorer(pipeline, ["a cat", "a dog"], **SMALL)
+    drop = ids(single_transformer_blocks=[1])
+    smaller = cut(pipeline.transformer, drop)
+    before = measured.output_error(smaller)
+    assert before == pytest.approx(measured.joint_error(drop), rel=1e-4)
+    repair(pipeline, smaller, {"single": [1]}, ["a cat", "a dog"], repair_points=64, **SMALL)
+    assert measured.output_error(smaller) < before
+
+
+def test_a_repair_of_something_else_is_refused(pipeline):
+    smaller = cut(pipeline.transformer, {"single": [1]})
+    with pytest.raises(UserError, match="there is no repair 'glue'; there are ridge, scale, average"):
+        repair(pipeline, smaller, {"single": [1]}, kind="glue")
+    with pytest.raises(UserError, match="the smaller model has 4 blocks, and without these 3 would be left"):
+        repair(pipeline, smaller, {"single": [1, 2]})

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.repair import REPAIRS, ridge
-from fastdistill.compress.repair.damage import Damage
-from fastdistill.compress.repair.rows import linears, watch
+from fastdistill.compress.repairs import REPAIRS, ridge
+from fastdistill.compress.repairs.damage import Damage
+from fastdistill.compress.repairs.rows import linears, watch
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.data.latents import LatentPool
 from fastdistill.models.family import BlockId

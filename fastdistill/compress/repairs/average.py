@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdistill.compress.repair.damage import Damage
+from fastdistill.compress.repairs.damage import Damage
 from fastdistill.models.features import block, block_ids
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.compress.repair.damage import Damage, Span
+from fastdistill.compress.repairs.damage import Damage, Span
 from fastdistill.models.family import BlockId, Closing, Family
 from fastdistill.models.features import Streams, block, block_ids, captured, skipped
 

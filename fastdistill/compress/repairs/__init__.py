@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastdistill.compress.repair import average, ridge, scale
-from fastdistill.compress.repair.damage import Repair
+from fastdistill.compress.repairs import average, ridge, scale
+from fastdistill.compress.repairs.damage import Repair
 
 REPAIRS: dict[str, Repair] = {
     "ridge": ridge.repair,

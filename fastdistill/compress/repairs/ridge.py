@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastdistill.compress.repair.damage import Damage
-from fastdistill.compress.repair.rows import Rows, linears, watch
+from fastdistill.compress.repairs.damage import Damage
+from fastdistill.compress.repairs.rows import Rows, linears, watch
 
 RIDGE = 0.1
 """Over the mean of the Gram matrix' diagonal. The change is pulled to zero, which is the plain cut."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill.compress.repair.damage import Damage
-from fastdistill.compress.repair.rows import Rows, linears, watch
+from fastdistill.compress.repairs.damage import Damage
+from fastdistill.compress.repairs.rows import Rows, linears, watch
 
 
 @torch.no_grad()
