@@ -57,7 +57,7 @@ class Config:
     """Folder for the results; an interrupted run in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of calibration, scores, recovery and pictures. All of them at 1/3, the first at 1/4 and 1/2."""
-    pictures: int = 200
+    pictures: int = 100
     """Per model that is measured."""
     sampling_steps: int = 14
     recovery_steps: int = 100
@@ -209,18 +209,18 @@ class Experiment:
         trainer.emas["student"].copy_to(student)
         return student.eval()
 
-    def cell(self, dropped: Sequence[BlockId]) -> dict[str, Any]:
-        """Everything about one set of dropped blocks."""
+    def cell(self, dropped: Sequence[BlockId], *, ablate: bool) -> dict[str, Any]:
+        """Everything about one set of dropped blocks; to ``ablate`` is to recover it without a repair, too."""
         plain, repaired = cut(self.teacher, dropped), self.repaired(dropped, "ridge")
         result: dict[str, Any] = {"parameters": plain.num_parameters()}
         result["cut"] = {"output_error": self.error(plain), **self.measured(plain)}
         result["repaired"] = {"output_error": self.error(repaired), **self.measured(repaired)}
         run = self.folder / "recovery"
-        for name, student in (("recovered", plain), ("repaired_recovered", repaired)):
+        for name, student in (*((("recovered", plain),) if ablate else ()), ("repaired_recovered", repaired)):
             # An earlier run may have been stopped in the middle: a recovery is short, and starts again.
             shutil.rmtree(run, ignore_errors=True)
             student = self.recovered(student, dropped, run)
-            result[name] = {"output_error": self.error(student), **self.measured(student)}
+            result[name] = {"output_error": self.error(student), **(self.measured(student) if name == "repaired_recovered" else {})}
         shutil.rmtree(run, ignore_errors=True)
         return result
 
@@ -279,7 +279,9 @@ def main(config: Config) -> None:
             chosen_by.setdefault(spell(dropped, experiment.family), []).append(name)
         for spelled, names in chosen_by.items():
             dropped = choices[names[0]]
-            cell = experiment.kept(f"set-{_name(experiment, dropped)}", partial(experiment.cell, dropped))
+            cell = experiment.kept(
+                f"set-{_name(experiment, dropped)}", partial(experiment.cell, dropped, ablate=(seed, fraction) in plan[: len(config.seeds)])
+            )
             sums = {name: sum(experiment.scores(name, drops)[block_id] for block_id in dropped) for name in CRITERIA}
             results["sets"].append({"seed": seed, "drops": drops, "dropped": spelled, "chosen_by": names, "sums": sums, **cell})
         if (seed, fraction) == plan[0]:

@@ -48,6 +48,8 @@ def by_criterion(rows: Sequence[dict[str, Any]]) -> Rows:
             chosen.setdefault(name, []).append(row)
 
     def over_seeds(found: Sequence[dict[str, Any]], stage: str, metric: str) -> str:
+        if any(stage not in row for row in found):
+            return ""
         values = [row[stage][metric] for row in found]
         spread = f" ± {FORMS[metric].format(statistics.stdev(values))}" if len(values) > 1 else ""
         return FORMS[metric].format(statistics.fmean(values)) + spread
@@ -83,7 +85,8 @@ def correlations(sets: Sequence[dict[str, Any]]) -> Rows:
     """
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in sets:
-        groups.setdefault((row["seed"], row["drops"]), []).append(row)
+        if all(stage in row for stage in STAGES):
+            groups.setdefault((row["seed"], row["drops"]), []).append(row)
     predictors: dict[str, Callable[[dict[str, Any]], float]] = {
         name: lambda row, name=name: row["sums"][name]
         for name in sets[0]["sums"]  # type: ignore[misc]
