@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastdistill import cli
-from fastdistill.compress import calibrate as calibrate_module
 from fastdistill.compress import cut, job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.repairs import REPAIRS
+from fastdistill.data import trajectories
 from fastdistill.evaluate import EvaluateConfig
 from fastdistill.evaluate import main as evaluate_main
 from fastdistill.models.sampling import SamplingDefaults
@@ -238,7 +238,7 @@ def test_calibration_on_pictures(command, pipeline_folder, pictures, tmp_path, m
     assert cached["latents"].shape == (5, 16, 8, 8)
     monkeypatch.setattr(job, "cut", cut)
     # Encoded once: a run that goes on does not look at the pictures again but to see that they are there.
-    monkeypatch.setattr(calibrate_module, "pixels", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(trajectories, "pixels", lambda *args: pytest.fail("encoded again"))
     assert command("compress", *options, "--output", output).code == 0
     record = json.loads((output / "compress.json").read_text())
     assert (record["images"], record["config"]["images"]) == (5, str(pictures))
@@ -421,7 +421,7 @@ def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path
     [
         (FluxPipeline, "save_pretrained", OSError(28, "No space left on device")),
         # As it comes from safetensors on a disk that is full.
-        (calibrate_module, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+        (trajectories, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
     ],
     ids=["system", "safetensors"],
 )

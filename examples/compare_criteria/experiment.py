@@ -13,8 +13,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -37,14 +36,15 @@ from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.surgery import boundary_map, cut
-from fastdistill.compress.workspace import write_json
 from fastdistill.evaluation.suite import evaluate
 from fastdistill.models.family import BlockId
 from fastdistill.models.features import block_ids
 from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
+from fastdistill.models.saving import swapped
 from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.workspace import write_json
 
 VERIFIED = "output, verified"
 """What the command does: of the best sets by the sum of scores, the one whose joint error is least."""
@@ -185,7 +185,7 @@ class Experiment:
         count = self.config.pictures
         prompts = [self.prompts[i * len(self.prompts) // min(count, len(self.prompts))] for i in range(min(count, len(self.prompts)))]
         sampling = dataclasses.replace(self.sampling, num_inference_steps=self.config.sampling_steps)
-        with _transformer(self.pipeline, transformer), patched(transformer):
+        with swapped(self.pipeline, transformer), patched(transformer):
             return evaluate(self.pipeline, prompts, sampling, seeds=[self.seed], batch=self.config.batch, reference=reference)
 
     @cached_property
@@ -223,15 +223,6 @@ class Experiment:
             result[name] = {"output_error": self.error(student), **(self.measured(student) if name == "repaired_recovered" else {})}
         shutil.rmtree(run, ignore_errors=True)
         return result
-
-
-@contextmanager
-def _transformer(pipeline: Any, transformer: Any) -> Iterator[None]:
-    earlier, pipeline.transformer = pipeline.transformer, transformer
-    try:
-        yield
-    finally:
-        pipeline.transformer = earlier
 
 
 def _least_sums(scores: Sequence[float], drops: int, count: int) -> list[list[int]]:

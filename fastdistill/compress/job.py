@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,10 @@ from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workl
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
-from fastdistill.compress.resources import require_disk, require_memory
 from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.solve import Interval
 from fastdistill.compress.surgery import boundary_map, check, check_count, cut
 from fastdistill.compress.verify import intervals
-from fastdistill.compress.workspace import Workspace
 from fastdistill.data.images import Captioned
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Family
@@ -36,8 +33,11 @@ from fastdistill.models.features import block_ids, tied
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.saving import save, swapped
 from fastdistill.progress import bar, share_bar
+from fastdistill.resources import require_disk, require_memory
 from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.workspace import Workspace
 
 Evaluate = Callable[[Any, str], dict[str, Any]]
 """``(pipeline, name) -> measurements``, a JSON object."""
@@ -150,25 +150,25 @@ def compress(
     evaluation = {}
     with clock("evaluate"):
         evaluation["full"] = workspace.cached("evaluation-full", lambda: evaluate(pipeline, "full"))
-        with _transformer(pipeline, student):
+        with swapped(pipeline, student):
             evaluation["cut"] = workspace.cached("evaluation-cut", lambda: evaluate(pipeline, "cut"))
     if config.repair != "none":
         with clock("repair"):
             _repair(config, student, teacher, family, boundaries, calibration, workspace.work / "repaired.safetensors", console)
             errors["repaired"] = workspace.cached("error-repaired", lambda: scorer.output_error(student))
         console.print(f"repaired by {config.repair}: output error {errors['repaired']:.3f}")
-        with clock("evaluate"), _transformer(pipeline, student):
+        with clock("evaluate"), swapped(pipeline, student):
             evaluation["repaired"] = workspace.cached("evaluation-repaired", lambda: evaluate(pipeline, "repaired"))
     if config.steps:
         with clock("recover"):
             _recover(config, student, teacher, family, boundaries, calibration, workspace.work / "recovery")
     student.to(_save_dtype(config))
-    saved = _save(pipeline, student, workspace.output / "model", sampling, prompts)
+    save(pipeline, student, workspace.output / "model", sampling, prompts)
     if config.steps:
         student.to(teacher.dtype)
         errors["recovered"] = workspace.cached("error-recovered", lambda: scorer.output_error(student))
         console.print(f"recovered: output error {errors['recovered']:.3f}")
-        with clock("evaluate"), _transformer(pipeline, student):
+        with clock("evaluate"), swapped(pipeline, student):
             evaluation["recovered"] = workspace.cached("evaluation-recovered", lambda: evaluate(pipeline, "recovered"))
         shutil.copy(workspace.work / "recovery" / "metrics.jsonl", workspace.output / "metrics.jsonl")
     return Outcome(
@@ -180,7 +180,7 @@ def compress(
         boundaries=boundaries,
         scores=scores,
         output_errors=errors,
-        parameters={"full": teacher.num_parameters(), "compressed": saved},
+        parameters={"full": teacher.num_parameters(), "compressed": student.num_parameters()},
         evaluation=evaluation,
         seconds=workspace.seconds,
     )
@@ -351,26 +351,3 @@ def _recover(
 def _save_dtype(config: CompressConfig) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, config.save_dtype)
     return dtype
-
-
-@contextmanager
-def _transformer(pipeline: Any, transformer: nn.Module) -> Iterator[None]:
-    """The pipeline with another transformer inside the block."""
-    earlier, pipeline.transformer = pipeline.transformer, transformer
-    try:
-        yield
-    finally:
-        pipeline.transformer = earlier
-
-
-def _save(pipeline: Any, student: Any, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> int:
-    """Write the stock pipeline whole or not at all; return the parameters of its transformer."""
-    if not folder.exists():
-        unfinished = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with _transformer(pipeline, student):
-            pipeline.save_pretrained(unfinished)
-        sampling.save(unfinished)
-        (unfinished / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        unfinished.replace(folder)
-    return int(student.num_parameters())

@@ -12,14 +12,12 @@ from typing import Any
 
 from fastdistill.errors import UserError
 
-RESULT = "compress.json"
-
 
 class Workspace:
     """``output`` with its ``work`` folder, where every finished stage leaves its result for a run that is started again."""
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Claim ``output`` for a run with ``settings``.
+    def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
+        """Claim ``output`` for a run with ``settings`` that ends by writing the file ``result``.
 
         Raises:
             UserError: the folder holds a finished run, another run, or other files.
@@ -27,7 +25,7 @@ class Workspace:
         self.output, self.work = output, output / "work"
         recorded = self.work / "settings.json"
         settings = json.loads(json.dumps(settings, default=str))
-        if (output / RESULT).exists():
+        if (output / result).exists():
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
         if recorded.exists():
             earlier = json.loads(recorded.read_text())
