@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from fastdistill.compress.budget import show
 from fastdistill.compress.calibrate import Calibration, calibrate
@@ -152,16 +152,26 @@ def compress(
         evaluation["full"] = workspace.cached("evaluation-full", lambda: evaluate(pipeline, "full"))
         with swapped(pipeline, student):
             evaluation["cut"] = workspace.cached("evaluation-cut", lambda: evaluate(pipeline, "cut"))
+    damage = Damage(
+        student=student,
+        teacher=teacher,
+        family=family,
+        boundaries=boundaries,
+        pool=calibration.pool,
+        points=config.repair_points,
+        batch=config.batch,
+        seed=config.seed,
+    )
     if config.repair != "none":
         with clock("repair"):
-            _repair(config, student, teacher, family, boundaries, calibration, workspace.work / "repaired.safetensors", console)
+            _repair(config, damage, workspace.work / "repaired.safetensors", console)
             errors["repaired"] = workspace.cached("error-repaired", lambda: scorer.output_error(student))
         console.print(f"repaired by {config.repair}: output error {errors['repaired']:.3f}")
         with clock("evaluate"), swapped(pipeline, student):
             evaluation["repaired"] = workspace.cached("evaluation-repaired", lambda: evaluate(pipeline, "repaired"))
     if config.steps:
         with clock("recover"):
-            _recover(config, student, teacher, family, boundaries, calibration, workspace.work / "recovery")
+            _recover(config, damage, workspace.work / "recovery")
     student.to(_save_dtype(config))
     save(pipeline, student, workspace.output / "model", sampling, prompts)
     if config.steps:
@@ -284,49 +294,20 @@ def _select(
     )
 
 
-def _repair(
-    config: CompressConfig,
-    student: Any,
-    teacher: nn.Module,
-    family: Family,
-    boundaries: dict[BlockId, BlockId],
-    calibration: Calibration,
-    cache: Path,
-    console: Console,
-) -> None:
-    """Mend ``student`` in place, or read what an interrupted run made of it from ``cache``."""
+def _repair(config: CompressConfig, damage: Damage, cache: Path, console: Console) -> None:
+    """Mend the student in place, or read what an interrupted run made of it from ``cache``."""
     if not cache.exists():
-        with share_bar(console, "repair") as tick, patched(teacher):
-            REPAIRS[config.repair](
-                Damage(
-                    student=student,
-                    teacher=teacher,
-                    family=family,
-                    boundaries=boundaries,
-                    pool=calibration.pool,
-                    points=config.repair_points,
-                    batch=config.batch,
-                    seed=config.seed,
-                    tick=tick,
-                )
-            )
+        with share_bar(console, "repair") as tick, patched(damage.teacher):
+            REPAIRS[config.repair](dataclasses.replace(damage, tick=tick))
         unfinished = cache.with_suffix(".partial")
-        save_file(student.state_dict(), unfinished)
+        save_file(damage.student.state_dict(), unfinished)
         unfinished.replace(cache)
-    student.load_state_dict(load_file(cache))
+    damage.student.load_state_dict(load_file(cache))
 
 
-def _recover(
-    config: CompressConfig,
-    student: Any,
-    teacher: nn.Module,
-    family: Family,
-    boundaries: dict[BlockId, BlockId],
-    calibration: Calibration,
-    run: Path,
-) -> None:
-    """Train ``student`` in place; it ends with the averaged weights."""
-    student.float().train()
+def _recover(config: CompressConfig, damage: Damage, run: Path) -> None:
+    """Train the student in place; it ends with the averaged weights."""
+    student: Any = damage.student.float().train()
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     weights = RecoveryWeights(task=config.l_task, out=config.l_out, feat=config.l_feat)
@@ -340,9 +321,9 @@ def _recover(
         log_every=10,
         checkpoint_every=100,
     )
-    method = Recovery(student, teacher, family, boundaries, weights)
-    trainer = Trainer(method, lambda step, rng: calibration.pool.batch(config.batch, rng), train, run)
-    with patched(student), patched(teacher):
+    method = Recovery(student, damage.teacher, damage.family, damage.boundaries, weights)
+    trainer = Trainer(method, lambda step, rng: damage.pool.batch(config.batch, rng), train, run)
+    with patched(student), patched(damage.teacher):
         trainer.fit("recover")
     trainer.emas["student"].copy_to(student)
     student.eval()
