@@ -62,6 +62,8 @@ class Config:
     sampling_steps: int = 14
     recovery_steps: int = 100
     """A quarter of the command's default: where everything is made good, nothing can be compared."""
+    short_recoveries: tuple[int, ...] = (10, 30)
+    """Steps, for what the command would drop: what is a repair worth where there is no time to train?"""
     batch: int = 64
     calibration_pictures: int = 512
     """The points of the first half score; those of the second measure output errors."""
@@ -196,17 +198,21 @@ class Experiment:
         metrics = self._evaluated(transformer, None if transformer is self.teacher else self.reference).metrics
         return {name: metrics[name] for name in MEASURED if name in metrics}
 
-    def recovered(self, student: Any, dropped: Sequence[BlockId], run: Path) -> Any:
+    def recovered(self, student: Any, dropped: Sequence[BlockId], steps: int) -> Any:
         config = self.config
+        run = self.folder / "recovery"
+        # An earlier run may have been stopped in the middle: a recovery is short, and starts again.
+        shutil.rmtree(run, ignore_errors=True)
         boundaries = boundary_map(self.blocks, dropped)
         method = Recovery(student.float().train(), self.teacher, self.family, boundaries, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
         train = TrainConfig(
-            steps=config.recovery_steps, learning_rate=1e-3, warmup_steps=20, ema_decay=0.98, seed=self.seed, checkpoint_every=1_000_000
+            steps=steps, learning_rate=1e-3, warmup_steps=min(20, steps), ema_decay=0.98, seed=self.seed, checkpoint_every=1_000_000
         )
         trainer = Trainer(method, lambda step, rng: self.calibration.pool.batch(config.batch, rng), train, run)
         with patched(student), patched(self.teacher):
             trainer.fit("recover")
         trainer.emas["student"].copy_to(student)
+        shutil.rmtree(run)
         return student.eval()
 
     def cell(self, dropped: Sequence[BlockId], *, ablate: bool) -> dict[str, Any]:
@@ -215,13 +221,17 @@ class Experiment:
         result: dict[str, Any] = {"parameters": plain.num_parameters()}
         result["cut"] = {"output_error": self.error(plain), **self.measured(plain)}
         result["repaired"] = {"output_error": self.error(repaired), **self.measured(repaired)}
-        run = self.folder / "recovery"
         for name, student in (*((("recovered", plain),) if ablate else ()), ("repaired_recovered", repaired)):
-            # An earlier run may have been stopped in the middle: a recovery is short, and starts again.
-            shutil.rmtree(run, ignore_errors=True)
-            student = self.recovered(student, dropped, run)
+            student = self.recovered(student, dropped, self.config.recovery_steps)
             result[name] = {"output_error": self.error(student), **(self.measured(student) if name == "repaired_recovered" else {})}
-        shutil.rmtree(run, ignore_errors=True)
+        return result
+
+    def head_start(self, dropped: Sequence[BlockId]) -> dict[str, dict[str, float]]:
+        """The output error after shorter recoveries, by their steps, with and without a repair."""
+        result = {}
+        for steps in self.config.short_recoveries:
+            students = {"recovered": cut(self.teacher, dropped), "repaired_recovered": self.repaired(dropped, "ridge")}
+            result[str(steps)] = {name: self.error(self.recovered(student, dropped, steps)) for name, student in students.items()}
         return result
 
 
@@ -256,7 +266,7 @@ def main(config: Config) -> None:
     torch.manual_seed(0)
     console = Console(stderr=True, highlight=False)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
-    results: dict[str, Any] = {"config": settings, "full": {}, "sets": [], "repairs": []}
+    results: dict[str, Any] = {"config": settings, "full": {}, "sets": [], "repairs": [], "head_start": {}}
     plan = [(seed, 3) for seed in config.seeds] + [(config.seeds[0], 4), (config.seeds[0], 2)]
     experiments = {seed: Experiment(config, seed, console) for seed in config.seeds}
     for seed, fraction in plan:
@@ -275,6 +285,8 @@ def main(config: Config) -> None:
             )
             sums = {name: sum(experiment.scores(name, drops)[block_id] for block_id in dropped) for name in CRITERIA}
             results["sets"].append({"seed": seed, "drops": drops, "dropped": spelled, "chosen_by": names, "sums": sums, **cell})
+        if fraction == 3:
+            results["head_start"][seed] = experiment.kept("head-start", partial(experiment.head_start, choices[VERIFIED]))
         if (seed, fraction) == plan[0]:
             results["repairs"] = repairs(experiment)
         write_json(config.output / "results.json", results)

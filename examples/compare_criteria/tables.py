@@ -37,6 +37,8 @@ def tables(results: dict[str, Any]) -> str:
         "",
     ]
     parts += ["### Repairs, output error of random sets", "", *repairs(results["repairs"])]
+    parts += ["", "### What a repair is worth before a short recovery", ""]
+    parts += _markdown(["steps", "from the cut", "from the repaired model"], head_starts(results["head_start"]))
     return "\n".join(parts) + "\n"
 
 
@@ -132,6 +134,17 @@ def repairs(rows: Sequence[dict[str, Any]]) -> list[str]:
     body.append(["better than the cut", "", *(f"{count} of {len(rows)}" for count in better)])
     body.append(["ratio to the cut, geometric mean", "", *(f"{ratio:.2f}" for ratio in ratios)])
     return _markdown(["dropped", "cut", *kinds], body)
+
+
+def head_starts(by_seed: dict[str, dict[str, dict[str, float]]]) -> Rows:
+    """Output errors after recoveries of so many steps, mean and standard deviation over seeds."""
+    seeds = list(by_seed.values())
+
+    def over_seeds(steps: str, name: str) -> str:
+        values = [found[steps][name] for found in seeds]
+        return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+    return [[steps, *(over_seeds(steps, name) for name in ("recovered", "repaired_recovered"))] for steps in seeds[0]]
 
 
 def _sets(rows: Sequence[dict[str, Any]], seed: int) -> str:
