@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastdistill import cli
-from fastdistill.compress import cut, job, score, scoring
+from fastdistill.compress import job, score, scoring
 from fastdistill.compress.__main__ import main as compress_main
+from fastdistill.compress.choice import choose
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.data import trajectories
@@ -179,7 +180,9 @@ def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     assert [point["left"] for point in choice["front"]] == sorted((point["left"] for point in choice["front"]), reverse=True)
     eligible = [found for found in choice["verified"] if found["eligible"]]
     assert len(eligible) >= 3
-    assert record["output_errors"]["cut"] == min(found["joint"] for found in eligible)
+    best = min(eligible, key=lambda found: found["repaired"])
+    assert choice["dropped"] == best["dropped"]
+    assert record["output_errors"]["cut"] == best["joint"]
     assert choice["additivity"]["sets"] == len(choice["verified"])
     report = (output / "report.md").read_text()
     assert "Do errors add up?" in report
@@ -232,11 +235,11 @@ def pictures(tmp_path):
 def test_calibration_on_pictures(command, pipeline_folder, pictures, tmp_path, monkeypatch):
     output = tmp_path / "out"
     options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", pictures, "--also-score", "trajectory", *QUICK]
-    monkeypatch.setattr(job, "cut", interrupt)
+    monkeypatch.setattr(job, "choose", interrupt)
     assert command("compress", *options, "--output", output).code == 130
     cached = load_file(output / "work" / "calibration.safetensors")
     assert cached["latents"].shape == (5, 16, 8, 8)
-    monkeypatch.setattr(job, "cut", cut)
+    monkeypatch.setattr(job, "choose", choose)
     # Encoded once: a run that goes on does not look at the pictures again but to see that they are there.
     monkeypatch.setattr(trajectories, "pixels", lambda *args: pytest.fail("encoded again"))
     assert command("compress", *options, "--output", output).code == 0

@@ -24,8 +24,8 @@ from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.solve import Interval
-from fastdistill.compress.surgery import boundary_map, check, check_count, cut
-from fastdistill.compress.verify import intervals
+from fastdistill.compress.surgery import check, check_count
+from fastdistill.compress.verify import best_of, intervals
 from fastdistill.data.images import Captioned
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Family
@@ -38,6 +38,8 @@ from fastdistill.progress import bar, share_bar
 from fastdistill.resources import require_disk, require_memory
 from fastdistill.train.trainer import TrainConfig, Trainer
 from fastdistill.workspace import Workspace
+
+VERIFY_SHARE = 4
 
 Evaluate = Callable[[Any, str], dict[str, Any]]
 """``(pipeline, name) -> measurements``, a JSON object."""
@@ -131,13 +133,13 @@ def compress(
     scorer = Scorer(teacher, family, calibration, batch=config.batch, seed=config.seed, drops=drops, console=console)
     with clock("score"):
         scores = _scores(config, scorer, workspace)
-        selection = _select(config, request, costs, scorer, scores, workspace, console)
+        selection = _select(config, request, costs, scorer, scores, calibration, workspace, console)
     dropped = selection.dropped
-    errors = {"cut": min(found.joint for found in selection.verified if found.eligible)}
+    errors = {"cut": best_of(selection.verified).joint}
     console.print(f"dropping {spell(dropped, family)}: output error {errors['cut']:.3f}")
 
-    boundaries = boundary_map(blocks, dropped)
-    student = cut(teacher, dropped)
+    damage = _damage(config, scorer, calibration, dropped, config.repair_points)
+    student = damage.student
     latency_after = None
     if "latency" in costs:
         with clock("costs"):
@@ -152,16 +154,6 @@ def compress(
         evaluation["full"] = workspace.cached("evaluation-full", lambda: evaluate(pipeline, "full"))
         with swapped(pipeline, student):
             evaluation["cut"] = workspace.cached("evaluation-cut", lambda: evaluate(pipeline, "cut"))
-    damage = Damage(
-        student=student,
-        teacher=teacher,
-        family=family,
-        boundaries=boundaries,
-        pool=calibration.pool,
-        points=config.repair_points,
-        batch=config.batch,
-        seed=config.seed,
-    )
     if config.repair != "none":
         with clock("repair"):
             _repair(config, damage, workspace.work / "repaired.safetensors", console)
@@ -174,6 +166,7 @@ def compress(
             _recover(config, damage, workspace.work / "recovery")
     student.to(_save_dtype(config))
     save(pipeline, student, workspace.output / "model", sampling, prompts)
+    saved = sum(parameter.numel() for parameter in student.parameters())
     if config.steps:
         student.to(teacher.dtype)
         errors["recovered"] = workspace.cached("error-recovered", lambda: scorer.output_error(student))
@@ -187,10 +180,10 @@ def compress(
         selection=selection,
         costs=costs,
         latency_after=latency_after,
-        boundaries=boundaries,
+        boundaries=dict(damage.boundaries),
         scores=scores,
         output_errors=errors,
-        parameters={"full": teacher.num_parameters(), "compressed": student.num_parameters()},
+        parameters={"full": teacher.num_parameters(), "compressed": saved},
         evaluation=evaluation,
         seconds=workspace.seconds,
     )
@@ -266,13 +259,24 @@ def _select(
     costs: Costs,
     scorer: Scorer,
     scores: dict[str, dict[BlockId, float]],
+    calibration: Calibration,
     workspace: Workspace,
     console: Console,
 ) -> Selection:
     def joint(positions: Sequence[int]) -> float:
         dropped = [scorer.blocks[position] for position in positions]
-        name = f"joint-{sum(1 << position for position in positions):x}"
-        return float(workspace.cached(name, lambda: scorer.joint_error(dropped)))
+        return float(workspace.cached(f"joint-{_bits(positions)}", lambda: scorer.joint_error(dropped)))
+
+    def repaired(positions: Sequence[int]) -> float:
+        def measure() -> float:
+            # Fewer points than the repair of what is chosen: they rank sets alike.
+            points = -(-config.repair_points // VERIFY_SHARE)
+            damage = _damage(config, scorer, calibration, [scorer.blocks[position] for position in positions], points)
+            with patched(damage.teacher):
+                REPAIRS[config.repair](damage)
+            return scorer.output_error(damage.student)
+
+        return float(workspace.cached(f"repaired-{_bits(positions)}", measure))
 
     runs: dict[Interval, float] | None = None
     if config.criterion == "output" and not request.blocks and config.longest_run > 1:
@@ -288,9 +292,20 @@ def _select(
         scores[config.criterion],
         output_errors=scores["output"],
         joint=joint,
+        repaired=None if config.repair == "none" else repaired,
         intervals=runs,
         best=config.verify,
         tied=tied(scorer.network, scorer.family),
+    )
+
+
+def _bits(positions: Sequence[int]) -> str:
+    return f"{sum(1 << position for position in positions):x}"
+
+
+def _damage(config: CompressConfig, scorer: Scorer, calibration: Calibration, dropped: Sequence[BlockId], points: int) -> Damage:
+    return Damage.by_cutting(
+        scorer.network, scorer.family, dropped, pool=calibration.pool, points=points, batch=config.batch, seed=config.seed
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.data.latents import LatentBatch, LatentPool
 from fastdistill.diffusion.process import RectifiedFlow, noise_like
 from fastdistill.models.family import BlockId, Conditioning, Family
@@ -46,6 +48,12 @@ class Damage:
     batch: int
     seed: int = 0
     tick: Callable[[float], None] = lambda share: None
+
+    @classmethod
+    def by_cutting(cls, teacher: nn.Module, family: Family, dropped: Sequence[BlockId], **data: Any) -> Damage:
+        """That of the teacher without the blocks ``dropped``; ``data`` are the pool and how to use it."""
+        boundaries = boundary_map(block_ids(teacher, family), dropped)
+        return cls(student=cut(teacher, dropped), teacher=teacher, family=family, boundaries=boundaries, **data)
 
     def spans(self) -> list[Span]:
         """The blocks ahead of a gap, in the order of the forward pass, and the first one if blocks ahead of it are gone."""
