@@ -29,25 +29,22 @@ def calibrate(
 ) -> Calibration:
     """The runs begin where the trajectories of the first ``points`` pictures did; a point is the state that was kept of each of these.
 
-    One in ten is paired with the empty prompt, as guidance evaluates it too. ``options`` are those of
-    :func:`fastdistill.data.trajectories.trajectories`, which samples, or reads what it sampled before.
+    ``options`` are those of :func:`fastdistill.data.trajectories.trajectories`, which samples, or reads what it sampled before.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sampled = trajectories(pipeline, family, prompts, sampling, generator=generator, **options)
+    sampled = trajectories(pipeline, family, prompts, sampling, generator=torch.Generator().manual_seed(seed), **options)
     conditioning = sampled.conditioning
     device = conditioning.prompt_embeds.device
-    dropped = torch.rand(len(sampled.prompts), generator=generator) < 0.1
-    empty = len(conditioning) - 1
-    point_prompts = torch.where(dropped, empty, sampled.prompts)[:points]
     return Calibration(
         points=CalibrationPoints(
-            x_t=sampled.x_t[:points].to(device), t=sampled.t[:points].to(device), conditioning=conditioning[point_prompts.to(device)]
+            x_t=sampled.x_t[:points].to(device),
+            t=sampled.t[:points].to(device),
+            conditioning=conditioning[sampled.state_prompts[:points].to(device)],
         ),
         runs=SamplingRuns(
             noise=sampled.noise[:points].to(conditioning.prompt_embeds),
             times=sampled.times.to(device),
             conditioning=conditioning[sampled.prompts[:points].to(device)],
-            unconditional=conditioning[empty:] if sampling.true_cfg_scale > 1 else None,
+            unconditional=conditioning[len(conditioning) - 1 :] if sampling.true_cfg_scale > 1 else None,
             true_cfg_scale=sampling.true_cfg_scale,
         ),
         pool=sampled.pool(),

@@ -30,6 +30,8 @@ class Trajectories:
     x_t: Tensor
     t: Tensor
     """Of ``x_t`` (N,), float32."""
+    state_prompts: Tensor
+    """Of ``x_t`` (N,): that of the picture, or for one in ten the empty one, as guidance evaluates it too."""
     times: Tensor
     """The pipeline's schedule (K + 1,), falling, float32."""
     prompts: Tensor
@@ -70,6 +72,7 @@ def trajectories(
     conditioning = _encode([*prompts, ""], pipeline, family, sampling, batch)
     device = conditioning.prompt_embeds.device
     chosen_step = torch.randint(steps, (pictures,), generator=generator)
+    unprompted = torch.rand(pictures, generator=generator) < 0.1
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
     noise = torch.randn(pictures, *shape, generator=generator)
 
@@ -115,6 +118,7 @@ def trajectories(
         latents=tensors["latents"],
         x_t=tensors["x_t"],
         t=tensors["times"][chosen_step],
+        state_prompts=torch.where(unprompted, len(prompts), which),
         times=tensors["times"],
         prompts=which,
         conditioning=conditioning,
