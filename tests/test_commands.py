@@ -180,7 +180,7 @@ def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     assert [point["left"] for point in choice["front"]] == sorted((point["left"] for point in choice["front"]), reverse=True)
     eligible = [found for found in choice["verified"] if found["eligible"]]
     assert len(eligible) >= 3
-    best = min(eligible, key=lambda found: found["repaired"])
+    best = min(eligible, key=lambda found: found["joint"])
     assert choice["dropped"] == best["dropped"]
     assert record["output_errors"]["cut"] == best["joint"]
     assert choice["additivity"]["sets"] == len(choice["verified"])

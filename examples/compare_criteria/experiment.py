@@ -47,7 +47,7 @@ from fastdistill.train.trainer import TrainConfig, Trainer
 from fastdistill.workspace import write_json
 
 VERIFIED, REPAIRED = "output, verified", "output, repaired"
-"""Of the best sets by the sum of scores, the one whose joint error is least, as cut and after a repair; the second is the command's way."""
+"""Of the best sets by the sum of scores, the one whose joint error is least, as cut, which is the command's way, and after a repair."""
 MEASURED = ("caption_accuracy", "frechet_distance", "psnr_to_reference")
 
 
@@ -144,7 +144,7 @@ class Experiment:
             return joint_output_error(self.teacher, self.family, half, self.config.batch, dropped, reference)
 
     def joint_repaired(self, dropped: Sequence[BlockId]) -> float:
-        """On the same half; from a quarter of the points, as the command does it."""
+        """On the same half; repaired from a quarter of the points, which rank sets alike."""
         half = self.halves[0]
         student = self.repaired(dropped, "ridge", share=4)
         with patched(self.teacher), patched(student):

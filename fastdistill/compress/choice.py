@@ -102,11 +102,10 @@ def choose(
     tied: Mapping[str, Sequence[Stack]] = MappingProxyType({}),
     output_errors: Mapping[BlockId, float] | None = None,
     joint: Callable[[tuple[int, ...]], float] | None = None,
-    repaired: Callable[[tuple[int, ...]], float] | None = None,
     intervals: Mapping[Interval, float] | None = None,
     best: int = 1,
 ) -> Selection:
-    """The blocks that go: those named, or the set with the least sum of scores, or of the ``best`` sets the one that proves best.
+    """The blocks that go: those named, or the set with the least sum of scores, or of the ``best`` sets the one whose joint error is least.
 
     Args:
         costs: those of the quantity that the request is in, at least.
@@ -114,7 +113,6 @@ def choose(
         tied: stacks that have to lose equally many blocks, by their config field (:func:`fastdistill.models.features.tied`).
         output_errors: the output error of each block alone, by which the joint ones are predicted; by default the scores.
         joint: measures the output error without the blocks at these positions; without it nothing is verified.
-        repaired: the same after a repair. It then decides.
 
     Raises:
         UserError: :func:`limit_of` does, or tied stacks allow nothing that meets the request.
@@ -142,7 +140,7 @@ def choose(
         if not sets:
             raise UserError(nothing_meets(request, tied))
         sets = to_verify(sets, front, best) if joint else sets[:1]
-    verified = verify(sets, errors, joint, meets, repaired) if joint else []
+    verified = verify(sets, errors, joint, meets) if joint else []
     return Selection(
         dropped=[blocks[position] for position in (best_of(verified) if verified else sets[0]).dropped],
         quantity=quantity,

@@ -49,7 +49,7 @@ class CompressConfig:
     """Longest run of neighbouring blocks whose joint error is measured, as a candidate beside the single blocks; 1: none. Only with the
     criterion output."""
     verify: int = 6
-    """Of the best sets by the sum of scores, how many are tried: cut, repaired, and run. What is left least in error is cut."""
+    """Of the best sets by the sum of scores, how many are tried by real forward passes; the best of these is cut."""
     latency_batch: int = 1
     """Pictures at once when latency is measured; it is measured at the size to sample at."""
     latency_dtype: Literal["float32", "bfloat16", "float16"] | None = None

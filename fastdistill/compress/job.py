@@ -39,8 +39,6 @@ from fastdistill.resources import require_disk, require_memory
 from fastdistill.train.trainer import TrainConfig, Trainer
 from fastdistill.workspace import Workspace
 
-VERIFY_SHARE = 4
-
 Evaluate = Callable[[Any, str], dict[str, Any]]
 """``(pipeline, name) -> measurements``, a JSON object."""
 
@@ -133,12 +131,14 @@ def compress(
     scorer = Scorer(teacher, family, calibration, batch=config.batch, seed=config.seed, drops=drops, console=console)
     with clock("score"):
         scores = _scores(config, scorer, workspace)
-        selection = _select(config, request, costs, scorer, scores, calibration, workspace, console)
+        selection = _select(config, request, costs, scorer, scores, workspace, console)
     dropped = selection.dropped
     errors = {"cut": best_of(selection.verified).joint}
     console.print(f"dropping {spell(dropped, family)}: output error {errors['cut']:.3f}")
 
-    damage = _damage(config, scorer, calibration, dropped, config.repair_points)
+    damage = Damage.by_cutting(
+        teacher, family, dropped, pool=calibration.pool, points=config.repair_points, batch=config.batch, seed=config.seed
+    )
     student = damage.student
     latency_after = None
     if "latency" in costs:
@@ -259,24 +259,13 @@ def _select(
     costs: Costs,
     scorer: Scorer,
     scores: dict[str, dict[BlockId, float]],
-    calibration: Calibration,
     workspace: Workspace,
     console: Console,
 ) -> Selection:
     def joint(positions: Sequence[int]) -> float:
         dropped = [scorer.blocks[position] for position in positions]
-        return float(workspace.cached(f"joint-{_bits(positions)}", lambda: scorer.joint_error(dropped)))
-
-    def repaired(positions: Sequence[int]) -> float:
-        def measure() -> float:
-            # Fewer points than the repair of what is chosen: they rank sets alike.
-            points = -(-config.repair_points // VERIFY_SHARE)
-            damage = _damage(config, scorer, calibration, [scorer.blocks[position] for position in positions], points)
-            with patched(damage.teacher):
-                REPAIRS[config.repair](damage)
-            return scorer.output_error(damage.student)
-
-        return float(workspace.cached(f"repaired-{_bits(positions)}", measure))
+        name = f"joint-{sum(1 << position for position in positions):x}"
+        return float(workspace.cached(name, lambda: scorer.joint_error(dropped)))
 
     runs: dict[Interval, float] | None = None
     if config.criterion == "output" and not request.blocks and config.longest_run > 1:
@@ -292,20 +281,9 @@ def _select(
         scores[config.criterion],
         output_errors=scores["output"],
         joint=joint,
-        repaired=None if config.repair == "none" else repaired,
         intervals=runs,
         best=config.verify,
         tied=tied(scorer.network, scorer.family),
-    )
-
-
-def _bits(positions: Sequence[int]) -> str:
-    return f"{sum(1 << position for position in positions):x}"
-
-
-def _damage(config: CompressConfig, scorer: Scorer, calibration: Calibration, dropped: Sequence[BlockId], points: int) -> Damage:
-    return Damage.by_cutting(
-        scorer.network, scorer.family, dropped, pool=calibration.pool, points=points, batch=config.batch, seed=config.seed
     )
 
 

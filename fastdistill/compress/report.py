@@ -55,11 +55,11 @@ Operations and time are of one forward pass of the transformer at {{ at.width }}
 ## Choice
 
 {{ choice.asked }}: {{ choice.dropped }}. {% if choice.front %}\
-The sets with the least sum of scores were tried by real forward passes without all of their blocks\
-{% if config.repair != "none" %}, those that meet the demand after a repair, too{% endif %}; the best one was taken.{% endif %}
+The sets with the least sum of scores were tried by real forward passes without all of their blocks, and the best of those that meet the \
+demand was taken.{% endif %}
 
-| dropped | {{ choice.quantity }} left | score | errors added up | joint error | repaired | meets the demand |
-|---|---|---|---|---|---|---|
+| dropped | {{ choice.quantity }} left | score | errors added up | joint error | meets the demand |
+|---|---|---|---|---|---|
 {% for row in verified -%}
 | {{ row|join(" | ") }} |
 {% endfor %}
@@ -169,7 +169,6 @@ def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str
             f"{row['score']:.5f}",
             f"{row['predicted']:.5f}",
             f"{row['joint']:.5f}",
-            "" if row["repaired"] is None else f"{row['repaired']:.5f}",
             "yes" if row["eligible"] else "no",
         ]
         for row in choice["verified"]
@@ -213,7 +212,6 @@ def _choice(config: CompressConfig, outcome: Outcome) -> dict[str, Any]:
                 "score": found.score,
                 "predicted": found.predicted,
                 "joint": found.joint,
-                "repaired": found.repaired,
                 "eligible": found.eligible,
             }
             for found in selection.verified

@@ -1,4 +1,4 @@
-"""What a choice is predicted to cost and what it costs by real forward passes, cut and repaired; and whether errors add up."""
+"""What a choice is predicted to cost and what it costs: real forward passes without all of its blocks, and whether errors add up."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ class Verified:
     joint: float
     eligible: bool
     """Whether it meets the demand; the others are there to show whether errors add up."""
-    repaired: float | None = None
-    """The output error after a repair, of those that are eligible, if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +64,9 @@ def to_verify(candidates: Sequence[Choice], front: Sequence[Choice], best: int) 
 
 
 def verify(
-    sets: Sequence[Choice],
-    errors: Sequence[float],
-    joint: Callable[[tuple[int, ...]], float],
-    meets: Callable[[Choice], bool],
-    repaired: Callable[[tuple[int, ...]], float] | None = None,
+    sets: Sequence[Choice], errors: Sequence[float], joint: Callable[[tuple[int, ...]], float], meets: Callable[[Choice], bool]
 ) -> list[Verified]:
-    """Measure every set by ``joint``; ``errors`` are the output errors of the single blocks, ``meets`` says which sets may be taken, and
-    ``repaired`` measures these again after a repair."""
-    if sum(map(meets, sets)) == 1:
-        # Nothing is to be decided.
-        repaired = None
+    """Measure every set by ``joint``; ``errors`` are the output errors of the single blocks, ``meets`` says which sets may be taken."""
     return [
         Verified(
             dropped=choice.dropped,
@@ -85,19 +75,14 @@ def verify(
             predicted=sum(errors[position] for position in choice.dropped),
             joint=joint(choice.dropped),
             eligible=meets(choice),
-            repaired=repaired(choice.dropped) if repaired and meets(choice) else None,
         )
         for choice in sets
     ]
 
 
 def best_of(verified: Sequence[Verified]) -> Verified:
-    """The eligible set with the least error after repair, or, where nothing was repaired, in the cut model; of equal ones the first.
-
-    What is left after a repair says far better than what the cut breaks how good a model becomes by training
-    (benchmarks/results/compress/criteria.md).
-    """
-    return min((found for found in verified if found.eligible), key=lambda found: found.joint if found.repaired is None else found.repaired)
+    """The eligible set with the least measured error; of equal ones the first."""
+    return min((found for found in verified if found.eligible), key=lambda found: found.joint)
 
 
 def additivity(verified: Sequence[Verified]) -> Additivity:

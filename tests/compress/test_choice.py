@@ -146,24 +146,6 @@ def test_intervals():
     assert list(intervals(3, 1)) == []
 
 
-def test_what_a_repair_leaves_decides_among_the_sets_that_meet_the_demand():
-    errors = [1.0, 1.1, 1.2, 9.0, 9.0]
-    asked = []
-
-    def repaired(positions):
-        asked.append(positions)
-        return {(0, 1): 0.5, (0, 2): 0.3, (1, 2): 0.4}[positions]
-
-    scores = dict(zip(TINY, errors, strict=True))
-    selection = choose(Request(count=2), count_costs(), scores, joint=sum, repaired=repaired, best=3)
-    assert [TINY.index(block_id) for block_id in selection.dropped] == [0, 2]
-    assert len(asked) == 3
-    assert all((found.repaired is not None) == found.eligible for found in selection.verified)
-    asked.clear()
-    choose(Request(blocks=(TINY[0],)), count_costs(), scores, joint=sum, repaired=repaired)
-    assert asked == [], "where nothing is to be decided nothing is repaired for it"
-
-
 def verified(pairs):
     return [
         Verified(dropped=(index,), saved=1, score=expected, predicted=expected, joint=joint, eligible=True)
