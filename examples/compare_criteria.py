@@ -40,7 +40,8 @@ from fastdistill.models.features import block_ids
 from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.trainer import Trainer
 
 VERIFIED = "output, verified"
 """What the command does: of the best sets by the sum of scores, the one whose joint error is least."""

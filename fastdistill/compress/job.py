@@ -37,7 +37,8 @@ from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.progress import bar, share_bar
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.trainer import Trainer
 
 Evaluate = Callable[[Any, str], dict[str, Any]]
 """``(pipeline, name) -> measurements``, a JSON object."""

@@ -8,9 +8,11 @@ from torch import nn
 
 from fastdistill.errors import UserError
 from fastdistill.train import checkpoint
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
 from fastdistill.train.method import Loss, StudentMethod
-from fastdistill.train.trainer import Diverged, TrainConfig, Trainer
+from fastdistill.train.schedule import learning_rate
+from fastdistill.train.trainer import Diverged, Trainer
 
 
 class Regression(StudentMethod):
@@ -118,11 +120,8 @@ def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-7"]
 
 
-def test_learning_rate_warms_up_and_decays(tmp_path):
-    trainer = Trainer(Regression(), batches, config(steps=105), tmp_path)
-    rates = []
-    for trainer.step in range(105):
-        rates.append(trainer._learning_rate())
+def test_learning_rate_warms_up_and_decays():
+    rates = [learning_rate(config(), step, 105) for step in range(105)]
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     assert rates[55] == pytest.approx(0.005)
     assert 0 < rates[-1] < 1e-5
