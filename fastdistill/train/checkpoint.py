@@ -134,7 +134,7 @@ def write(target: Path, files: Mapping[str, Mapping[str, Tensor]], records: Mapp
         for stem, tensors in files.items():
             whole = parallel.gathered(tensors)
             if first:
-                save_file({name: tensor.detach().contiguous() for name, tensor in whole.items()}, partial / f"{stem}.safetensors")
+                save_file(_apart(whole), partial / f"{stem}.safetensors")
         if first:
             for stem, record in records.items():
                 (partial / f"{stem}.json").write_text(json.dumps(record, indent=1))
@@ -162,6 +162,17 @@ def _remove(path: Path) -> None:
     replaced = path.with_name(REPLACED + path.name)
     os.replace(path, replaced)
     shutil.rmtree(replaced)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, none in the memory of another (tied weights, tables of quantisation), as safetensors asks for."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()
+        seen.add(place)
+    return apart
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -35,10 +35,11 @@ class Rivals:
 
     trains = ("student", "fake")
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 5) -> None:
         torch.manual_seed(0)
-        student = Blocks()
-        self.networks = {"student": student, "fake": Blocks(), "teacher": Blocks(dropout=0), "target": copy.deepcopy(student)}
+        student = Blocks(width)
+        fake, teacher = Blocks(width), Blocks(width, dropout=0)
+        self.networks = {"student": student, "fake": fake, "teacher": teacher, "target": copy.deepcopy(student)}
         self.phase = 0
         self.draw = 0.0
 
