@@ -31,7 +31,7 @@ class Blocks(nn.Module):
 
 
 class Rivals:
-    """``student`` follows ``teacher`` and ``target``, its own average; ``fake`` follows ``student``, through which it may not train it."""
+    """``student`` follows ``teacher`` and ``target``, its own average, and flees ``fake``, which follows it."""
 
     trains = ("student", "fake")
 
@@ -55,7 +55,6 @@ class Rivals:
         noise = self.draw * torch.randn(batch.shape, generator=rng)
         student = self.networks["student"](batch + noise)
         if role == "fake":
-            # Neither detached nor guarded: whatever reaches the student from here must not count.
             return Loss(total=(self.networks["fake"](batch) - student).square().mean())
         with torch.no_grad():
             wanted = self.networks["teacher"](batch) + 0.1 * self.phase * self.networks["target"](batch)

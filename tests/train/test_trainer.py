@@ -87,11 +87,12 @@ class OfBatch(Regression):
 
 @pytest.mark.parametrize(("method", "micro_batches", "equal"), [(Noiseless, 2, True), (Noiseless, 8, True), (OfBatch, 2, False)])
 def test_the_parts_of_a_batch_make_the_gradient_of_all_of_it(tmp_path, method, micro_batches, equal):
-    def losses(parts):
-        Trainer(method(), batches, config(steps=8, log_every=1, micro_batches=parts, clip_norm=0.1), tmp_path / str(parts)).fit()
-        return [json.loads(line)["loss"] for line in (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()]
+    def seen(parts):
+        Trainer(method(), batches, config(steps=8, log_every=1, micro_batches=parts), tmp_path / str(parts)).fit()
+        lines = [json.loads(line) for line in (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()]
+        return [line[name] for line in lines for name in ("loss", "gradient_norm")]
 
-    assert (losses(micro_batches) == pytest.approx(losses(1), rel=1e-5)) == equal
+    assert (seen(micro_batches) == pytest.approx(seen(1), rel=1e-5)) == equal
 
 
 def test_parts_have_noise_of_their_own_and_agree_where_they_have_to(tmp_path):
@@ -118,6 +119,29 @@ def test_parts_have_noise_of_their_own_and_agree_where_they_have_to(tmp_path):
     assert len(set(cut.agreed)) == 4
     assert cut.noise[::4] == whole.noise
     assert len({*cut.noise, *cut.careless, *cut.agreed}) == 16 + 16 + 4
+
+
+@pytest.mark.parametrize("order", [("student", "fake"), ("fake", "student")])
+def test_what_a_loss_leaves_in_the_network_of_another_role_is_not_its_gradient(tmp_path, order):
+    class Followed(Regression):
+        trains = order
+
+        def __init__(self, careful):
+            super().__init__()
+            self.networks["fake"], self.careful = nn.Linear(4, 3), careful
+
+        def loss(self, role, batch, rng):
+            if role == "student":
+                return super().loss(role, batch, rng)
+            student = self.networks["student"](batch)
+            return Loss(total=100 * (self.networks["fake"](batch) - (student.detach() if self.careful else student)).square().mean())
+
+    careful, careless = Followed(True), Followed(False)
+    for name, method in {"careful": careful, "careless": careless}.items():
+        Trainer(method, batches, config(), tmp_path / name).fit()
+    for role in order:
+        for expected, parameter in zip(careful.networks[role].parameters(), careless.networks[role].parameters(), strict=True):
+            assert torch.equal(parameter, expected)
 
 
 def test_a_callers_generator_is_left_alone(tmp_path):

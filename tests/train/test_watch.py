@@ -47,7 +47,8 @@ def counting(run: Path, quality: list[float], *, source=batches, **settings) -> 
     return method, trainer
 
 
-QUALITY = [5.0, 3.0, 4.0, 2.0, float("nan"), 2.5, 2.0, 1.0, 1.0, 1.0]
+NAN = float("nan")
+QUALITY = [5.0, 3.0, 4.0, 2.0, NAN, 2.5, 2.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,16 @@ def test_the_best_is_kept_and_patience_ends_the_run(tmp_path: Path, settings, be
     assert method.value == best
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "evaluation/error" in line] == list(range(2, end + 1, 2))
+
+
+def test_what_is_not_a_number_is_no_best(tmp_path: Path) -> None:
+    _, trainer = counting(tmp_path / "first", [NAN, 5.0, 4.0, *[6.0] * 7])
+    assert (trainer.best.value, trainer.best.step) == (4.0, 6)
+    method, trainer = counting(tmp_path / "all", [NAN] * 10, patience=4)
+    assert trainer.step == 8
+    trainer.take_best()
+    assert method.value == 8
+    assert not (tmp_path / "all/best").exists()
 
 
 def test_a_resumed_run_remembers_its_best_and_its_patience(tmp_path: Path) -> None:
