@@ -56,7 +56,8 @@ class Log:
     def advance(self, step: int, logs: Mapping[str, float], *, write: bool) -> None:
         if self.silent:
             return
-        self.advance_bar(1, f"loss {logs['loss']:.4f}" if "loss" in logs else "")
+        loss = logs.get("loss", logs.get("student/loss"))
+        self.advance_bar(1, "" if loss is None else f"loss {loss:.4f}")
         if write:
             self.file.write(json.dumps({"step": step, **logs}) + "\n")
             self.file.flush()

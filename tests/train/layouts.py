@@ -16,6 +16,7 @@ from fastdistill.models.registry import family_of
 from fastdistill.train import parallel
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
+from fastdistill.train.watch import Evaluation, SampleGrid
 from tests.tiny import mixing_transformer, tiny_inputs
 from tests.train.rivals import Rivals, batches, rivals_config, weights
 
@@ -23,11 +24,12 @@ FLUX = TrainConfig(steps=3, learning_rate=1e-3, warmup_steps=1, clip_norm=0.5, m
 
 
 def flux(run: Path) -> Trainer:
-    """Recovery of a cut FLUX, features included."""
+    """Recovery of a cut FLUX, features included, with activations recomputed."""
     teacher = mixing_transformer()
     family = family_of(teacher)
     dropped = [BlockId(stack="single_transformer_blocks", index=1)]
-    student = cut(teacher, dropped)
+    student = cut(teacher, dropped).train()
+    student.enable_gradient_checkpointing()
     boundaries = boundary_map(block_ids(teacher, family), dropped)
     method = Recovery(student, copy.deepcopy(teacher), family, boundaries, RecoveryWeights(task=1, out=1, feat=1))
     latents, _, conditioning = tiny_inputs(teacher, batch=4)
@@ -35,7 +37,18 @@ def flux(run: Path) -> Trainer:
 
 
 def rivals(run: Path) -> Trainer:
-    return Trainer(Rivals(), batches, rivals_config(keep_checkpoints=10), run)
+    method = Rivals()
+    probe = torch.linspace(-1, 1, 12).view(4, 3)
+
+    def evaluate() -> dict[str, float]:
+        return {"error": float((method.networks["student"](probe) - method.networks["teacher"](probe)).square().mean())}
+
+    def draw() -> dict[str, torch.Tensor]:
+        return {"student": method.networks["student"](probe).tanh()[:, :, None, None]}
+
+    evaluation = Evaluation(evaluate=evaluate, every=4, monitor="error")
+    observers = [SampleGrid(every=4, draw=draw)]
+    return Trainer(method, batches, rivals_config(keep_checkpoints=10), run, observers, evaluation)
 
 
 def finish(trainer: Trainer) -> None:

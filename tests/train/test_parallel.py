@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -60,6 +62,18 @@ def test_weights_averages_and_targets_agree(runs: tuple[Path, Path], name: str) 
         assert result.keys() == reference.keys()
         for key, value in reference.items():
             torch.testing.assert_close(result[key], value, rtol=1e-4, atol=2e-6, msg=lambda message, key=key: f"{key}: {message}")
+
+
+def test_the_best_and_the_grids_agree(runs: tuple[Path, Path]) -> None:
+    best, grids = [], []
+    for folder in runs:
+        best.append(load_file(folder / "rivals/best/student.safetensors"))
+        grids.append({path.name: np.asarray(Image.open(path), dtype=int) for path in (folder / "rivals/samples").iterdir()})
+    assert best[0].keys() == best[1].keys() == Blocks().state_dict().keys()
+    for name, value in best[0].items():
+        torch.testing.assert_close(best[1][name], value, rtol=1e-4, atol=2e-6)
+    assert grids[0].keys() == grids[1].keys() == {"0000004.png", "0000008.png", "0000012.png"}
+    assert all(abs(grids[0][name] - grids[1][name]).max() <= 1 for name in grids[0])
 
 
 def test_checkpoints_are_the_same_files(runs: tuple[Path, Path]) -> None:
