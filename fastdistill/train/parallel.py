@@ -47,7 +47,8 @@ def shard(network: nn.Module) -> None:
     """Give every process a part of each tensor of ``network``, trained or frozen; among several processes only.
 
     A network's blocks, the members of its outermost module lists, are put together one at a time where they run, and then all that is
-    outside of them. Gradients are averaged over the processes.
+    outside of them. Gradients are averaged over the processes. The classes of these modules get other names, so a network is patched and
+    its family looked up before this.
     """
     if world_size() == 1:
         return

@@ -12,6 +12,7 @@ from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.data.latents import LatentBatch
 from fastdistill.models.family import BlockId
 from fastdistill.models.features import block_ids
+from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.train import parallel
 from fastdistill.train.config import TrainConfig
@@ -24,12 +25,13 @@ FLUX = TrainConfig(steps=3, learning_rate=1e-3, warmup_steps=1, clip_norm=0.5, m
 
 
 def flux(run: Path) -> Trainer:
-    """Recovery of a cut FLUX, features included, with activations recomputed."""
+    """Recovery of a cut FLUX: fused blocks in the student and stock ones in the teacher, features, recomputed activations."""
     teacher = mixing_transformer()
     family = family_of(teacher)
     dropped = [BlockId(stack="single_transformer_blocks", index=1)]
     student = cut(teacher, dropped).train()
     student.enable_gradient_checkpointing()
+    patched(student)
     boundaries = boundary_map(block_ids(teacher, family), dropped)
     method = Recovery(student, copy.deepcopy(teacher), family, boundaries, RecoveryWeights(task=1, out=1, feat=1))
     latents, _, conditioning = tiny_inputs(teacher, batch=4)
