@@ -43,7 +43,8 @@ from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
 from fastdistill.models.registry import family_of
 from fastdistill.models.saving import swapped
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.trainer import Trainer
 from fastdistill.workspace import write_json
 
 VERIFIED, REPAIRED = "output, verified", "output, repaired"

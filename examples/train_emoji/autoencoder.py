@@ -16,8 +16,9 @@ import tyro
 from diffusers import AutoencoderKL
 
 from fastdistill.data.emoji import Draws, Emoji
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.method import Loss, StudentMethod
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.trainer import Trainer
 
 # Standard deviation of the pixel likelihood, in units of the [-1, 1] range: what it cannot explain below this the code need not carry.
 PIXEL_SIGMA = 0.07

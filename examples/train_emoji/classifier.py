@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from fastdistill.data.emoji import Draws, Emoji, assets
 from fastdistill.evaluation.classifier import FILE, Classifier, predict
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.method import Loss, StudentMethod
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.trainer import Trainer
 
 
 class Classification(StudentMethod):

@@ -26,8 +26,9 @@ from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.family import Conditioning
 from fastdistill.models.flux import Flux
 from fastdistill.train import checkpoint
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

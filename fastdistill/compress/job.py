@@ -36,7 +36,8 @@ from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
 from fastdistill.progress import bar, share_bar
 from fastdistill.resources import require_disk, require_memory
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.trainer import Trainer
 from fastdistill.workspace import Workspace
 
 Evaluate = Callable[[Any, str], dict[str, Any]]

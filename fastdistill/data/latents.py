@@ -17,10 +17,14 @@ class LatentBatch:
 
     latents: Tensor
     conditioning: Any
-    """A :class:`~fastdistill.models.family.Conditioning` of text-to-image models; class labels (B,) of toy networks."""
+    """A :class:`~fastdistill.models.family.Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> LatentBatch:
+        conditioning = None if self.conditioning is None else self.conditioning[index]
+        return LatentBatch(latents=self.latents[index], conditioning=conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)

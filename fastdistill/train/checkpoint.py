@@ -1,8 +1,11 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, written whole or not at all.
 
-A checkpoint is a folder ``checkpoint-<step>`` with one file per role for weights, optimizer moments and averaged weights, and
-``state.json``. It is written under a temporary name and renamed when complete: a process killed at any moment leaves the previous
-checkpoint in place. Nothing is pickled.
+A checkpoint is a folder ``checkpoint-<step>`` with one file per role for weights, optimizer moments and averaged weights, one for what
+the method keeps beside them, and ``state.json``. It is written under a temporary name and renamed when complete: a process killed at any
+moment leaves the previous checkpoint in place. Nothing is pickled.
+
+Of sharded networks the first process writes whole tensors, so its host needs room for the largest file, which is an optimizer's: 8 bytes
+per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process.
 """
 
 from __future__ import annotations
@@ -15,18 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdistill.errors import UserError
+from fastdistill.train import parallel
 from fastdistill.train.ema import EMA
 
 PREFIX = "checkpoint-"
+PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 
 def latest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder."""
-    found = [path for path in run.glob(f"{PREFIX}*") if (path / "state.json").exists() and path.name[len(PREFIX) :].isdigit()]
-    return max(found, key=lambda path: int(path.name[len(PREFIX) :]), default=None)
+    return max(_complete(run), key=_step, default=None)
 
 
 def save(
@@ -37,31 +43,34 @@ def save(
     emas: Mapping[str, EMA],
     state: Mapping[str, Any],
     keep: int = 1,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``run/checkpoint-<step>`` and remove all but the ``keep`` newest.
+    """Write ``run/checkpoint-<step>``, unless it is there, and remove all but the ``keep`` newest. All processes call this together.
+
+    Args:
+        networks: by role; those with an optimizer are written.
+        kept: further tensors, a method's own.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    target, partial = run / f"{PREFIX}{step}", run / f".partial-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    target = run / f"{PREFIX}{step}"
+    # A step has the same bits whenever it is reached.
+    if target not in _complete(run):
+        files: dict[str, Mapping[str, Tensor]] = {}
         for role, optimizer in optimizers.items():
-            save_file(_contiguous(networks[role].state_dict()), partial / f"{role}.safetensors")
-            save_file(_flatten(optimizer), partial / f"{role}.optimizer.safetensors")
+            files[role] = networks[role].state_dict()
+            files[f"{role}.optimizer"] = _flatten(optimizer)
         for role, ema in emas.items():
-            save_file(_contiguous(ema.shadow), partial / f"{role}.ema.safetensors")
+            files[f"{role}.ema"] = ema.shadow
+        if kept:
+            files["method"] = kept
         updates = {role: ema.updates for role, ema in emas.items()}
-        (partial / "state.json").write_text(json.dumps({"step": step, "ema_updates": updates, **state}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    older = sorted(run.glob(f"{PREFIX}*"), key=lambda path: int(path.name[len(PREFIX) :]))
-    for path in older[:-keep]:
-        shutil.rmtree(path)
+        write(target, files, {"state": {"step": step, "ema_updates": updates, **state}})
+    if parallel.rank() == 0:
+        for path in sorted(_complete(run), key=_step)[:-keep]:
+            _remove(path)
+    parallel.wait()
     return target
 
 
@@ -71,30 +80,123 @@ def load(
     optimizers: Mapping[str, torch.optim.Optimizer],
     emas: Mapping[str, EMA],
 ) -> dict[str, Any]:
-    """Restore what :func:`save` wrote, in place, and return its ``state.json``."""
+    """Restore what :func:`save` wrote, in place, and return its ``state.json``.
+
+    Raises:
+        UserError: it is the checkpoint of other networks.
+    """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     for role, optimizer in optimizers.items():
-        networks[role].load_state_dict(load_file(path / f"{role}.safetensors"))
-        _unflatten(optimizer, load_file(path / f"{role}.optimizer.safetensors"))
+        restore(networks[role].state_dict(), path / f"{role}.safetensors")
+        _unflatten(optimizer, path / f"{role}.optimizer.safetensors")
     for role, ema in emas.items():
-        ema.shadow = {name: value.to(ema.shadow[name].device) for name, value in load_file(path / f"{role}.ema.safetensors").items()}
+        restore(ema.shadow, path / f"{role}.ema.safetensors")
         ema.updates = state["ema_updates"][role]
     return state
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def load_kept(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The further tensors of a checkpoint, sharded where those of the same name in ``like`` are."""
+    file = path / "method.safetensors"
+    if not file.exists():
+        return {}
+    with safe_open(file, "pt") as tensors:
+        whole = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return {name: parallel.placed(tensor, like[name]) if name in like else tensor for name, tensor in whole.items()}
+
+
+@torch.no_grad()
+def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copy the tensors of ``file`` into those of the same name.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    with safe_open(file, "pt") as stored:
+        names = set(stored.keys())
+        differing = names ^ tensors.keys()
+        differing |= {name for name in names & tensors.keys() if stored.get_slice(name).get_shape() != list(tensors[name].shape)}
+        if differing:
+            raise UserError(f"{file} is of another network: {', '.join(sorted(differing)[:3])} differ; choose another folder for this run")
+        for name, tensor in tensors.items():
+            tensor.copy_(parallel.placed(stored.get_tensor(name), tensor))
+
+
+def write(target: Path, files: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
+    """A folder of safetensors and JSON files, by stem, in place of what was there. All processes call this together."""
+    partial, replaced = (target.with_name(prefix + target.name) for prefix in (PARTIAL, REPLACED))
+    first = parallel.rank() == 0
+    if first:
+        for path in (*target.parent.glob(f"{PARTIAL}*"), *target.parent.glob(f"{REPLACED}*")):
+            shutil.rmtree(path)
+        partial.mkdir(parents=True)
+    try:
+        for stem, tensors in files.items():
+            whole = parallel.gathered(tensors)
+            if first:
+                save_file(_apart(whole), partial / f"{stem}.safetensors")
+        if first:
+            for stem, record in records.items():
+                (partial / f"{stem}.json").write_text(json.dumps(record, indent=1))
+            if target.exists():
+                os.replace(target, replaced)
+            os.replace(partial, target)
+            shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    parallel.wait()
+
+
+def _complete(run: Path) -> list[Path]:
+    return [path for path in run.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit() and (path / "state.json").exists()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def _remove(path: Path) -> None:
+    # First its name: a process that is killed meanwhile leaves nothing that looks like a checkpoint.
+    replaced = path.with_name(REPLACED + path.name)
+    os.replace(path, replaced)
+    shutil.rmtree(replaced)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, none in the memory of another (tied weights, tables of quantisation), as safetensors asks for."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()
+        seen.add(place)
+    return apart
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer moments as ``<parameter index>.<name>``; hyperparameters are the configuration's, not the checkpoint's."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value).contiguous() for index, slot in state.items() for name, value in slot.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _unflatten(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
+    with safe_open(file, "pt") as stored:
+        for key in stored.keys():  # noqa: SIM118
+            index, name = key.split(".", 1)
+            parameter, value = parameters[int(index)], stored.get_tensor(key)
+            slot = optimizer.state[parameter]
+            if value.dtype == torch.int64:
+                slot[name] = int(value)  # bitsandbytes counts its steps in Python
+            else:
+                slot[name] = parallel.placed(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""What a run says: one JSON object per logged step, and its progress."""
+"""What a run says: one JSON object per logged step, its progress, and TensorBoard's files for who wants them."""
 
 from __future__ import annotations
 
@@ -8,37 +8,80 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
+from PIL.Image import Image
 from rich.console import Console
 
+from fastdistill.errors import UserError
 from fastdistill.progress import bar
 
 
 class Log:
-    """Appends metrics to ``path`` and shows the progress from step ``start`` to ``total``."""
+    """Appends metrics to ``run/metrics.jsonl``, keeps pictures, and shows the progress from step ``start`` to ``total``.
 
-    def __init__(self, path: Path, describe: str, *, start: int, total: int) -> None:
-        self.path, self.describe, self.start, self.total = path, describe, start, total
+    Args:
+        tensorboard: write ``run/tensorboard``, too.
+        silent: say and write nothing, as all processes but the first.
+
+    Raises:
+        UserError: ``tensorboard`` without the package.
+    """
+
+    def __init__(self, run: Path, describe: str, *, start: int, total: int, tensorboard: bool = False, silent: bool = False) -> None:
+        self.run, self.describe, self.start, self.total, self.silent = run, describe, start, total, silent
+        self.writer: Any = _writer(run / "tensorboard", start) if tensorboard and not silent else None
 
     def __enter__(self) -> Log:
+        if self.silent:
+            return self
+        path = self.run / "metrics.jsonl"
         # Steps after the checkpoint that is resumed from are run and logged again: drop their old lines.
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= self.start]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= self.start]
+            path.write_text("".join(line + "\n" for line in lines))
         with ExitStack() as stack:
-            self.file = stack.enter_context(self.path.open("a"))
+            self.file = stack.enter_context(path.open("a"))
             self.advance_bar = stack.enter_context(bar(Console(file=sys.stderr), self.describe, self.total, start=self.start))
+            if self.writer:
+                stack.callback(self.writer.close)
             self.stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stack.close()
+        if not self.silent:
+            self.stack.close()
 
     def advance(self, step: int, logs: Mapping[str, float], *, write: bool) -> None:
-        self.advance_bar(1, f"loss {logs['loss']:.4f}" if "loss" in logs else "")
+        if self.silent:
+            return
+        loss = logs.get("loss", logs.get("student/loss"))
+        self.advance_bar(1, "" if loss is None else f"loss {loss:.4f}")
         if write:
             self.file.write(json.dumps({"step": step, **logs}) + "\n")
             self.file.flush()
+            if self.writer:
+                for name, value in logs.items():
+                    self.writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, step: int, picture: Image) -> None:
+        """Keep ``picture`` as ``run/<name>/<step>.png``."""
+        if self.silent:
+            return
+        path = self.run / name / f"{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        if self.writer:
+            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+
+def _writer(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("tensorboard is not installed: pip install 'fastdistill[train]', or leave the option out") from error
+    return SummaryWriter(folder, purge_step=start + 1)  # hides what a killed run has written after its checkpoint
 
 
 def _step(line: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -57,4 +57,26 @@ class Method(Protocol):
 
     def after_step(self, step: int) -> None:
         """Called after every step, for target networks and schedules."""
+        ...
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """A method that may add this, if more than the trained roles changes: a target network, the phase of progressive distillation."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """What a checkpoint has to hold beside the trained roles; numbers as tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what :meth:`state_dict` returned, or from nothing."""
+        ...
+
+
+@runtime_checkable
+class Agrees(Protocol):
+    """A method that may add this, if it draws how often a network is called: processes that share its weights have to agree."""
+
+    def before_step(self, step: int, rng: torch.Generator) -> None:
+        """Called before the turns of a step. ``rng`` gives the same to every process and to every part of the batch."""
         ...

@@ -1,65 +1,36 @@
 """The one training loop of the project. A method says what to learn (:mod:`fastdistill.train.method`); the loop does the rest.
 
-Every step draws its batch and its noise from generators seeded by ``(seed, step)``. A run that is killed and started again therefore
-repeats the same bits from its last checkpoint, without a snapshot of any generator.
+Every step draws its batch and its noise from generators seeded by ``(seed, step)``, as dropout does. A run that is killed and started
+again therefore repeats the same bits from its last checkpoint, without a snapshot of any generator.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistill.errors import UserError
-from fastdistill.train import checkpoint
+from fastdistill.train import checkpoint, optim, parallel
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
 from fastdistill.train.log import Log
-from fastdistill.train.method import Method
+from fastdistill.train.method import Agrees, Keeps, Method
+from fastdistill.train.schedule import learning_rate
+from fastdistill.train.watch import Best, Evaluation, Observer
 
-WSD_DECAY = 0.25
+# Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as many parts as a batch may have.
+GOLDEN = 0x9E3779B1
 
 BatchSource = Callable[[int, torch.Generator], Any]
-"""``(step, generator) -> batch``; all randomness from the generator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train; what to train is the method's."""
-
-    steps: int
-    """Optimizer steps."""
-    learning_rate: float = 1e-4
-    warmup_steps: int = 20
-    """Steps of linear warm-up from zero."""
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    """After warm-up: constant; cosine to zero at ``steps``; or constant and, over the last quarter, linear to zero (warm-up, stable,
-    decay; Hu et al. 2024), which alone lets a run be resumed with another number of ``steps`` before its decay begins."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    """Largest gradient norm per role; larger gradients are scaled down."""
-    ema_decay: float = 0.999
-    """Decay of the averaged weights, which are the result of the run."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights and optimizer stay float32."""
-    seed: int = 0
-    log_every: int = 20
-    checkpoint_every: int = 200
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError("learning_rate and clip_norm must be positive")
+"""``(step, generator) -> batch``; all randomness from the generator. Of ``micro_batches`` the batch has a length and takes slices."""
 
 
 class Diverged(UserError):
@@ -67,94 +38,209 @@ class Diverged(UserError):
 
 
 class Trainer:
-    """Trains ``method`` on ``batches`` in the folder ``run``, from its newest checkpoint if it has one."""
+    """Trains ``method`` on ``batches`` in the folder ``run``, from its newest checkpoint if it has one.
 
-    def __init__(self, method: Method, batches: BatchSource, config: TrainConfig, run: Path) -> None:
+    Inside :func:`fastdistill.train.parallel.processes` under torchrun, the method's networks are sharded from here on.
+
+    Args:
+        observers: called every so many steps with the averaged weights in the student.
+        evaluation: decides which averaged weights are kept as ``run/best``, and may end the run.
+
+    Raises:
+        UserError: the configuration does not fit the method or the number of processes.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        batches: BatchSource,
+        config: TrainConfig,
+        run: Path,
+        observers: Sequence[Observer] = (),
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        config.check_roles(method.trains)
+        if config.micro_batches % parallel.world_size():
+            raise UserError(
+                f"{parallel.world_size()} processes cannot share {config.micro_batches} micro-batches evenly: "
+                f"set micro_batches to {parallel.world_size()} or a multiple of it"
+            )
         self.method, self.batches, self.config, self.run = method, batches, config, run
+        self.observers, self.evaluation = observers, evaluation
         for role, network in method.networks.items():
             network.requires_grad_(role in method.trains)
+            parallel.shard(network)
         self.parameters = {role: [p for p in method.networks[role].parameters() if p.requires_grad] for role in method.trains}
-        self.optimizers = {
-            role: torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
-            for role, parameters in self.parameters.items()
-        }
-        self.emas = {role: EMA(method.networks[role], config.ema_decay) for role in method.trains}
+        self.optimizers = {role: optim.build(parameters, config.of(role)) for role, parameters in self.parameters.items()}
+        decays = {role: config.of(role).ema_decay for role in method.trains}
+        self.emas = {role: EMA(method.networks[role], decay) for role, decay in decays.items() if decay is not None}
+        self.best = None if evaluation is None else Best(evaluation)
         self.device = next(iter(self.parameters[method.trains[0]])).device
         self.step = 0
+        self._torn = False
 
     def fit(self, describe: str = "train") -> None:
         """Run to ``config.steps``; called again after an interruption, from the newest checkpoint. Ctrl-C saves one first."""
         self.run.mkdir(parents=True, exist_ok=True)
         self._resume()
-        with Log(self.run / "metrics.jsonl", describe, start=self.step, total=self.config.steps) as log:
+        config = self.config
+        silent = parallel.rank() > 0
+        log = Log(self.run, describe, start=self.step, total=config.steps, tensorboard=config.tensorboard, silent=silent)
+        with log:
             try:
-                while self.step < self.config.steps:
+                while not self._finished():
                     logs = self._advance()
-                    log.advance(self.step, logs, write=self.step % self.config.log_every == 0 or self.step == self.config.steps)
-                    if self.step % self.config.checkpoint_every == 0 and self.step < self.config.steps:
+                    measured = self._watch(log)
+                    self._torn = False
+                    write = bool(measured) or self.step % config.log_every == 0 or self._finished()
+                    log.advance(self.step, logs | measured, write=write)
+                    if self.step % config.checkpoint_every == 0 and not self._finished():
                         self.save()
             except KeyboardInterrupt:
-                self.save()
+                # Within a step there is no state to go on from once a role has been updated, and processes are not interrupted at the
+                # same step.
+                if not self._torn and parallel.world_size() == 1:
+                    self.save()
                 raise
         self.save()
 
     def save(self) -> Path:
-        state = {"config": dataclasses.asdict(self.config)}
-        return checkpoint.save(self.run, self.step, self.method.networks, self.optimizers, self.emas, state)
+        state = {"config": dataclasses.asdict(self.config), "best": self.best.record() if self.best else None}
+        kept = self.method.state_dict() if isinstance(self.method, Keeps) else None
+        keep = self.config.keep_checkpoints
+        return checkpoint.save(self.run, self.step, self.method.networks, self.optimizers, self.emas, state, keep, kept)
+
+    def take_best(self) -> None:
+        """Give the student the weights that are the result of the run: the best evaluated, else the averaged, else as they are."""
+        student = self.method.networks["student"]
+        if self.best and self.best.value is not None:
+            checkpoint.restore(student.state_dict(), self.run / "best" / "student.safetensors")
+        elif "student" in self.emas:
+            self.emas["student"].copy_to(student)
 
     def _advance(self) -> dict[str, float]:
         began = time.perf_counter()
-        batch = self.batches(self.step, self._generator(stream=0))
-        rng = self._generator(stream=1)
-        logs: dict[str, torch.Tensor] = {}
+        shared = self._generator(stream=0)
+        parts = self._split(self.batches(self.step, shared))
+        if isinstance(self.method, Agrees):
+            self.method.before_step(self.step, shared)
+        rngs = {part: self._generator(stream=1, part=part) for part in parts}
+        logs: dict[str, Tensor] = {}
         for role in self.method.turns(self.step):
-            optimizer = self.optimizers[role]
-            for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate()
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-                loss = self.method.loss(role, batch, rng)
-            loss.total.backward()
-            norm = nn.utils.clip_grad_norm_(self.parameters[role], self.config.clip_norm)
-            # Adam would carry one bad gradient into every later step, so it is better not to take it at all.
-            if not torch.isfinite(norm):
-                raise Diverged(
-                    f"step {self.step}: the gradient of {role!r} is not finite. Lower the learning rate, or check the data; "
-                    f"{self.run} holds the last good checkpoint"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            self.emas[role].update(self.method.networks[role])
             prefix = f"{role}/" if len(self.method.trains) > 1 else ""
-            logs |= {f"{prefix}loss": loss.total.detach(), f"{prefix}gradient_norm": norm.detach()}
-            logs |= {f"{prefix}{name}": value.detach() for name, value in loss.logs.items()}
+            logs |= {f"{prefix}{name}": value for name, value in self._update(role, parts, rngs).items()}
         self.method.after_step(self.step)
+        rates = self._learning_rates()
         self.step += 1
-        return {name: float(value) for name, value in logs.items()} | {
-            "learning_rate": self._learning_rate(),
-            "seconds": time.perf_counter() - began,
-        }
+        return parallel.averaged(logs) | rates | {"seconds": time.perf_counter() - began}
 
-    def _learning_rate(self) -> float:
-        config = self.config
-        warm = min(1.0, (self.step + 1) / max(1, config.warmup_steps))
-        if config.schedule == "constant":
-            return config.learning_rate * warm
-        if config.schedule == "wsd":
-            return config.learning_rate * warm * min(1.0, (config.steps - self.step) / (WSD_DECAY * config.steps))
-        done = max(0, self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    def _update(self, role: str, parts: dict[int, Any], rngs: dict[int, torch.Generator]) -> dict[str, Tensor]:
+        """One optimizer step of ``role``."""
+        config, optimizer = self.config.of(role), self.optimizers[role]
+        logs: dict[str, Tensor] = {}
+        for part, batch in parts.items():
+            with self._seeded(part):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    loss = self.method.loss(role, batch, rngs[part])
+                (loss.total / len(parts)).backward()
+            for name, value in {"loss": loss.total, **loss.logs}.items():
+                mean = value.detach() / len(parts)
+                logs[name] = logs[name] + mean if name in logs else mean
+        gradients = [parameter.grad for parameter in self.parameters[role] if parameter.grad is not None]
+        norm = parallel.full(nn.utils.get_total_norm(gradients))
+        # Adam would carry one bad gradient into every later step, so it is better not to take it at all.
+        if not torch.isfinite(norm):
+            raise Diverged(
+                f"step {self.step}: the gradient of {role!r} is not finite. Lower the learning rate, or check the data; "
+                f"{self.run} holds the last good checkpoint"
+            )
+        nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step, self.config.steps)
+        self._torn = True
+        optimizer.step()
+        # Of every role: the loss of one may lead through the network of another, and what it leaves there is not that one's gradient.
+        for each in self.optimizers.values():
+            each.zero_grad(set_to_none=True)
+        if role in self.emas:
+            self.emas[role].update(self.method.networks[role])
+        return {**logs, "gradient_norm": norm}
 
-    def _generator(self, stream: int) -> torch.Generator:
+    def _watch(self, log: Log) -> dict[str, float]:
+        """Call the observers and the evaluation that are due; return what the latter measured."""
+        due = [observer for observer in self.observers if self._due(observer.every)]
+        evaluation = self.evaluation if self.evaluation and self._due(self.evaluation.every) else None
+        if not due and evaluation is None:
+            return {}
+        with self._seeded(part=0), torch.no_grad(), self._averaged_student():
+            for observer in due:
+                observer(self.step, log)
+            if evaluation is None or self.best is None:
+                return {}
+            measured = parallel.averaged({name: torch.tensor(value, dtype=torch.float64) for name, value in evaluation.evaluate().items()})
+            if self.best.judge(self.step, measured):
+                record = {"step": self.step, **measured}
+                checkpoint.write(self.run / "best", {"student": self.method.networks["student"].state_dict()}, {"best": record})
+        return {f"evaluation/{name}": value for name, value in measured.items()}
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _finished(self) -> bool:
+        return self.step >= self.config.steps or (self.best is not None and self.best.exhausted)
+
+    @contextmanager
+    def _averaged_student(self) -> Iterator[None]:
+        student = self.method.networks["student"]
+        training = {module: module.training for network in self.method.networks.values() for module in network.modules()}
+        for network in self.method.networks.values():
+            network.eval()
+        try:
+            with self.emas["student"].applied(student) if "student" in self.emas else nullcontext():
+                yield
+        finally:
+            for module, was in training.items():
+                module.training = was
+
+    def _split(self, batch: Any) -> dict[int, Any]:
+        """This process's parts of a batch, by number."""
+        count = self.config.micro_batches
+        if count == 1:
+            return {0: batch}
+        if len(batch) % count:
+            raise UserError(f"a batch of {len(batch)} cannot be cut into {count} equal micro-batches: change one of them")
+        size = len(batch) // count
+        mine = range(parallel.rank(), count, parallel.world_size())
+        return {part: batch[part * size : (part + 1) * size] for part in mine}
+
+    def _learning_rates(self) -> dict[str, float]:
+        """By role, where roles have settings of their own."""
+        steps, config = self.config.steps, self.config
+        rates = {f"{role}/learning_rate": learning_rate(config.of(role), self.step, steps) for role in config.roles}
+        return {"learning_rate": learning_rate(config, self.step, steps), **rates}
+
+    def _generator(self, stream: int, part: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(stream, part))
+
+    def _seed(self, stream: int, part: int) -> int:
         # A large odd stride keeps the seeds of different runs and streams apart.
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 2 + stream)
+        return (self.config.seed * 1_000_003 + self.step) * 2 + stream + part * GOLDEN
+
+    @contextmanager
+    def _seeded(self, part: int) -> Iterator[None]:
+        """Seeds the default generators, from which dropout draws and whatever forgets to take another."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._seed(stream=0, part=part + 1))
+            yield
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.run)
         if path is None:
             return
-        recorded = json.loads((path / "state.json").read_text())["config"]
-        current = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        free = {"log_every", "checkpoint_every"} | ({"steps"} if self.config.schedule == "wsd" else set())
+        state = json.loads((path / "state.json").read_text())
+        recorded, current = state["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))
+        free = self.config.free(self.method.trains)
         changed = {name for name in current if name not in free and recorded.get(name) != current[name]}
         if changed:
             raise UserError(
@@ -162,3 +248,7 @@ class Trainer:
                 "or another folder for a new run"
             )
         self.step = checkpoint.load(path, self.method.networks, self.optimizers, self.emas)["step"]
+        if isinstance(self.method, Keeps):
+            self.method.load_state_dict(checkpoint.load_kept(path, self.method.state_dict()))
+        if self.best and state["best"]:
+            self.best.continue_from(state["best"])

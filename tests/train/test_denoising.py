@@ -9,8 +9,9 @@ from fastdistill.data.closed_form import ExactTeacher
 from fastdistill.diffusion.prediction import Prediction, convert
 from fastdistill.diffusion.process import LinearVariancePreserving, Process, RectifiedFlow, VarianceExploding
 from fastdistill.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising
-from fastdistill.train.trainer import TrainConfig, Trainer
+from fastdistill.train.trainer import Trainer
 from tests.toy import ToyFamily, ToyNetwork, generator, mixture, mixture_batches
 
 LOSSES = {

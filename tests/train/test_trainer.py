@@ -8,9 +8,10 @@ from torch import nn
 
 from fastdistill.errors import UserError
 from fastdistill.train import checkpoint
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
 from fastdistill.train.method import Loss, StudentMethod
-from fastdistill.train.trainer import Diverged, TrainConfig, Trainer
+from fastdistill.train.trainer import Diverged, Trainer
 
 
 class Regression(StudentMethod):
@@ -72,6 +73,86 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop_at, error):
     assert steps == [10, 20, 30]
 
 
+class Noiseless(Regression):
+    def loss(self, role, batch, rng):
+        return Loss(total=(self.networks["student"](batch) - self.networks["teacher"](batch)).square().mean())
+
+
+class OfBatch(Regression):
+    """A loss of the batch as a whole, which is not the mean of those of its parts."""
+
+    def loss(self, role, batch, rng):
+        return Loss(total=self.networks["student"](batch).std(dim=0).mean())
+
+
+@pytest.mark.parametrize(("method", "micro_batches", "equal"), [(Noiseless, 2, True), (Noiseless, 8, True), (OfBatch, 2, False)])
+def test_the_parts_of_a_batch_make_the_gradient_of_all_of_it(tmp_path, method, micro_batches, equal):
+    def seen(parts):
+        Trainer(method(), batches, config(steps=8, log_every=1, micro_batches=parts), tmp_path / str(parts)).fit()
+        lines = [json.loads(line) for line in (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()]
+        return [line[name] for line in lines for name in ("loss", "gradient_norm")]
+
+    assert (seen(micro_batches) == pytest.approx(seen(1), rel=1e-5)) == equal
+
+
+def test_parts_have_noise_of_their_own_and_agree_where_they_have_to(tmp_path):
+    class Drawing(Regression):
+        def __init__(self):
+            super().__init__()
+            self.agreed, self.noise, self.careless = [], [], []
+
+        def before_step(self, step, rng):
+            self.agreed.append(float(torch.rand(1, generator=rng)))
+
+        def loss(self, role, batch, rng):
+            self.careless.append(float(torch.rand(1)))
+            self.noise.append(float(torch.rand(1, generator=rng)))
+            return super().loss(role, batch, rng)
+
+    def drawn(parts):
+        method = Drawing()
+        Trainer(method, batches, config(steps=4, micro_batches=parts), tmp_path / str(parts)).fit()
+        return method
+
+    whole, cut = drawn(1), drawn(4)
+    assert whole.agreed == cut.agreed
+    assert len(set(cut.agreed)) == 4
+    assert cut.noise[::4] == whole.noise
+    assert len({*cut.noise, *cut.careless, *cut.agreed}) == 16 + 16 + 4
+
+
+@pytest.mark.parametrize("order", [("student", "fake"), ("fake", "student")])
+def test_what_a_loss_leaves_in_the_network_of_another_role_is_not_its_gradient(tmp_path, order):
+    class Followed(Regression):
+        trains = order
+
+        def __init__(self, careful):
+            super().__init__()
+            self.networks["fake"], self.careful = nn.Linear(4, 3), careful
+
+        def loss(self, role, batch, rng):
+            if role == "student":
+                return super().loss(role, batch, rng)
+            student = self.networks["student"](batch)
+            return Loss(total=100 * (self.networks["fake"](batch) - (student.detach() if self.careful else student)).square().mean())
+
+    careful, careless = Followed(True), Followed(False)
+    for name, method in {"careful": careful, "careless": careless}.items():
+        Trainer(method, batches, config(), tmp_path / name).fit()
+    for role in order:
+        for expected, parameter in zip(careful.networks[role].parameters(), careless.networks[role].parameters(), strict=True):
+            assert torch.equal(parameter, expected)
+
+
+def test_a_callers_generator_is_left_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    method = Regression()
+    torch.manual_seed(3)
+    Trainer(method, batches, config(steps=3), tmp_path).fit()
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_only_the_trained_role_changes(tmp_path):
     before = {name: value.clone() for name, value in Regression().networks["teacher"].state_dict().items()}
     trainer = trained(tmp_path)
@@ -118,16 +199,6 @@ def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-7"]
 
 
-def test_learning_rate_warms_up_and_decays(tmp_path):
-    trainer = Trainer(Regression(), batches, config(steps=105), tmp_path)
-    rates = []
-    for trainer.step in range(105):
-        rates.append(trainer._learning_rate())
-    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
-    assert rates[55] == pytest.approx(0.005)
-    assert 0 < rates[-1] < 1e-5
-
-
 def test_ema_is_the_recursion_and_undoes_itself():
     network = nn.Linear(2, 2)
     ema = EMA(network, decay=0.9)
@@ -143,9 +214,3 @@ def test_ema_is_the_recursion_and_undoes_itself():
     with ema.applied(network):
         torch.testing.assert_close(network.weight, expected)
     assert torch.equal(network.weight, trained_weight)
-
-
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"learning_rate": 0.0}, {"clip_norm": -1.0}, {"checkpoint_every": 0}])
-def test_bad_configuration_is_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        config(**changes)

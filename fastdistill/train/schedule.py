@@ -1,0 +1,20 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+
+from fastdistill.train.config import RoleConfig
+
+WSD_DECAY = 0.25
+
+
+def learning_rate(config: RoleConfig, step: int, steps: int) -> float:
+    """Of optimizer step ``step``, counted from 0, in a run of ``steps``; see :class:`~fastdistill.train.config.RoleConfig`."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    if config.schedule == "wsd":
+        return config.learning_rate * warm * min(1.0, (steps - step) / (WSD_DECAY * steps))
+    done = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
