@@ -1,0 +1,12 @@
+"""The methods. A new one is one file, one line here, and its options in ``distill/options.py``."""
+
+from __future__ import annotations
+
+from fastdistill.distill.distillation import Distillation
+from fastdistill.distill.guidance import GuidanceDistillation
+from fastdistill.distill.output_kd import OutputKD
+
+METHODS: dict[str, type[Distillation]] = {
+    "output_kd": OutputKD,
+    "guidance": GuidanceDistillation,
+}
