@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fastdistill.distill.distillation import Distillation
+from fastdistill.distill.dmd2 import DMD2
 from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.output_kd import OutputKD
 
 METHODS: dict[str, type[Distillation]] = {
     "output_kd": OutputKD,
     "guidance": GuidanceDistillation,
+    "dmd2": DMD2,
 }
