@@ -95,6 +95,13 @@ class Process(ABC):
         of_x_0 = self.alpha(s) - of_x_t * self.alpha(t)
         return of_x_t.to(x_t.dtype) * x_t + of_x_0.to(x_t.dtype) * x_0
 
+    def ddim_data(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The ``x_0`` (B, ...) with which :meth:`ddim_step` goes from ``x_t`` to ``x_s`` (Salimans & Ho 2022, algorithm 2)."""
+        t, s = expand_time(t, x_t), expand_time(s, x_t)
+        of_x_t = self.sigma(s) / self.sigma(t)
+        of_x_0 = self.alpha(s) - of_x_t * self.alpha(t)
+        return (x_s - of_x_t.to(x_t.dtype) * x_t) / of_x_0.to(x_t.dtype)
+
     def draw(self, x_0: Tensor, times: TimeDistribution, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A training point ``(x_t, t, noise)`` for each ``x_0`` (B, ...): fresh noise, and ``t`` (B,) of ``times``."""
         noise = noise_like(x_0, rng)

@@ -62,6 +62,8 @@ class Distillation(StudentMethod, ABC):
         UserError: arguments and options do not go together; the message says what to do.
     """
 
+    stochastic_sampling = False
+    """How the student is to be sampled: the option of ``FlowMatchEulerDiscreteScheduler`` by which each step brings new noise."""
     may_average_guidance = False
     """Whether guidance from a range makes sense for a student that is not told the scale."""
 

@@ -67,6 +67,7 @@ class DMD2(DistributionMatching):
     ) -> None:
         super().__init__(options, fake, **setup)
         self.options = options
+        self.stochastic_sampling = options.rollout == "sde"
         self.trains: Sequence[str] = ("student", "fake")
         if options.gan_weight:
             fake = self.networks["fake"]
@@ -112,10 +113,10 @@ class DMD2(DistributionMatching):
         x_t = self.process.add_noise(torch.zeros_like(noise), noise, times[0])
         for t, s in pairwise(times):
             x_0 = self.predict("student", x_t, t, batch.conditioning, Prediction.X0, scale)
-            if self.options.rollout == "ode":
-                x_t = self.process.ddim_step(x_t, x_0, t, s)
-            else:
+            if self.stochastic_sampling:
                 x_t = self.process.add_noise(x_0, noise_like(x_0, rng), s)
+            else:
+                x_t = self.process.ddim_step(x_t, x_0, t, s)
         return Visit(x_t=x_t, t=times[-1], index=index, scale=scale)
 
     def _student_loss(self, x_0: Tensor, visit: Visit, batch: LatentBatch, rng: torch.Generator) -> Loss:

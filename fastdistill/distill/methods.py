@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdistill.distill.consistency import ConsistencyDistillation
 from fastdistill.distill.distillation import Distillation
 from fastdistill.distill.dmd2 import DMD2
 from fastdistill.distill.guidance import GuidanceDistillation
@@ -11,4 +12,5 @@ METHODS: dict[str, type[Distillation]] = {
     "output_kd": OutputKD,
     "guidance": GuidanceDistillation,
     "dmd2": DMD2,
+    "consistency": ConsistencyDistillation,
 }
