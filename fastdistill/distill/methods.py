@@ -7,10 +7,12 @@ from fastdistill.distill.distillation import Distillation
 from fastdistill.distill.dmd2 import DMD2
 from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.output_kd import OutputKD
+from fastdistill.distill.progressive import ProgressiveDistillation
 
 METHODS: dict[str, type[Distillation]] = {
     "output_kd": OutputKD,
     "guidance": GuidanceDistillation,
     "dmd2": DMD2,
     "consistency": ConsistencyDistillation,
+    "progressive": ProgressiveDistillation,
 }
