@@ -13,7 +13,7 @@ from typing_extensions import Required
 from fastdistill.diffusion.guidance import guide
 from fastdistill.diffusion.prediction import Prediction, convert
 from fastdistill.diffusion.process import Process, RectifiedFlow
-from fastdistill.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform, few_step_times
+from fastdistill.diffusion.timesteps import LogitNormal, Shifted, TimeDistribution, Uniform, few_step_times
 from fastdistill.distill.options import MethodOptions, TimesName
 from fastdistill.errors import UserError
 from fastdistill.models.family import Predicts
@@ -35,8 +35,9 @@ class Setup(TypedDict, total=False):
     student_prediction: Prediction
 
 
-def network_times(name: TimesName) -> TimeDistribution:
-    return Uniform() if name == "uniform" else LogitNormal()
+def time_distribution(name: TimesName, shift: float, *, low: float = 0.0, high: float = 1.0) -> TimeDistribution:
+    """The times that an option names, under ``shift``; ``low`` and ``high`` bound uniform ones before it."""
+    return Shifted(base=Uniform(low=low, high=high) if name == "uniform" else LogitNormal(), shift=shift)
 
 
 @torch.no_grad()

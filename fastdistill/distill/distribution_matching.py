@@ -13,8 +13,7 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.guidance import guide
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
-from fastdistill.diffusion.timesteps import LogitNormal, Shifted, Uniform
-from fastdistill.distill.distillation import Distillation, Setup
+from fastdistill.distill.distillation import Distillation, Setup, time_distribution
 from fastdistill.distill.options import MatchingOptions
 from fastdistill.errors import UserError
 from fastdistill.models.guidance import embeds_guidance, with_scale
@@ -48,10 +47,9 @@ class DistributionMatching(Distillation):
             raise UserError("the critic takes guidance as the student does: give fake= of the student's kind, or leave it out")
         self.networks["fake"] = fake
         self.predictions["fake"] = self.predictions["student"]
-        base = Uniform(low=options.time_low, high=options.time_high) if options.times == "uniform" else LogitNormal()
-        self.distribution = Shifted(base=base, shift=options.time_shift)
-        # The critic has to know every time (DMD2's main/sd_guidance.py), but where both draw as SenseFlow does.
-        self.fake_distribution = Shifted(base=Uniform() if options.times == "uniform" else base, shift=options.time_shift)
+        self.distribution = time_distribution(options.times, options.time_shift, low=options.time_low, high=options.time_high)
+        # Not bounded, as the critic has to know what every time looks like (DMD2's main/sd_guidance.py).
+        self.fake_distribution = time_distribution(options.times, options.time_shift)
         # On rectified flow a velocity is compared, on others the noise: both are finite at all times.
         self.compared = Prediction.VELOCITY if isinstance(self.process, RectifiedFlow) else Prediction.EPSILON
 

@@ -8,6 +8,7 @@ from fastdistill.distill.dmd2 import DMD2
 from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.output_kd import OutputKD
 from fastdistill.distill.progressive import ProgressiveDistillation
+from fastdistill.distill.reflow import Reflow
 
 METHODS: dict[str, type[Distillation]] = {
     "output_kd": OutputKD,
@@ -15,4 +16,5 @@ METHODS: dict[str, type[Distillation]] = {
     "dmd2": DMD2,
     "consistency": ConsistencyDistillation,
     "progressive": ProgressiveDistillation,
+    "reflow": Reflow,
 }

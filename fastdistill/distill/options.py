@@ -160,6 +160,23 @@ class ProgressiveOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How the teacher's samples are drawn for reflow and dmd."""
+
+    count: int = 4096
+    """Pairs of noise and sample."""
+    steps: int = 28
+    """Sampling steps of the teacher."""
+    sampler: Literal["flow_euler", "ode_heun"] = "flow_euler"
+    """As FLUX is sampled, or with twice the calls and an error of second order."""
+    batch: int = 64
+    """Pairs at once, which are kept when a run is interrupted."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "count", "steps", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReflowOptions(MethodOptions):
     """Straighten the flow between noise and the teacher's samples from it, then train where few steps look."""
 

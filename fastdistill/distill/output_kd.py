@@ -7,8 +7,7 @@ from typing_extensions import Unpack
 
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
-from fastdistill.diffusion.timesteps import LogitNormal, Shifted
-from fastdistill.distill.distillation import Distillation, Setup
+from fastdistill.distill.distillation import Distillation, Setup, time_distribution
 from fastdistill.distill.options import OutputKDOptions
 from fastdistill.train.method import Loss
 
@@ -23,7 +22,7 @@ class OutputKD(Distillation):
     def __init__(self, options: OutputKDOptions = OutputKDOptions(), **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         self.error_in = Prediction(options.error_in)
-        self.distribution = Shifted(base=LogitNormal(), shift=self.shift)
+        self.distribution = time_distribution("logit_normal", self.shift)
 
     def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_t, t, _ = self.process.draw(batch.latents, self.distribution, rng)

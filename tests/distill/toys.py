@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.closed_form import ExactTeacher, GaussianMixture
 from fastdistill.data.latents import LatentBatch
+from fastdistill.data.pairs import PairBatch, PairPool
 from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.process import Process, RectifiedFlow
 from fastdistill.diffusion.schedulers import run
@@ -34,6 +35,9 @@ class Labels:
 
     def __getitem__(self, rows: Tensor) -> Labels:
         return Labels(None if self.labels is None else self.labels[rows])
+
+    def __len__(self) -> int:
+        return 0 if self.labels is None else len(self.labels)
 
 
 class LabelFamily:
@@ -146,6 +150,13 @@ def batch_of(data: GaussianMixture | None = None, size: int = 8, *, seed: int = 
     return LatentBatch(latents=x_0, conditioning=Labels(labels))
 
 
+def pairs_of(size: int = 16) -> PairBatch:
+    """Labelled draws of the mixture with noise that has nothing to do with them."""
+    batch = batch_of(size=size)
+    noise = torch.randn(size, 2, generator=generator(9)).double()
+    return PairBatch(latents=batch.latents, conditioning=batch.conditioning, noise=noise)
+
+
 def batches_of(data: GaussianMixture, size: int) -> Callable[[int, torch.Generator], LatentBatch]:
     def batch(step: int, rng: torch.Generator) -> LatentBatch:
         x_0, labels = data.draw(size, rng)
@@ -161,6 +172,16 @@ def unlabelled(size: int) -> Callable[[int, torch.Generator], LatentBatch]:
 
 def unlabelled_draws(data: GaussianMixture, size: int) -> Callable[[int, torch.Generator], LatentBatch]:
     return lambda step, rng: LatentBatch(latents=data.draw(size, rng)[0], conditioning=Labels(None))
+
+
+def pair_batches(pool: PairPool, size: int) -> Callable[[int, torch.Generator], PairBatch]:
+    """Batches of ``pool`` in float64."""
+
+    def batch(step: int, rng: torch.Generator) -> PairBatch:
+        pairs = pool.batch(size, rng)
+        return replace(pairs, noise=pairs.noise.double(), latents=pairs.latents.double())
+
+    return batch
 
 
 def sampled(student: nn.Module, times: Tensor, count: int = 20_000, *, stochastic: bool = False) -> Tensor:
