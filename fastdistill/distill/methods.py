@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastdistill.distill.consistency import ConsistencyDistillation
 from fastdistill.distill.distillation import Distillation
+from fastdistill.distill.dmd import DMD
 from fastdistill.distill.dmd2 import DMD2
 from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.output_kd import OutputKD
@@ -17,4 +18,5 @@ METHODS: dict[str, type[Distillation]] = {
     "consistency": ConsistencyDistillation,
     "progressive": ProgressiveDistillation,
     "reflow": Reflow,
+    "dmd": DMD,
 }
