@@ -24,6 +24,14 @@ class PairBatch(LatentBatch):
     noise: Tensor
     scale: Tensor | None = None
 
+    def __getitem__(self, index: Tensor | slice) -> PairBatch:
+        return PairBatch(
+            latents=self.latents[index],
+            conditioning=None if self.conditioning is None else self.conditioning[index],
+            noise=self.noise[index],
+            scale=None if self.scale is None else self.scale[index],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairPool:

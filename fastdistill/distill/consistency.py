@@ -14,7 +14,7 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import expand_time, noise_like
 from fastdistill.diffusion.timesteps import few_step_times
-from fastdistill.distill.distillation import Distillation, Setup, follow
+from fastdistill.distill.distillation import Distillation, Setup, follow, without_prefix
 from fastdistill.distill.losses import pseudo_huber
 from fastdistill.distill.options import ConsistencyOptions
 from fastdistill.errors import UserError
@@ -58,13 +58,11 @@ class ConsistencyDistillation(Distillation):
             follow(self.networks["target"], self.networks["student"], self.options.target_decay)
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        return (
-            {f"target.{name}": value for name, value in self.networks["target"].state_dict().items()} if "target" in self.networks else {}
-        )
+        return self.networks["target"].state_dict(prefix="target.") if "target" in self.networks else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if "target" in self.networks:
-            self.networks["target"].load_state_dict({name.removeprefix("target."): value for name, value in state.items()})
+        if state:
+            self.networks["target"].load_state_dict(without_prefix(state, "target."))
 
     def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_0, conditioning = batch.latents, batch.conditioning

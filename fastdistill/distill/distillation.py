@@ -47,6 +47,11 @@ def follow(follower: nn.Module, leader: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(pair[0], pair[1], 1 - decay)
 
 
+def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of ``state`` that begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 class Distillation(StudentMethod, ABC):
     """A :class:`~fastdistill.train.method.Method` that teaches a student to be sampled in ``steps`` steps.
 
@@ -107,7 +112,7 @@ class Distillation(StudentMethod, ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned, or from nothing."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, got {', '.join(state)}")
 

@@ -46,7 +46,8 @@ class DMD2(DistributionMatching):
         L_fake    = L_denoising + gan_fake_weight L_D                       every step
         L_heads   = L_D                                                     every step
 
-    ``x``, which all judge, is the student's ``x_0`` at one of its times, the same for the whole batch. It gets there by its own
+    ``x``, which all judge, is the student's ``x_0`` at one of its times, the same for the whole batch and, where ``before_step`` is
+    called, for all roles. It gets there by its own
     sampling from noise (backward simulation, section 4.5), as training on noised data leaves it unprepared for its own errors.
 
     ``L_G`` and ``L_D`` read the critic's features of ``x`` and of data, each noised anew (section 4.3). The role ``discriminator`` is
@@ -68,6 +69,7 @@ class DMD2(DistributionMatching):
         super().__init__(options, fake, **setup)
         self.options = options
         self.stochastic_sampling = options.rollout == "sde"
+        self._drawn: tuple[int, bool] | None = None
         self.trains: Sequence[str] = ("student", "fake")
         if options.gan_weight:
             fake = self.networks["fake"]
@@ -83,6 +85,10 @@ class DMD2(DistributionMatching):
 
     def turns(self, step: int) -> Sequence[str]:
         return self.trains if step % self.options.fake_updates == 0 else self.trains[1:]
+
+    def before_step(self, step: int, rng: torch.Generator) -> None:
+        """Draw what processes that share the weights have to agree on, as it says how often the student is called."""
+        self._drawn = self._draw(rng)
 
     def after_step(self, step: int) -> None:
         if self.options.ida_decay is not None and "student" in self.turns(step):
@@ -103,9 +109,7 @@ class DMD2(DistributionMatching):
     @torch.no_grad()
     def visit(self, batch: LatentBatch, rng: torch.Generator) -> Visit:
         """A state that the student's own sampling reaches, or noised data where ``backward_simulation`` is below 1."""
-        # The first draws, as they say how often the network is called: ranks that share its weights have to agree on them.
-        index = int(torch.randint(self.steps, (1,), generator=rng, device=rng.device))
-        simulated = float(torch.rand(1, generator=rng, device=rng.device)) < self.options.backward_simulation
+        index, simulated = self._draw(rng) if self._drawn is None else self._drawn
         scale, noise = self.draw_scale(batch.latents, rng), noise_like(batch.latents, rng)
         times = [self.at(time, noise) for time in self.times[: index + 1]]
         if not simulated:
@@ -118,6 +122,11 @@ class DMD2(DistributionMatching):
             else:
                 x_t = self.process.ddim_step(x_t, x_0, t, s)
         return Visit(x_t=x_t, t=times[-1], index=index, scale=scale)
+
+    def _draw(self, rng: torch.Generator) -> tuple[int, bool]:
+        """The index of the time to train at, and whether the student samples its way there."""
+        index = int(torch.randint(self.steps, (1,), generator=rng, device=rng.device))
+        return index, float(torch.rand(1, generator=rng, device=rng.device)) < self.options.backward_simulation
 
     def _student_loss(self, x_0: Tensor, visit: Visit, batch: LatentBatch, rng: torch.Generator) -> Loss:
         terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng)}

@@ -14,7 +14,7 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import noise_like
 from fastdistill.diffusion.timesteps import few_step_times
-from fastdistill.distill.distillation import Distillation, Setup
+from fastdistill.distill.distillation import Distillation, Setup, follow, without_prefix
 from fastdistill.distill.losses import error_weight, weighted_mse
 from fastdistill.distill.options import ProgressiveOptions
 from fastdistill.errors import UserError
@@ -27,8 +27,8 @@ class ProgressiveDistillation(Distillation):
         x_m = step(x_t, t -> m)      x_s = step(x_m, m -> s)      x~ = (x_s - (sigma_s/sigma_t) x_t) / (alpha_s - (sigma_s/sigma_t) alpha_t)
 
     On rectified flow the student's velocity is asked to be the mean of the teacher's two. In the first phase the teacher takes
-    ``teacher_steps``, guided, and the student half of them. After each phase but the last a copy of the student becomes the teacher,
-    unguided, as it has learned guidance, and the number of steps is halved. Train for :attr:`total_steps`.
+    ``teacher_steps``, guided, and the student half of them. After each phase but the last the student is copied into the role ``target``,
+    which teaches the next, unguided, as it has learned guidance; the number of steps is halved. Train for :attr:`total_steps`.
     """
 
     def __init__(self, options: ProgressiveOptions = ProgressiveOptions(), **setup: Unpack[Setup]) -> None:
@@ -42,6 +42,10 @@ class ProgressiveDistillation(Distillation):
             )
         self.phase = 0
         self.check_determined("teacher", self.times)
+        if self.phases > 1:
+            # There from the beginning, so that it is sharded with the others.
+            self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False)
+            self.predictions["target"] = self.predictions["student"]
 
     @property
     def total_steps(self) -> int:
@@ -55,17 +59,17 @@ class ProgressiveDistillation(Distillation):
 
     def after_step(self, step: int) -> None:
         if (step + 1) % self.options.phase_length == 0 and self.phase + 1 < self.phases:
-            self._promote(self.phase + 1)
+            self.phase += 1
+            follow(self.networks["target"], self.networks["student"], decay=0.0)
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        teacher = self.networks["teacher"].state_dict() if self.phase else {}
-        return {"phase": torch.tensor(self.phase), **{f"teacher.{name}": value for name, value in teacher.items()}}
+        target = self.networks["target"].state_dict(prefix="target.") if "target" in self.networks else {}
+        return {"phase": torch.tensor(self.phase), **target}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if int(state["phase"]):
-            self._promote(int(state["phase"]))
-            teacher = {name.removeprefix("teacher."): value for name, value in state.items() if name.startswith("teacher.")}
-            self.networks["teacher"].load_state_dict(teacher)
+        self.phase = int(state.get("phase", 0))
+        if "target" in self.networks and state:
+            self.networks["target"].load_state_dict(without_prefix(state, "target."))
 
     def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_0, steps = batch.latents, self.student_steps
@@ -85,11 +89,5 @@ class ProgressiveDistillation(Distillation):
     @torch.no_grad()
     def _taught(self, x_t: Tensor, t: Tensor, conditioning: Any, scale: Tensor | None) -> Tensor:
         if self.phase:
-            return self.predict("teacher", x_t, t, conditioning, Prediction.X0, scale)
+            return self.predict("target", x_t, t, conditioning, Prediction.X0, scale)
         return self.teach(x_t, t, conditioning, Prediction.X0, scale)
-
-    def _promote(self, phase: int) -> None:
-        self.phase = phase
-        # A copy, as the first teacher is the caller's, and of another size where the student is cut.
-        self.networks["teacher"] = copy.deepcopy(self.networks["student"]).requires_grad_(False)
-        self.predictions["teacher"] = self.predictions["student"]

@@ -46,7 +46,7 @@ class Reflow(Distillation):
         return {"distilling": torch.tensor(self.distilling)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.distilling = bool(state["distilling"])
+        self.distilling = bool(state.get("distilling", self.distilling))
 
     def role_loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
         pairs = require_pairs(batch, "reflow")

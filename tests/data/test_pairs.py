@@ -60,3 +60,7 @@ def test_a_batch_keeps_together_what_belongs_together() -> None:
     assert torch.equal(batch.latents, 2 * batch.noise)
     assert torch.equal(batch.conditioning, 10 * (5 - batch.noise[:, 0].long()))
     assert len(batch.noise.unique()) > 3
+    part = batch[10:20]
+    assert len(part) == 10
+    assert torch.equal(part.latents, 2 * part.noise)
+    assert torch.equal(part.noise, batch.noise[10:20])

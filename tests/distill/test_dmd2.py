@@ -263,6 +263,16 @@ def test_turns_follow_the_two_time_scales() -> None:
     assert tuple(flow_method(gan_weight=0.0).turns(1)) == ("fake",)
 
 
+def test_all_losses_of_a_step_train_at_one_time_if_they_are_told_before() -> None:
+    """As the parts of a batch and processes have to, whose generators differ."""
+    method, batch = flow_method(), batch_of()
+    assert len({method.visit(batch, generator(seed)).index for seed in range(10)}) == 2
+    for step in range(4):
+        method.before_step(step, generator(step))
+        indices = {method.visit(batch, generator(seed)).index for seed in range(10)}
+        assert indices == {int(torch.randint(2, (1,), generator=generator(step)))}
+
+
 def test_implicit_distribution_alignment_moves_the_critic_after_the_student() -> None:
     method = flow_method(ida_decay=0.9, fake_updates=2)
     fake, student = (dict(method.networks[role].named_parameters()) for role in ("fake", "student"))
