@@ -84,6 +84,24 @@ class Process(ABC):
         time = expand_time(t, x_0)
         return self.alpha(time).to(x_0.dtype) * x_0 + self.sigma(time).to(x_0.dtype) * noise
 
+    def ddim_step(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """``alpha_s x_0 + sigma_s eps`` (B, ...) with the ``eps`` that is in ``x_t`` beside ``x_0``; ``t``, ``s`` (B,) (Song et al. 2020).
+
+        Where the probability-flow ODE goes from ``t`` to ``s`` as long as it sees the same ``x_0``. On rectified flow it is Euler's
+        step ``x_t + (s - t) v``, which ``FlowMatchEulerDiscreteScheduler`` takes.
+        """
+        t, s = expand_time(t, x_t), expand_time(s, x_t)
+        of_x_t = self.sigma(s) / self.sigma(t)
+        of_x_0 = self.alpha(s) - of_x_t * self.alpha(t)
+        return of_x_t.to(x_t.dtype) * x_t + of_x_0.to(x_t.dtype) * x_0
+
+    def ddim_data(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The ``x_0`` (B, ...) with which :meth:`ddim_step` goes from ``x_t`` to ``x_s`` (Salimans & Ho 2022, algorithm 2)."""
+        t, s = expand_time(t, x_t), expand_time(s, x_t)
+        of_x_t = self.sigma(s) / self.sigma(t)
+        of_x_0 = self.alpha(s) - of_x_t * self.alpha(t)
+        return (x_s - of_x_t.to(x_t.dtype) * x_t) / of_x_0.to(x_t.dtype)
+
     def draw(self, x_0: Tensor, times: TimeDistribution, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A training point ``(x_t, t, noise)`` for each ``x_0`` (B, ...): fresh noise, and ``t`` (B,) of ``times``."""
         noise = noise_like(x_0, rng)

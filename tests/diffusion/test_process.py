@@ -137,3 +137,24 @@ def test_processes_are_values() -> None:
     assert RectifiedFlow() == RectifiedFlow()
     assert VarianceExploding() != VarianceExploding(sigma_max=80.0)
     assert dataclasses.asdict(LinearVariancePreserving()) == {"beta_min": 0.1, "beta_max": 20.0}
+
+
+@every_process
+def test_a_ddim_step_keeps_the_data_and_the_noise_and_tells_the_data(process: Process) -> None:
+    rng = generator()
+    x_0, noise = (torch.randn(97, 3, generator=rng, dtype=torch.float64) for _ in range(2))
+    t, s = INSIDE, INSIDE.flip(0) / 2
+    x_t, x_s = process.add_noise(x_0, noise, t), process.add_noise(x_0, noise, s)
+    torch.testing.assert_close(process.ddim_step(x_t, x_0, t, s), x_s)
+    apart = (t - s).abs() > 1e-3
+    torch.testing.assert_close(process.ddim_data(x_t, x_s, t, s)[apart], x_0[apart], rtol=1e-6, atol=1e-6)
+    # At t = 0 it is the data, but for the noise that a variance-exploding process leaves there.
+    left = process.sigma(ENDS[:1]) * noise
+    torch.testing.assert_close(process.ddim_step(x_t, x_0, t, torch.zeros_like(t)), x_0 + left)
+
+
+def test_a_ddim_step_on_rectified_flow_is_eulers() -> None:
+    x_t, velocity = torch.randn(2, 97, 3, generator=generator(), dtype=torch.float64)
+    t, s = INSIDE[:, None], INSIDE.flip(0)[:, None]
+    step = RectifiedFlow().ddim_step(x_t, x_t - t * velocity, t[:, 0], s[:, 0])
+    torch.testing.assert_close(step, x_t + (s - t) * velocity)

@@ -1,0 +1,331 @@
+"""DMD2: its gradients, the closed form on a Gaussian, and where it converges to."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
+
+from fastdistill.compress.surgery import cut
+from fastdistill.data.closed_form import GaussianMixture
+from fastdistill.data.latents import LatentBatch
+from fastdistill.diffusion.prediction import Prediction
+from fastdistill.diffusion.process import LinearVariancePreserving
+from fastdistill.distill.dmd2 import DMD2
+from fastdistill.distill.heads import Discriminator, blocks_at
+from fastdistill.distill.options import DMD2Options
+from fastdistill.errors import UserError
+from fastdistill.models.family import BlockId
+from fastdistill.models.registry import family_of
+from tests.distill.toys import (
+    FLOW,
+    AffineFlow,
+    AffineGenerator,
+    LabelFamily,
+    Perceptron,
+    ScoreOf,
+    assert_moments,
+    assert_same_gradient,
+    batch_of,
+    column,
+    exact,
+    null,
+    sampled,
+    train,
+    unlabelled,
+)
+from tests.tiny import mixing_transformer, tiny_inputs
+from tests.toy import gaussian, generator, mixture
+
+# Seeds whose first draw is the student's first and its second time.
+SEED_OF_INDEX = {0: 4, 1: 1}
+
+
+def opinionated(heads: int = 1) -> Discriminator:
+    """Heads that do not start at zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        discriminator = Discriminator(16, heads).double()
+        for head in discriminator.heads:
+            nn.init.normal_(head.out.weight)
+    return discriminator
+
+
+def flow_method(**options: Any) -> DMD2:
+    """Two steps with shift 2 (1 and 2/3) against a guided velocity teacher."""
+    return DMD2(
+        DMD2Options(**({"true_cfg_scale": 3.0} | options)),
+        student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
+        fake=Perceptron(seed=2), discriminator=opinionated() if options.get("gan_weight", 1) else None,
+    )  # fmt: skip
+
+
+def randn(rng: torch.Generator, count: int = 8) -> Tensor:
+    return torch.randn(count, 2, generator=rng).double()
+
+
+def rollout(method: DMD2, batch: Any, rng: torch.Generator, index: int, *, sde: bool = False, data: bool = False) -> tuple[Tensor, Tensor]:
+    """``x_t`` and ``t`` by hand."""
+    student, labels = method.networks["student"], batch.conditioning.labels
+    assert int(torch.randint(2, (1,), generator=rng)) == index
+    torch.rand(1, generator=rng)
+    noise, times = randn(rng), method.times.double()
+    if data:
+        return (1 - times[index]) * batch.latents + times[index] * noise, times[index].float().expand(8)
+    x = noise
+    if index == 1:
+        velocity = student(noise, torch.ones(8), labels).detach()
+        x = (1 - times[1]) * (noise - velocity) + times[1] * randn(rng) if sde else noise + (times[1] - 1) * velocity
+    return x, times[index].float().expand(8)
+
+
+def matching(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator) -> Tensor:
+    """Half the mean of ``(x - sg(x - g))^2``, of which DMD2's code takes the gradient."""
+    noise, t = randn(rng), 0.02 + 0.96 * torch.rand(8, generator=rng)
+    x_t = ((1 - column(t)) * x_0 + column(t) * noise).detach()
+    teacher = method.networks["teacher"]
+    real = teacher(x_t, t) + 3 * (teacher(x_t, t, labels) - teacher(x_t, t))
+    x_0_real, x_0_fake = x_t - column(t) * real, x_t - column(t) * method.networks["fake"](x_t, t, labels)
+    g = (x_0_fake - x_0_real) / (x_0 - x_0_real).abs().mean(dim=1, keepdim=True)
+    return 0.5 * (x_0 - (x_0 - g).detach()).square().mean()
+
+
+def logits(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator) -> Tensor:
+    noise, t = randn(rng), torch.rand(8, generator=rng)
+    fake, head = method.networks["fake"], method.networks["discriminator"].heads[0]
+    features = fake.layers[0](fake.embed((1 - column(t)) * x_0 + column(t) * noise, t, labels, None))
+    return head.out(silu(head.into(head.norm(features))))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("inputs", ["ode", "sde", "data"])
+def test_the_gradient_of_the_student(index: int, inputs: str) -> None:
+    """Matching, GAN and intra-segment guidance, at both times, on states of either way of sampling or on noised data."""
+    method = flow_method(
+        gan_weight=0.1, isg_weight=0.5, rollout="sde" if inputs == "sde" else "ode", backward_simulation=float(inputs != "data")
+    )
+    batch, student, times = batch_of(), method.networks["student"], [1.0, float(method.times[1]), 0.0]
+    labels = batch.conditioning.labels
+
+    def formula(rng: torch.Generator) -> Tensor:
+        x_t, t = rollout(method, batch, rng, index, sde=inputs == "sde", data=inputs == "data")
+        velocity = student(x_t, t, labels)
+        x_0 = x_t - column(t) * velocity
+        loss = matching(x_0, labels, method, rng) + 0.1 * softplus(-logits(x_0, labels, method, rng)).mean()
+        start, end = times[index], times[index + 1]
+        middle = torch.full((8,), end) + 0.02 + (start - end - 0.04) * torch.rand(8, generator=rng)
+        teacher = method.networks["teacher"]
+        guided = teacher(x_t, t) + 3 * (teacher(x_t, t, labels) - teacher(x_t, t))
+        x_middle = x_t + (column(middle) - start) * guided
+        target = x_middle + (end - column(middle)) * student(x_middle, middle, labels)
+        difference = x_t + (end - start) * velocity - target.detach()
+        return loss + 0.5 * ((difference**2 + 1e-6).sqrt() - 1e-3).mean()
+
+    assert_same_gradient(method, "student", batch, formula, seed=SEED_OF_INDEX[index])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_gradients_of_the_critic_and_of_the_heads(index: int) -> None:
+    batch = batch_of()
+    labels = batch.conditioning.labels
+
+    def gan(method: DMD2, x_0: Tensor, rng: torch.Generator) -> Tensor:
+        of_fake = logits(x_0, labels, method, rng)
+        return softplus(of_fake).mean() + softplus(-logits(batch.latents, labels, method, rng)).mean()
+
+    def generated(method: DMD2, rng: torch.Generator) -> Tensor:
+        x_t, t = rollout(method, batch, rng, index)
+        return (x_t - column(t) * method.networks["student"](x_t, t, labels)).detach()
+
+    def of_fake(rng: torch.Generator) -> Tensor:
+        x_0 = generated(method, rng)
+        noise, t = randn(rng), torch.rand(8, generator=rng)
+        velocity = method.networks["fake"]((1 - column(t)) * x_0 + column(t) * noise, t, labels)
+        return (velocity - (noise - x_0)).square().mean() + 0.3 * gan(method, x_0, rng)
+
+    method = flow_method(gan_fake_weight=0.3)
+    assert_same_gradient(method, "fake", batch, of_fake, seed=SEED_OF_INDEX[index])
+    method = flow_method()
+    assert_same_gradient(method, "discriminator", batch, lambda rng: gan(method, generated(method, rng), rng), seed=SEED_OF_INDEX[index])
+
+
+def test_the_gradient_for_a_noise_predicting_teacher() -> None:
+    """Variance preserving, a student of v: the difference of the noises, over the mean distance from the noise that was drawn."""
+    process, batch = LinearVariancePreserving(), batch_of()
+    method = DMD2(
+        DMD2Options(gan_weight=0.0, normaliser="sample"),
+        student=Perceptron(seed=1), teacher=exact(mixture(), process, Prediction.EPSILON), family=LabelFamily(), steps=1,
+        process=process, teacher_prediction=Prediction.EPSILON, student_prediction=Prediction.V, fake=Perceptron(seed=2),
+    )  # fmt: skip
+    labels = batch.conditioning.labels
+
+    def formula(rng: torch.Generator) -> Tensor:
+        torch.randint(1, (1,), generator=rng), torch.rand(1, generator=rng)
+        alpha, sigma = process.alpha(torch.ones(1).double()), process.sigma(torch.ones(1).double())
+        x_1 = sigma * randn(rng)
+        x_0 = alpha * x_1 - sigma * method.networks["student"](x_1, torch.ones(8), labels)
+        noise, t = randn(rng), 0.02 + 0.96 * torch.rand(8, generator=rng)
+        alpha, sigma = process.alpha(column(t)), process.sigma(column(t))
+        x_t = (alpha * x_0 + sigma * noise).detach()
+        real = method.networks["teacher"](x_t, t, labels)
+        fake = sigma * x_t + alpha * method.networks["fake"](x_t, t, labels)
+        g = ((real - fake) / (real - noise).abs().mean(dim=1, keepdim=True)).detach()
+        return (x_0 * g).sum() / x_0.numel() + (0.5 * g**2 - x_0 * g).mean().detach()
+
+    assert_same_gradient(method, "student", batch, formula)
+
+
+TEACHER = GaussianMixture.gaussian(torch.tensor([1.3, 0.2]).double(), torch.diag(torch.tensor([0.7, 1.1]).double() ** 2))
+
+
+@pytest.mark.parametrize(("time", "of_mean", "of_scale"), [(0.1, -0.04178, 0.03164), (0.5, -1.14094, 0.62439), (0.9, -1.68978, 0.03940)])
+def test_the_closed_form_on_a_gaussian(time: float, of_mean: float, of_scale: float) -> None:
+    """For the teacher N(1.3, 0.7^2) and samples -0.4 + 1.6 z, the expected ``x_0_fake - x_0_real`` times ``(1, z)``::
+
+        (m - mu) t^2 / V_r            b (1 - t)^2 t^2 (b^2 - s^2) / (V_f V_r)            V = (1 - t)^2 (variance) + t^2
+
+    The loss compares velocities, which are that over ``t``, and takes the mean over two dimensions.
+    """
+    student = AffineGenerator(torch.tensor([-0.4, 0.2]).double(), torch.diag(torch.tensor([1.6, 1.1]).double()))
+    method = DMD2(
+        DMD2Options(gan_weight=0.0, normaliser="none", time_low=time, time_high=time + 1e-6),
+        student=student, teacher=exact(TEACHER), family=LabelFamily(), steps=1, fake=ScoreOf(student),
+    )  # fmt: skip
+    method.loss("student", unlabelled(1_000_000)(0, generator()), generator()).total.backward()
+    assert 2 * time * float(student.mean.grad[0]) == pytest.approx(of_mean, abs=2e-3)
+    assert 2 * time * float(student.matrix.grad[0, 0]) == pytest.approx(of_scale, abs=2e-3)
+    # The second dimension has the teacher's moments already.
+    assert float(student.mean.grad[1].abs() + student.matrix.grad[1, 1].abs()) < 2e-3
+
+
+def start() -> AffineGenerator:
+    return AffineGenerator(torch.tensor([-0.4, 0.8]).double(), torch.tensor([[1.6, 0.0], [0.3, 0.4]]).double())
+
+
+def test_with_the_exact_critic_it_converges_to_the_teacher(tmp_path: Path) -> None:
+    student, data = start(), gaussian()
+    method = DMD2(
+        DMD2Options(gan_weight=0.0, fake_updates=1),
+        student=student,
+        teacher=exact(data),
+        family=LabelFamily(),
+        steps=1,
+        fake=ScoreOf(student),
+    )
+    method.trains = ("student",)
+    train(method, unlabelled(256), tmp_path, steps=300, learning_rate=3e-2)
+    torch.testing.assert_close(student.mean.detach(), data.mean(), atol=1e-4, rtol=0)
+    torch.testing.assert_close((student.matrix @ student.matrix.T).detach(), data.covariance(), atol=1e-4, rtol=0)
+
+
+def test_with_a_learned_critic_it_reaches_the_same_limit(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
+    """Student and critic start as the teacher, whose one step gives the mean alone. Errors of the moments: 0.01."""
+    student, data = copy.deepcopy(flow_of_the_teacher), gaussian()
+    method = DMD2(DMD2Options(gan_weight=0.0), student=student, teacher=exact(data), family=LabelFamily(), steps=1)
+    trainer = train(method, unlabelled(128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
+    trainer.emas["student"].copy_to(student)
+    assert_moments(sampled(student, method.times), data, 0.03)
+
+
+@pytest.mark.parametrize("rollout", ["ode", "sde"])
+def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path, rollout: str) -> None:
+    """The moments of ``x_0`` over both steps together, to which the critic of a Gaussian is sensitive, are the teacher's within 0.01.
+
+    It is not told the step, and where it sees no more than two moments, those of each step alone may differ from the teacher's: by 0.1
+    here. A critic that sees the whole distribution would tell the mixture of two Gaussians from one.
+    """
+    student, data = copy.deepcopy(flow_of_the_teacher), gaussian()
+    method = DMD2(DMD2Options(gan_weight=0.0, rollout=rollout), student=student, teacher=exact(data), family=LabelFamily(), steps=2)
+    trainer = train(method, unlabelled(128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
+    trainer.emas["student"].copy_to(student)
+    parts, batch = [], unlabelled(20_000)(0, generator())
+    for index, seed in SEED_OF_INDEX.items():
+        visit = method.visit(batch, generator(seed))
+        assert visit.index == index
+        with torch.no_grad():
+            parts.append(method.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0))
+    assert_moments(torch.cat(parts), data, 0.03)
+
+
+def test_turns_follow_the_two_time_scales() -> None:
+    method = flow_method(fake_updates=3)
+    assert [tuple(method.turns(step)) for step in range(4)] == [
+        ("student", "fake", "discriminator"),
+        ("fake", "discriminator"),
+        ("fake", "discriminator"),
+        ("student", "fake", "discriminator"),
+    ]
+    assert tuple(flow_method(gan_weight=0.0).turns(1)) == ("fake",)
+
+
+def test_all_losses_of_a_step_train_at_one_time_if_they_are_told_before() -> None:
+    """As the parts of a batch and processes have to, whose generators differ."""
+    method, batch = flow_method(), batch_of()
+    assert len({method.visit(batch, generator(seed)).index for seed in range(10)}) == 2
+    for step in range(4):
+        method.before_step(step, generator(step))
+        indices = {method.visit(batch, generator(seed)).index for seed in range(10)}
+        assert indices == {int(torch.randint(2, (1,), generator=generator(step)))}
+
+
+def test_implicit_distribution_alignment_moves_the_critic_after_the_student() -> None:
+    method = flow_method(ida_decay=0.9, fake_updates=2)
+    fake, student = (dict(method.networks[role].named_parameters()) for role in ("fake", "student"))
+    expected = {name: 0.9 * fake[name].detach() + 0.1 * student[name].detach() for name in fake}
+    method.after_step(0)
+    after = {name: parameter.detach().clone() for name, parameter in fake.items()}
+    for name in fake:
+        torch.testing.assert_close(after[name], expected[name])
+    method.after_step(1)
+    assert all(torch.equal(after[name], fake[name]) for name in fake)
+
+
+def test_it_trains_flux_with_all_that_it_has() -> None:
+    """A smaller student under guidance of the full teacher: every role's loss reaches that role, and no other."""
+    teacher = mixing_transformer().requires_grad_(False)
+    student = cut(teacher, [BlockId(stack="single_transformer_blocks", index=1)]).requires_grad_(True)
+    x, _, conditioning = tiny_inputs(teacher, batch=2)
+    _, _, empty = tiny_inputs(teacher, batch=1, seed=5)
+    method = DMD2(
+        DMD2Options(true_cfg_scale=3.0, isg_weight=1.0, ida_decay=0.97, gan_depths=(0.5, 1.0)),
+        student=student, teacher=teacher, family=family_of(teacher), steps=2, unconditional=empty,
+    )  # fmt: skip
+    for role in method.turns(0):
+        method.loss(role, LatentBatch(latents=x, conditioning=conditioning), generator()).total.backward()
+        for other, network in method.networks.items():
+            assert (other == role) == any(parameter.grad is not None for parameter in network.parameters())
+            network.zero_grad()
+
+
+def test_blocks_are_chosen_by_relative_depth() -> None:
+    transformer = mixing_transformer()
+    chosen = blocks_at(transformer, family_of(transformer), (0.0, 0.5, 1.0))
+    assert [(block.stack.split("_")[0], block.index) for block in chosen] == [("transformer", 0), ("single", 0), ("single", 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"ida_decay": 0.97}, {"fake": Perceptron(width=8)}, "two equal networks"),
+        ({}, {"student_prediction": Prediction.EPSILON}, "predict the velocity"),
+        ({"isg_weight": 1.0}, {"teacher_prediction": Prediction.EPSILON}, "the teacher predicts epsilon"),
+        ({}, {"fake": Perceptron(guidance=True)}, "takes guidance as the student does"),
+    ],
+)
+def test_impossible_combinations_are_refused(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    networks = {"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4, "process": FLOW}
+    with pytest.raises(UserError, match=message):
+        DMD2(DMD2Options(gan_weight=0.0, **options), **(networks | changes))
+
+
+@pytest.mark.parametrize(
+    "options", [{"fake_updates": 0}, {"backward_simulation": 1.5}, {"ida_decay": 2.0}, {"gan_depths": (2.0,)}, {"time_low": 0.99}]
+)
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options)).replace("_", "-")):
+        DMD2Options(**options)
