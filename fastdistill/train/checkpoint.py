@@ -5,7 +5,7 @@ the method keeps beside them, and ``state.json``. It is written under a temporar
 moment leaves the previous checkpoint in place. Nothing is pickled.
 
 Of sharded networks the first process writes whole tensors, so its host needs room for the largest file, which is an optimizer's: 8 bytes
-per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process.
+per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process; all have to see the folder.
 """
 
 from __future__ import annotations
@@ -100,9 +100,12 @@ def load_kept(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     file = path / "method.safetensors"
     if not file.exists():
         return {}
-    with safe_open(file, "pt") as tensors:
-        whole = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    return {name: parallel.placed(tensor, like[name]) if name in like else tensor for name, tensor in whole.items()}
+    kept = {}
+    with safe_open(file, "pt") as stored:
+        for name in stored.keys():  # noqa: SIM118
+            whole = stored.get_tensor(name)
+            kept[name] = parallel.placed(whole, like[name]) if name in like else whole
+    return kept
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class RoleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RoleConfig):
-    """A whole run. The settings of :class:`RoleConfig` are those of every role that has none of its own in ``roles``."""
+    """A whole run. What a role may have settings of its own for holds for every role that is not in ``roles``."""
 
     steps: int
     """Optimizer steps."""

@@ -33,27 +33,31 @@ class Item:
 def memory(method: Method, config: TrainConfig, processes: int = 1) -> list[Item]:
     """What weights, gradients, moments and averages take; the method's networks may be on the meta device.
 
-    One role has gradients at a time, so only the largest set is in the list. Not in it are activations, which depend on the method, the
-    batch and gradient checkpointing, what runs beside the method (text encoders, autoencoder), and, while an average is evaluated,
-    another set of the student's trained weights.
+    One role has gradients at a time, so only the largest set is in the list. Several processes each hold, of the network that runs,
+    all that is outside of blocks and two blocks, one that runs and the next, with their gradients; the largest is in the list.
+
+    Not in the list are activations, which depend on the method, the batch and gradient checkpointing, what runs beside the method (text
+    encoders, autoencoder), and, while an average is evaluated, another set of the student's trained weights.
     """
-    items, gradients, seen = [], [], set()
+    items: list[Item] = []
+    gradients: list[list[Item]] = []
+    together: list[Item] = []
+    seen: set[int] = set()
     for role, network in method.networks.items():
         tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in seen]
         seen |= {id(tensor) for tensor in tensors}
         items += _by_dtype(role, "weights", tensors, processes)
-        if processes > 1:
-            largest = max(parallel.blocks(network), key=_size, default=network)
-            copies = 2 if role in method.trains else 1
-            items.append(Item(role=role, what="a block put together", dtype="", bytes=_size(largest) * copies))
+        copies = 2 if role in method.trains else 1
+        together.append(Item(role=role, what="put together", dtype="", bytes=_together(network) * copies))
         if role in method.trains:
             parameters = list(network.parameters())
             gradients.append(_by_dtype(role, "gradients", parameters, processes))
             items += _moments(role, parameters, config.of(role), processes)
             if config.of(role).ema_decay is not None:
-                average = sum(parameter.numel() for parameter in parameters) * 4 // processes
+                average = sum(parameter.numel() for parameter in parameters) * torch.float32.itemsize // processes
                 items.append(Item(role=role, what="average", dtype="float32", bytes=average))
-    return items + max(gradients, key=lambda found: sum(item.bytes for item in found))
+    items += max(gradients, key=lambda found: sum(item.bytes for item in found))
+    return [*items, max(together, key=lambda item: item.bytes)] if processes > 1 else items
 
 
 def dry_run(method: Method, config: TrainConfig, processes: int = 1) -> str:
@@ -85,6 +89,11 @@ def _moments(role: str, parameters: list[nn.Parameter], config: RoleConfig, proc
         Item(role=role, what="two moments", dtype="8 bits", bytes=2 * (sum(large) + scales * torch.float32.itemsize)),
         Item(role=role, what="two moments, small", dtype="float32", bytes=2 * small * torch.float32.itemsize),
     ]
+
+
+def _together(network: nn.Module) -> int:
+    sizes = sorted(_size(block) for block in parallel.blocks(network))
+    return _size(network) - sum(sizes[:-2])
 
 
 def _size(module: nn.Module) -> int:

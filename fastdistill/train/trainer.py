@@ -229,9 +229,13 @@ class Trainer:
     @contextmanager
     def _seeded(self, part: int) -> Iterator[None]:
         """Seeds the default generators, from which dropout draws and whatever forgets to take another."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed(stream=0, part=part + 1))
+        seed, on_gpu = self._seed(stream=0, part=part + 1), self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_gpu else []):
+            # torch.manual_seed would seed every kind of accelerator there is, which takes longer than a small network's step.
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
             yield
 
     def _resume(self) -> None:

@@ -16,10 +16,10 @@ from fastdistill.train.method import Loss
 class Blocks(nn.Module):
     """Residual blocks in a module list, as transformers have them; sizes that no number of processes divides."""
 
-    def __init__(self, width: int = 5, dropout: float = 0.2) -> None:
+    def __init__(self, width: int = 5, dropout: float = 0.2, blocks: int = 2) -> None:
         super().__init__()
         self.into = nn.Linear(3, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout)) for _ in range(blocks))
         self.out = nn.Linear(width, 3)
         self.register_buffer("scale", torch.ones(3))
 

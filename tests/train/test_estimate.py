@@ -45,15 +45,16 @@ def test_eight_bit_moments(tmp_path) -> None:
     assert estimated == sum(value.nbytes for value in held)
 
 
-def test_twelve_billion_parameters_on_the_meta_device() -> None:
+def test_shares_of_a_large_network_on_the_meta_device() -> None:
     method = Rivals()
     with torch.device("meta"):
-        method.networks = {role: Blocks(width=10_000) for role in method.networks}
+        method.networks = {role: Blocks(width=10_000, blocks=5) for role in method.networks}
     alone, shared = (memory(method, rivals_config(), processes) for processes in (1, 4))
     whole = sum(item.bytes for item in alone)
-    blocks = sum(item.bytes for item in shared if item.what == "a block put together")
-    assert sum(item.bytes for item in shared) - blocks == pytest.approx(whole / 4, rel=1e-6)
-    assert blocks == 6 * (10_000 * 10_001) * 4  # weights of four roles, gradients of two
+    together = sum(item.bytes for item in shared if item.what == "put together")
+    assert sum(item.bytes for item in shared) - together == pytest.approx(whole / 4, rel=1e-6)
+    outside, block = 3 * 10_000 + 10_000 + 3 * 10_000 + 3, 10_000 * 10_001
+    assert together == 2 * (outside + 2 * block) * 4  # weights and gradients of one role
 
 
 def test_a_dry_run_says_the_configuration_and_the_sum() -> None:
