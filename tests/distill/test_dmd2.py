@@ -245,7 +245,8 @@ def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: A
     trainer.emas["student"].copy_to(student)
     parts, batch = [], unlabelled(20_000)(0, generator())
     for index, seed in SEED_OF_INDEX.items():
-        visit = method.visit(batch, generator(seed))
+        method.before_step(0, generator(seed))
+        visit = method.visit(batch, generator())
         assert visit.index == index
         with torch.no_grad():
             parts.append(method.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0))
