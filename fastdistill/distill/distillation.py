@@ -125,7 +125,6 @@ class Distillation(StudentMethod, ABC):
         conditioning = with_scale(conditioning, network, self.default_scale(x_t) if scale is None else scale)
         return convert(self.family.predict(network, x_t, t, conditioning), x_t, t, self.process, self.predictions[role], prediction)
 
-    @torch.no_grad()
     def teach(self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None) -> Tensor:
         """The guided teacher's ``prediction`` (B, ...), a constant."""
         conditional, unconditional, weight = self.teach_apart(x_t, t, conditioning, prediction, scale)
@@ -142,7 +141,7 @@ class Distillation(StudentMethod, ABC):
         """
         embedded, weight = scale, self.guidance.true_cfg_scale if scale is None or embeds_guidance(self.networks["teacher"]) else scale
         conditional = self.predict("teacher", x_t, t, conditioning, prediction, embedded)
-        if isinstance(weight, float) and weight == 1:
+        if not isinstance(weight, Tensor) and weight == 1:
             return conditional, None, weight
         rows = torch.zeros(x_t.shape[0], dtype=torch.long, device=x_t.device)
         return conditional, self.predict("teacher", x_t, t, self.unconditional[rows], prediction, embedded), weight

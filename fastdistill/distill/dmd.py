@@ -40,7 +40,8 @@ class DMD(DistributionMatching):
 
     def role_loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
         pairs = require_pairs(batch, "DMD")
-        generated = self._generate(noise_like(pairs.noise, rng), pairs)
+        with torch.set_grad_enabled(role == "student"):
+            generated = self._generate(noise_like(pairs.noise, rng), pairs)
         if role == "fake":
             return self.denoising_loss(generated, pairs.conditioning, pairs.scale, rng)
         matching = self.matching_loss(generated, pairs.conditioning, pairs.scale, rng)

@@ -47,8 +47,8 @@ class DMD2(DistributionMatching):
         L_heads   = L_D                                                     every step
 
     ``x``, which all judge, is the student's ``x_0`` at one of its times, the same for the whole batch and, where ``before_step`` is
-    called, for all roles. It gets there by its own
-    sampling from noise (backward simulation, section 4.5), as training on noised data leaves it unprepared for its own errors.
+    called, for all roles. It gets there by its own sampling from noise (backward simulation, section 4.5), as training on noised data
+    leaves it unprepared for its own errors.
 
     ``L_G`` and ``L_D`` read the critic's features of ``x`` and of data, each noised anew (section 4.3). The role ``discriminator`` is
     the heads; the body is trained with the critic.
@@ -96,7 +96,8 @@ class DMD2(DistributionMatching):
 
     def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         visit = self.visit(batch, rng)
-        x_0 = self.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0, visit.scale)
+        with torch.set_grad_enabled(role == "student"):
+            x_0 = self.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0, visit.scale)
         match role:
             case "student":
                 return self._student_loss(x_0, visit, batch, rng)

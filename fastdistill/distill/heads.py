@@ -15,7 +15,7 @@ HIDDEN = 128
 
 
 class Head(nn.Module):
-    """Logits (B, S) of tokens (B, S, D), each token judged alone: norm, linear, SiLU, linear.
+    """Logits (B, S, 1) of tokens (B, S, D), each token judged alone: norm, linear, SiLU, linear.
 
     Normalised, as the features of transformers grow with depth by orders of magnitude. The last layer starts at zero: no opinion.
     """
@@ -29,7 +29,7 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.out(nn.functional.silu(self.into(self.norm(tokens))))
-        return logits.squeeze(-1)
+        return logits
 
 
 class Discriminator(nn.Module):
@@ -45,7 +45,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(Head(dim) for _ in range(heads))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat([head(tokens) for head, tokens in zip(self.heads, features, strict=True)], dim=1)
+        return torch.cat([head(tokens) for head, tokens in zip(self.heads, features, strict=True)], dim=1).squeeze(-1)
 
 
 def blocks_at(network: nn.Module, family: Family, depths: Sequence[float]) -> list[BlockId]:
@@ -64,5 +64,9 @@ def image_features(
 ) -> list[Tensor]:
     """The image tokens (B, S, D) that each of ``blocks`` returns in a forward pass."""
     with captured(network, family, blocks) as features:
-        family.predict(network, x_t, t, conditioning)
-    return [features[block]["image"] for block in blocks]
+        output = family.predict(network, x_t, t, conditioning)
+    tokens = [features[block]["image"] for block in blocks]
+    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        # A sharded network fetches what is outside of its blocks for the backward pass when a gradient, be it zero, reaches its output.
+        tokens[-1] = tokens[-1] + 0 * output.sum()
+    return tokens

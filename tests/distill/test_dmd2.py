@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
@@ -39,7 +40,7 @@ from tests.distill.toys import (
     train,
     unlabelled,
 )
-from tests.tiny import mixing_transformer, tiny_inputs
+from tests.tiny import mixing_transformer, tiny_flux_pipeline, tiny_inputs
 from tests.toy import gaussian, generator, mixture
 
 # Seeds whose first draw is the student's first and its second time.
@@ -245,7 +246,8 @@ def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: A
     trainer.emas["student"].copy_to(student)
     parts, batch = [], unlabelled(20_000)(0, generator())
     for index, seed in SEED_OF_INDEX.items():
-        visit = method.visit(batch, generator(seed))
+        method.before_step(0, generator(seed))
+        visit = method.visit(batch, generator())
         assert visit.index == index
         with torch.no_grad():
             parts.append(method.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0))
@@ -300,6 +302,28 @@ def test_it_trains_flux_with_all_that_it_has() -> None:
         for other, network in method.networks.items():
             assert (other == role) == any(parameter.grad is not None for parameter in network.parameters())
             network.zero_grad()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_backward_simulation_is_how_the_pipeline_samples(shift: float) -> None:
+    """Every state that ``FluxPipeline`` passes through in four steps, from the same noise, and ``x_0`` at the last its result."""
+    pipeline = tiny_flux_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    family, student = family_of(pipeline.transformer), pipeline.transformer.requires_grad_(False)
+    x, _, conditioning = tiny_inputs(student, batch=2)
+    method = DMD2(DMD2Options(), student=student, teacher=student, family=family, steps=4, shift=shift)
+    noise = torch.randn(x.shape, generator=generator(6))
+    states, _ = family.trajectory(pipeline, noise, conditioning, None, steps=4, true_cfg_scale=1.0, guidance_scale=1.0)
+    batch, seen = LatentBatch(latents=x, conditioning=conditioning), set()
+    for seed in range(12):
+        method.before_step(0, generator(seed))
+        visit = method.visit(batch, generator(6))
+        seen.add(visit.index)
+        torch.testing.assert_close(visit.x_t, states[visit.index], atol=1e-5, rtol=1e-5)
+        if visit.index == 3:
+            x_0 = method.predict("student", visit.x_t, visit.t, conditioning, Prediction.X0)
+            torch.testing.assert_close(x_0, states[-1], atol=1e-5, rtol=1e-5)
+    assert seen == {0, 1, 2, 3}
 
 
 def test_blocks_are_chosen_by_relative_depth() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from torch import Tensor, nn
 
 from fastdistill.compress.surgery import cut
@@ -35,6 +36,13 @@ def test_options_need_no_torch() -> None:
     """``--help`` answers at once."""
     code = "import sys, fastdistill.distill; from fastdistill.distill.options import OPTIONS; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@every_method
+def test_options_can_be_typed(name: str) -> None:
+    assert tyro.cli(OPTIONS[name], args=[]) == OPTIONS[name]()
+    options = tyro.cli(OPTIONS[name], args=["--true-cfg-scale", "3", "--guidance-range", "1", "4"])
+    assert (options.true_cfg_scale, options.guidance_range) == (3.0, (1.0, 4.0))
 
 
 @every_method
