@@ -106,7 +106,7 @@ class TestEightBit:
 
 
 def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(UserError, match=r"pip install 'fastdistill\[train\]'"):
         optim.build([nn.Parameter(torch.zeros(2))], RoleConfig(optimizer="adamw8bit"))
 
