@@ -119,9 +119,18 @@ class Experiment:
         return list(self.calibration.points.chunks(self.config.calibration_pictures // 2))
 
     @cached_property
+    def scored_on(self) -> Tensor:
+        """The full model's velocity on the half that scores: a choice must not see the other."""
+        return self._velocity(0)
+
+    @cached_property
     def held_out(self) -> Tensor:
+        return self._velocity(1)
+
+    def _velocity(self, half: int) -> Tensor:
+        points = self.halves[half]
         with patched(self.teacher):
-            return predictions(self.teacher, self.family, self.halves[1], self.config.batch)
+            return predictions(self.teacher, self.family, points, self.config.batch)
 
     def scores(self, criterion: str, drops: int) -> dict[BlockId, float]:
         """Only a search and a training depend on how many are going to be dropped."""
@@ -138,19 +147,16 @@ class Experiment:
         return dict(zip(self.blocks, self.kept(f"scores-{criterion}{suffix}", make), strict=True))
 
     def joint(self, dropped: Sequence[BlockId]) -> float:
-        """On the half that scored: a choice must not see the other."""
-        half = self.halves[0]
+        """On the half that scored."""
+        reference = self.scored_on
         with patched(self.teacher):
-            reference = predictions(self.teacher, self.family, half, self.config.batch)
-            return joint_output_error(self.teacher, self.family, half, self.config.batch, dropped, reference)
+            return joint_output_error(self.teacher, self.family, self.halves[0], self.config.batch, dropped, reference)
 
     def joint_repaired(self, dropped: Sequence[BlockId]) -> float:
         """On the same half; repaired from a quarter of the points, which rank sets alike."""
-        half = self.halves[0]
-        student = self.repaired(dropped, "ridge", share=4)
-        with patched(self.teacher), patched(student):
-            reference = predictions(self.teacher, self.family, half, self.config.batch)
-            return output_error(student, self.family, half, self.config.batch, reference)
+        reference, student = self.scored_on, self.repaired(dropped, "ridge", share=4)
+        with patched(student):
+            return output_error(student, self.family, self.halves[0], self.config.batch, reference)
 
     def choices(self, drops: int) -> dict[str, list[BlockId]]:
         """By criterion the set of least summed score; and of the six best by ``output`` those that a trial prefers."""
