@@ -43,9 +43,10 @@ def calibrated(pipeline, images):
 def test_points_lie_between_the_pictures_latents_and_the_noise_of_the_runs(calibrated, pipeline, images):
     found = calibrated()
     x_0 = Flux().encode_pictures(pipeline, torch.stack([pixels(image, 64, 48) for image in images]))
-    torch.testing.assert_close(found.pool.latents, x_0)
+    # Two at a time and three at once may take different convolutions, with differences of 3e-5 on some machines.
+    torch.testing.assert_close(found.pool.latents, x_0, atol=2e-4, rtol=0)
     t = found.points.t.view(-1, 1, 1, 1)
-    torch.testing.assert_close(found.points.x_t, (1 - t) * x_0 + t * found.runs.noise)
+    torch.testing.assert_close(found.points.x_t, (1 - t) * x_0 + t * found.runs.noise, atol=2e-4, rtol=0)
     # The pipeline's own times; nothing is scored at the end, where nothing is predicted.
     assert len(found.runs.times) == 5
     assert set(found.points.t.tolist()) <= set(found.runs.times[:-1].tolist())
