@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastdistill.evaluation.suite import evaluate
 from fastdistill.grid import grid
-from fastdistill.models.patch import patched
+from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.progress import bar
 
@@ -23,10 +24,19 @@ GRID_COLUMNS = 10
 
 
 class Gallery:
-    """Of each model a file in ``folder``; the one that is called ``full`` is what the others are compared with."""
+    """Of each model a file in ``folder``; the one that is called ``reference`` is what the others are compared with."""
 
     def __init__(
-        self, folder: Path, prompts: Sequence[str], sampling: SamplingDefaults, *, pictures: int, seed: int, batch: int, console: Console
+        self,
+        folder: Path,
+        prompts: Sequence[str],
+        sampling: SamplingDefaults,
+        *,
+        reference: str,
+        pictures: int,
+        seed: int,
+        batch: int,
+        console: Console,
     ) -> None:
         """``pictures`` of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured."""
         count = max(pictures, GRID_COLUMNS)
@@ -34,12 +44,15 @@ class Gallery:
         self.seeds = [seed + k for k in range(ceil(count / len(self.prompts)) if pictures else 1)]
         self.measure = pictures > 0
         self.folder, self.sampling, self.batch, self.console = folder, sampling, batch, console
+        self.reference = reference
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
         """The measurements of ``pipeline``, a JSON object; sampled as the gallery says, unless ``sampling`` says otherwise."""
-        reference = None if name == "full" else self._pictures("full")
+        reference = None if name == self.reference else self._pictures(self.reference)
         pictures = len(self.prompts) * len(self.seeds)
-        with patched(pipeline.transformer), bar(self.console, f"evaluate {name}", pictures) as tick:
+        transformer = pipeline.transformer
+        # One that is in training may be patched already.
+        with nullcontext() if is_patched(transformer) else patched(transformer), bar(self.console, f"evaluate {name}", pictures) as tick:
             result = evaluate(
                 pipeline, self.prompts, sampling or self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
             )
@@ -56,4 +69,4 @@ class Gallery:
         return load_file(self._file(name))["pictures"].float()
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"pictures-{name}.safetensors"
+        return self.folder / f"pictures-{name.replace(', ', '-').replace(' ', '-')}.safetensors"

@@ -24,11 +24,8 @@ def require_disk(output: Path, needed_bytes: int) -> None:
         )
 
 
-def require_memory(device: torch.device, needed_bytes: int) -> None:
-    """Raise :class:`UserError` if ``device`` has less than ``needed_bytes`` left."""
+def require_memory(device: torch.device, needed_bytes: int, what: str, remedy: str) -> None:
+    """Raise :class:`UserError` if ``device`` has less than ``needed_bytes`` left for ``what``, and name the ``remedy``."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if free < needed_bytes:
-        raise UserError(
-            f"recovery needs about {needed_bytes / GIB:.1f} GiB beside the full model (float32 weights, gradients, two Adam moments and "
-            f"averaged weights) and {device} has {free / GIB:.1f} GiB free; drop more blocks, or give --steps 0 to cut without recovery"
-        )
+        raise UserError(f"{what} needs about {needed_bytes / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; {remedy}")

@@ -24,7 +24,7 @@ class Workspace:
         """
         self.output, self.work = output, output / "work"
         recorded = self.work / "settings.json"
-        settings = json.loads(json.dumps(settings, default=str))
+        settings = json.loads(json.dumps(_flat(settings), default=str))
         if (output / result).exists():
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
         if recorded.exists():
@@ -50,6 +50,12 @@ class Workspace:
             write_json(path, make())
         return json.loads(path.read_text())
 
+    def folder(self, name: str) -> Path:
+        """A folder of its own in ``work``."""
+        path = self.work / name
+        path.mkdir(exist_ok=True)
+        return path
+
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
         """Adds the time inside to ``seconds[stage]``, over all runs of the command that it took."""
@@ -63,6 +69,14 @@ class Workspace:
     def finish(self) -> None:
         """Remove what only a restart would have needed."""
         shutil.rmtree(self.work)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the options of a group among the others, as they are given."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def write_json(path: Path, value: Any) -> None:

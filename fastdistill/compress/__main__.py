@@ -47,7 +47,14 @@ def main(config: CompressConfig) -> None:
         console.print(f"continuing the interrupted run in {output}")
     sampling = loaded.sampling.replaced(config.sampling)
     gallery = Gallery(
-        workspace.work, prompts, sampling, pictures=config.evaluate_pictures, seed=config.seed, batch=config.batch, console=console
+        workspace.work,
+        prompts,
+        sampling,
+        reference="full",
+        pictures=config.evaluate_pictures,
+        seed=config.seed,
+        batch=config.batch,
+        console=console,
     )
     outcome = compress(config, loaded.pipeline, prompts, images, sampling, workspace, gallery.evaluate, console)
     gallery.grid(config.stages()).save(output / "grid.png")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdistill.models.family import Anatomy, BlockId, Workload
 from fastdistill.models.features import block, block_ids
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.skeleton import skeleton_of
 
 WARM_UP, ROUNDS = 2, 7
 
@@ -79,12 +80,6 @@ def flops(network: Any, anatomy: Anatomy, load: Workload) -> Cost:
         block_id: sum(counts.get(f"{root}.{block_id.stack}.{block_id.index}", {}).values()) for block_id in block_ids(skeleton, anatomy)
     }
     return _cost(skeleton, anatomy, blocks, counter.get_total_flops())
-
-
-def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
-    """A transformer without weights."""
-    with torch.device("meta"):
-        return transformer_class.from_config(config).eval()
 
 
 @torch.no_grad()

@@ -91,7 +91,8 @@ def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
     # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, the repaired model, the result.
     require_disk(output, size * 4 * (9 if config.steps else 2))
     if config.steps:
-        require_memory(pipeline.device, left * 20)
+        what = "recovery, beside the full model (float32 weights, gradients, two Adam moments and averaged weights),"
+        require_memory(pipeline.device, left * 20, what, "drop more blocks, or give --steps 0 to cut without recovery")
     return request
 
 

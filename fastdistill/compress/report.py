@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import jinja2
-import torch
-import transformers
 
-from fastdistill import __version__
 from fastdistill.compress.budget import show
 from fastdistill.compress.choice import spell
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
 from fastdistill.models.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.versions import versions
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}
@@ -135,14 +131,7 @@ def manifest(
         "images": images,
         "seconds": outcome.seconds,
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()},
-        "versions": {
-            "fastdistill": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "machine": platform.machine(),
-        },
+        "versions": versions(),
     }
 
 

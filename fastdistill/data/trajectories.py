@@ -39,8 +39,8 @@ class Trajectories:
     conditioning: Conditioning
     """Of every prompt; the last row is the empty one."""
 
-    def pool(self) -> LatentPool:
-        return LatentPool(latents=self.latents, prompts=self.prompts, conditioning=self.conditioning)
+    def pool(self, *, dropout: float = 0.1) -> LatentPool:
+        return LatentPool(latents=self.latents, prompts=self.prompts, conditioning=self.conditioning, dropout=dropout)
 
 
 def trajectories(
@@ -69,7 +69,7 @@ def trajectories(
         pictures = len(images)
     else:
         which = torch.arange(pictures) % len(prompts)
-    conditioning = _encode([*prompts, ""], pipeline, family, sampling, batch)
+    conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, batch)
     device = conditioning.prompt_embeds.device
     chosen_step = torch.randint(steps, (pictures,), generator=generator)
     unprompted = torch.rand(pictures, generator=generator) < 0.1
@@ -125,8 +125,8 @@ def trajectories(
     )
 
 
-def _encode(prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Conditioning:
-    """In batches: at FLUX.1-dev's size hundreds of captions at once do not fit the text encoder's activations."""
+def encode_prompts(prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Conditioning:
+    """The conditioning of ``prompts``, in batches: at FLUX.1-dev's size hundreds at once do not fit the text encoder's activations."""
     return Conditioning.cat(
         [
             family.encode_prompts(pipeline, list(prompts[start : start + batch]), sampling.guidance_scale, sampling.max_sequence_length)

@@ -68,12 +68,11 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def flux_shift(image_tokens: int) -> float:
+def flux_shift(image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tuple[float, float] = (0.5, 1.15)) -> float:
     """The shift that ``FluxPipeline`` gives a picture of ``image_tokens`` tokens: ``exp(mu)``, ``mu`` linear in them.
 
     0.5 at 256 tokens (256 pixels squared) and 1.15 at 4096 (1024 pixels squared), the defaults of ``calculate_shift`` in diffusers.
     """
-    tokens, mu = (256, 4096), (0.5, 1.15)
     return math.exp(mu[0] + (mu[1] - mu[0]) * (image_tokens - tokens[0]) / (tokens[1] - tokens[0]))
 
 

@@ -17,7 +17,6 @@ from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill.distillation import Distillation, Setup, follow, without_prefix
 from fastdistill.distill.losses import pseudo_huber
 from fastdistill.distill.options import ConsistencyOptions
-from fastdistill.errors import UserError
 from fastdistill.train.method import Loss
 
 
@@ -42,11 +41,6 @@ class ConsistencyDistillation(Distillation):
     def __init__(self, options: ConsistencyOptions = ConsistencyOptions(), **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         self.options = options
-        if options.grid_steps % self.steps:
-            raise UserError(
-                f"the times of {self.steps} steps are not among those of {options.grid_steps}: grid_steps must be a multiple of the steps, "
-                f"such as {self.steps * max(1, round(options.grid_steps / self.steps))}"
-            )
         self.grid = torch.cat([few_step_times(options.grid_steps, self.shift), torch.zeros(1)])
         self.check_determined("teacher", self.grid[:-1])
         if options.target_decay:

@@ -87,8 +87,7 @@ class Distillation(StudentMethod, ABC):
         teacher_prediction: Prediction = Prediction.VELOCITY,
         student_prediction: Prediction = Prediction.VELOCITY,
     ) -> None:
-        if steps < 1:
-            raise UserError(f"a student is sampled in at least one step, got {steps}")
+        options.check_steps(steps)
         self.networks: dict[str, nn.Module] = {"student": student, "teacher": teacher}
         self.predictions = {"student": student_prediction, "teacher": teacher_prediction}
         self.family, self.process, self.unconditional = family, process, unconditional

@@ -16,7 +16,6 @@ from fastdistill.distill.distribution_matching import DistributionMatching
 from fastdistill.distill.losses import pseudo_huber
 from fastdistill.distill.options import DMDOptions
 from fastdistill.distill.pairs import require_pairs
-from fastdistill.errors import UserError
 from fastdistill.train.method import Loss
 
 
@@ -34,8 +33,6 @@ class DMD(DistributionMatching):
 
     def __init__(self, options: DMDOptions = DMDOptions(), *, fake: nn.Module | None = None, **setup: Unpack[Setup]) -> None:
         super().__init__(options, fake, **setup)
-        if self.steps != 1:
-            raise UserError(f"DMD distils into one step, not {self.steps}; choose dmd2 for more")
         self.options = options
 
     def role_loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:

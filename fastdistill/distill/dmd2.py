@@ -70,6 +70,7 @@ class DMD2(DistributionMatching):
         self.options = options
         self.stochastic_sampling = options.rollout == "sde"
         self._drawn: tuple[int, bool] | None = None
+        self._judged: dict[int, tuple[Visit, Tensor]] = {}
         self.trains: Sequence[str] = ("student", "fake")
         if options.gan_weight:
             fake = self.networks["fake"]
@@ -89,23 +90,35 @@ class DMD2(DistributionMatching):
     def before_step(self, step: int, rng: torch.Generator) -> None:
         """Draw what processes that share the weights have to agree on, as it says how often the student is called."""
         self._drawn = self._draw(rng)
+        self._judged.clear()
 
     def after_step(self, step: int) -> None:
         if self.options.ida_decay is not None and "student" in self.turns(step):
             follow(self.networks["fake"], self.networks["student"], self.options.ida_decay)
 
     def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        visit = self.visit(batch, rng)
-        with torch.set_grad_enabled(role == "student"):
-            x_0 = self.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0, visit.scale)
         match role:
             case "student":
-                return self._student_loss(x_0, visit, batch, rng)
+                return self._student_loss(*self._sample(batch, rng), batch, rng)
             case "fake":
-                return self._fake_loss(x_0, visit, batch, rng)
+                return self._fake_loss(*self._sample_to_judge(batch, rng), batch, rng)
             case "discriminator":
-                return Loss(total=self._discriminator_loss(x_0, visit, batch, rng))
+                return Loss(total=self._discriminator_loss(*self._sample_to_judge(batch, rng), batch, rng))
         raise ValueError(f"DMD2 trains {', '.join(self.trains)}, not {role!r}")
+
+    def _sample(self, batch: LatentBatch, rng: torch.Generator) -> tuple[Visit, Tensor]:
+        """Where the student comes to, and the data (B, ...) that it sees there."""
+        visit = self.visit(batch, rng)
+        return visit, self.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0, visit.scale)
+
+    @torch.no_grad()
+    def _sample_to_judge(self, batch: LatentBatch, rng: torch.Generator) -> tuple[Visit, Tensor]:
+        """The same for critic and heads, between whose turns the student does not change: the samples of one are the other's."""
+        if self._drawn is None:
+            return self._sample(batch, rng)
+        if id(batch) not in self._judged:
+            self._judged[id(batch)] = self._sample(batch, rng)
+        return self._judged[id(batch)]
 
     @torch.no_grad()
     def visit(self, batch: LatentBatch, rng: torch.Generator) -> Visit:
@@ -129,7 +142,7 @@ class DMD2(DistributionMatching):
         index = int(torch.randint(self.steps, (1,), generator=rng, device=rng.device))
         return index, float(torch.rand(1, generator=rng, device=rng.device)) < self.options.backward_simulation
 
-    def _student_loss(self, x_0: Tensor, visit: Visit, batch: LatentBatch, rng: torch.Generator) -> Loss:
+    def _student_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
         terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng)}
         total = terms["matching"]
         if self.options.gan_weight:
@@ -140,14 +153,14 @@ class DMD2(DistributionMatching):
             total = total + self.options.isg_weight * terms["isg"]
         return Loss(total=total, logs=terms)
 
-    def _fake_loss(self, x_0: Tensor, visit: Visit, batch: LatentBatch, rng: torch.Generator) -> Loss:
+    def _fake_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
         denoising = self.denoising_loss(x_0, batch.conditioning, visit.scale, rng)
         if not self.options.gan_weight:
             return denoising
-        gan = self._discriminator_loss(x_0, visit, batch, rng)
+        gan = self._discriminator_loss(visit, x_0, batch, rng)
         return Loss(total=denoising.total + self.options.gan_fake_weight * gan, logs={"denoising": denoising.total, "gan": gan})
 
-    def _discriminator_loss(self, x_0: Tensor, visit: Visit, batch: LatentBatch, rng: torch.Generator) -> Tensor:
+    def _discriminator_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Tensor:
         fake = self._logits(x_0, batch.conditioning, visit.scale, rng)
         real = self._logits(batch.latents, batch.conditioning, visit.scale, rng)
         return discriminator_loss(real, fake, self.options.gan_loss)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids, captured
+from fastdistill.models.features import block_ids, captured, skipped
 
 HIDDEN = 128
 
@@ -62,8 +62,10 @@ def inner_dim(network: Any) -> int:
 def image_features(
     network: nn.Module, family: Family, blocks: Sequence[BlockId], x_t: Tensor, t: Tensor, conditioning: Any
 ) -> list[Tensor]:
-    """The image tokens (B, S, D) that each of ``blocks`` returns in a forward pass."""
-    with captured(network, family, blocks) as features:
+    """The image tokens (B, S, D) that each of ``blocks`` returns in a forward pass, in which those behind them all do nothing."""
+    order = block_ids(network, family)
+    behind = order[1 + max(order.index(block) for block in blocks) :]
+    with captured(network, family, blocks) as features, skipped(network, family, behind):
         output = family.predict(network, x_t, t, conditioning)
     tokens = [features[block]["image"] for block in blocks]
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):

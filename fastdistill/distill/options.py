@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+from typing_extensions import Self
 
 from fastdistill.errors import UserError
 from fastdistill.options import at_least
+
+Needs = Literal["pairs", "pictures", "prompts"]
+ValueT = TypeVar("ValueT")
+Known = Annotated[ValueT, tyro.conf.Fixed, tyro.conf.Suppress]
+"""No flag of the command, which knows it from other options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
     """What every method asks: how the teacher is guided while it teaches. By default the student learns the guided field as its own."""
 
-    true_cfg_scale: float = 1.0
+    true_cfg_scale: Known[float] = 1.0
     """Classifier-free guidance of the teacher, u + w (c - u); 1 is off."""
-    guidance_scale: float = 3.5
+    guidance_scale: Known[float] = 3.5
     """Embedded guidance of each network that takes it."""
     guidance_range: tuple[float, float] | None = None
     """Draw the scale of each sample evenly from this range: the embedded one of a teacher that takes it, else the classifier-free one.
@@ -24,6 +33,26 @@ class MethodOptions:
     def __post_init__(self) -> None:
         if self.guidance_range is not None and not self.guidance_range[0] <= self.guidance_range[1]:
             raise UserError(f"--guidance-range goes from low to high, got {self.guidance_range[0]:g} to {self.guidance_range[1]:g}")
+
+    @property
+    def needs(self) -> Needs:
+        """What to train on: pairs of noise and the teacher's picture from it, pictures of any origin, or nothing but prompts."""
+        return "pictures"
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:
+        """Of the roles that have one of their own."""
+        return {}
+
+    def check_steps(self, steps: int) -> None:
+        """Raise :class:`UserError` if the method does not make a student of so many steps."""
+        if steps < 1:
+            raise UserError(f"a student is sampled in at least one step, got {steps}")
+
+    def fitted(self, steps: int, training_steps: int) -> Self:
+        """These for a student of ``steps`` that is trained for ``training_steps``."""
+        self.check_steps(steps)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +87,20 @@ class MatchingOptions(MethodOptions):
     """Moves the times towards noise if above 1."""
     normaliser: Literal["sample", "batch", "none"] = "sample"
     """The mean that divides the difference of the scores: over each sample, over the batch, or none."""
+    fake_learning_rate: float | None = None
+    """Of the critic, and of the discriminator that reads its features; default: the student's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.time_low < self.time_high <= 1:
             raise UserError(f"--time-low and --time-high: 0 <= low < high <= 1, got {self.time_low:g} and {self.time_high:g}")
+        if self.fake_learning_rate is not None and self.fake_learning_rate <= 0:
+            raise UserError(f"--fake-learning-rate must be positive, got {self.fake_learning_rate:g}")
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:
+        rate = self.fake_learning_rate
+        return {} if rate is None else {"fake": rate, "discriminator": rate}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +115,14 @@ class DMDOptions(MatchingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "regression_weight")
+
+    @property
+    def needs(self) -> Needs:
+        return "pairs"
+
+    def check_steps(self, steps: int) -> None:
+        if steps != 1:
+            raise UserError(f"DMD distils into one step, not {steps}; choose dmd2 for more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +160,10 @@ class DMD2Options(MatchingOptions):
         if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):
             raise UserError(f"--gan-depths are between 0, the first block, and 1, the last, got {self.gan_depths}")
 
+    @property
+    def needs(self) -> Needs:
+        return "pictures" if self.gan_weight or self.backward_simulation < 1 else "prompts"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyOptions(MethodOptions):
@@ -139,6 +189,14 @@ class ConsistencyOptions(MethodOptions):
         if self.huber_c <= 0:
             raise UserError(f"--huber-c must be positive, got {self.huber_c:g}")
 
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        if self.grid_steps % steps:
+            raise UserError(
+                f"the times of {steps} steps are not among those of {self.grid_steps}: --grid-steps must be a multiple of the steps, "
+                f"such as {steps * max(1, round(self.grid_steps / steps))}"
+            )
+
 
 Weighting = Literal["x0", "truncated_snr", "snr_plus_one", "velocity"]
 
@@ -149,14 +207,38 @@ class ProgressiveOptions(MethodOptions):
 
     teacher_steps: int = 32
     """Steps of the first teacher: the steps to reach, doubled at least once."""
-    phase_length: int = 1000
-    """Training steps of each phase."""
+    phase_length: Known[int] = 1000
+    """Training steps of each phase but the last, which goes on to the end; the command gives equal parts of its training to all."""
     weighting: Weighting = "velocity"
     """Of the error of x_0: max(SNR, 1), SNR + 1, that of the velocity, or none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "teacher_steps", "phase_length")
+
+    def phases(self, steps: int) -> int:
+        """How often ``teacher_steps`` is halved to come to ``steps``.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        phases = max(1, round(self.teacher_steps / steps)).bit_length() - 1
+        if phases < 1 or self.teacher_steps != steps << phases:
+            raise UserError(
+                f"{self.teacher_steps} steps cannot be halved to {steps}: set --teacher-steps to {steps} times 2, 4, 8, ..., "
+                f"such as {steps << max(1, phases)}"
+            )
+        return phases
+
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        self.phases(steps)
+
+    def fitted(self, steps: int, training_steps: int) -> Self:
+        phases = self.phases(steps)
+        if training_steps < phases:
+            raise UserError(f"{self.teacher_steps} steps are halved {phases} times: give at least as many --training-steps")
+        return replace(self, phase_length=training_steps // phases)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +262,23 @@ class PairOptions:
 class ReflowOptions(MethodOptions):
     """Straighten the flow between noise and the teacher's samples from it, then train where few steps look."""
 
-    straighten: int = 1000
-    """Training steps of flow matching at all times; those after them see the times of the few steps only. 0: distil at once."""
+    straighten: int | None = None
+    """Training steps of flow matching at all times; those after them see the times of the few steps only. 0: distil at once; default:
+    half of the training."""
     times: TimesName = "uniform"
     """Of the straightening."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "straighten")
+
+    @property
+    def needs(self) -> Needs:
+        return "pairs"
+
+    def fitted(self, steps: int, training_steps: int) -> Self:
+        self.check_steps(steps)
+        return replace(self, straighten=training_steps // 2) if self.straighten is None else self
 
 
 OPTIONS: dict[str, type[MethodOptions]] = {

@@ -17,7 +17,6 @@ from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill.distillation import Distillation, Setup, follow, without_prefix
 from fastdistill.distill.losses import error_weight, weighted_mse
 from fastdistill.distill.options import ProgressiveOptions
-from fastdistill.errors import UserError
 from fastdistill.train.method import Loss
 
 
@@ -34,12 +33,7 @@ class ProgressiveDistillation(Distillation):
     def __init__(self, options: ProgressiveOptions = ProgressiveOptions(), **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         self.options = options
-        self.phases = max(1, round(options.teacher_steps / self.steps)).bit_length() - 1
-        if self.phases < 1 or options.teacher_steps != self.steps << self.phases:
-            raise UserError(
-                f"{options.teacher_steps} steps cannot be halved to {self.steps}: set teacher_steps to {self.steps} times 2, 4, 8, ..., "
-                f"such as {self.steps << max(1, self.phases)}"
-            )
+        self.phases = options.phases(self.steps)
         self.phase = 0
         self.check_determined("teacher", self.times)
         if self.phases > 1:

@@ -25,8 +25,8 @@ class Reflow(Distillation):
     The flow of a coupling that a flow made is straighter; where it is straight one step is exact. Another round is a run whose
     teacher is this student (k-rectified flow).
 
-    The first ``straighten`` steps draw ``t`` from all times. After them only the times of the few steps are drawn, at which the same
-    loss distils what is not straight yet: for one step, ``t = 1``, it is ``|(z - v) - x|^2`` (section 2.2, distillation).
+    The first ``straighten`` steps (by default all) draw ``t`` from all times. After them only the times of the few steps are drawn, at
+    which the same loss distils what is not straight yet: for one step, ``t = 1``, it is ``|(z - v) - x|^2`` (section 2.2, distillation).
 
     Trained on :class:`~fastdistill.data.pairs.PairBatch`, from :func:`fastdistill.distill.pairs.teacher_pairs`.
     """
@@ -40,7 +40,7 @@ class Reflow(Distillation):
         self.distilling = options.straighten == 0
 
     def after_step(self, step: int) -> None:
-        self.distilling = step + 1 >= self.options.straighten
+        self.distilling = self.options.straighten is not None and step + 1 >= self.options.straighten
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return {"distilling": torch.tensor(self.distilling)}

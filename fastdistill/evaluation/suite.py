@@ -69,6 +69,9 @@ def evaluate(
         metrics["psnr_to_reference"] = float(finite.mean()) if len(finite) else None
         if len(finite) == len(values):
             metrics |= _over_seeds("psnr_to_reference", [float(part.mean()) for part in values.view(len(seeds), -1)])
+        if len(pictures) > 1:
+            found, wanted = (features(pipeline.vae, each) for each in (pictures, reference))
+            metrics["frechet_distance_to_reference"] = frechet_distance(found, wanted)
     return Evaluated(metrics=metrics, pictures=pictures)
 
 

@@ -16,6 +16,7 @@ METRICS = (
     ("frechet_distance", "Frechet distance in latent space", "{:.2f}"),
     ("frechet_distance_spread", "  standard deviation over seeds", "{:.2f}"),
     ("frechet_distance_of_truth", "  of a perfect sampler", "{:.2f}"),
+    ("frechet_distance_to_reference", "Frechet distance to the reference", "{:.2f}"),
     ("psnr_to_reference", "PSNR to the reference at the same noise, dB", "{:.1f}"),
     ("psnr_to_reference_spread", "  standard deviation over seeds", "{:.2f}"),
     ("autoencoder_psnr", "PSNR of the autoencoder, dB", "{:.1f}"),

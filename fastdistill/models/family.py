@@ -154,8 +154,12 @@ class Family(Anatomy):
         """Latents of pictures (B, 3, H, W) in [-1, 1], the mode of what the autoencoder makes of each."""
 
     @abstractmethod
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], about, of latents."""
+
+    @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity ``dx_t/dt`` at ``t`` (B,) in [0, 1], in the shape of ``x_t``."""
+        """The velocity ``dx_t/dt`` at ``t`` (B,) in [0, 1], in the shape and dtype of ``x_t``, whatever those of the network are."""
 
     @abstractmethod
     def trajectory(

@@ -89,20 +89,28 @@ class Flux(Family):
         # The encoder may answer in channels-last order.
         return scaled.contiguous()
 
+    @torch.no_grad()
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pictures: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return pictures.contiguous()
+
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x_t.shape[-2:]
         text_tokens = conditioning.prompt_embeds.shape[1]
+        dtype = next(network.parameters()).dtype
         (velocity,) = network(
-            hidden_states=pack(x_t),
-            encoder_hidden_states=conditioning.prompt_embeds,
-            pooled_projections=conditioning.pooled_prompt_embeds,
+            hidden_states=pack(x_t).to(dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
             timestep=t,
             img_ids=image_ids(height, width, x_t.device),
             txt_ids=x_t.new_zeros(text_tokens, 3),
             guidance=conditioning.guidance,
             return_dict=False,
         )
-        return unpack(velocity, height, width)
+        return unpack(velocity, height, width).to(x_t.dtype)
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
         # As FluxPipeline.prepare_latents: rounded down to whole patches.

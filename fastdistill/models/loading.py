@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -55,6 +56,15 @@ def embedded_folder() -> Path:
     return Path(str(resources.files("fastdistill"))) / "assets" / "emoji" / "pipeline"
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """In which a pipeline is loaded."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
 def load(model: str, device: str | None = None) -> Loaded:
     """Open a FLUX pipeline: ``"emoji"`` for the embedded one, a local folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
 
@@ -62,7 +72,7 @@ def load(model: str, device: str | None = None) -> Loaded:
         UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite, or not of a type
             to compute with.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     folder = embedded_folder() if model == EMBEDDED else Path(model)
     local = model == EMBEDDED or folder.exists()
     if local:
@@ -72,9 +82,8 @@ def load(model: str, device: str | None = None) -> Loaded:
     quiet()
     from diffusers import DiffusionPipeline
 
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if local else model, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(folder if local else model, dtype=dtype_on(device))
     except Exception as error:  # diffusers, transformers, tokenizers and safetensors each raise their own on a damaged file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
@@ -110,6 +119,8 @@ def quiet() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    # bitsandbytes warns at its import of a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     # rms_norm under autocast: the fused path is not taken, the result is right.

@@ -129,5 +129,9 @@ def patched(model: nn.Module, *, backend: Request | None = None, attention: str 
     return patches
 
 
+def is_patched(model: nn.Module) -> bool:
+    return any(_is_patch(module.__dict__.get("forward")) for module in model.modules())
+
+
 def _is_patch(forward: Any) -> bool:
     return hasattr(forward, PATCH_MARK)

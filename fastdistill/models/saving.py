@@ -14,13 +14,14 @@ from fastdistill.models.sampling import SamplingDefaults
 
 
 @contextmanager
-def swapped(pipeline: Any, transformer: nn.Module) -> Iterator[None]:
-    """The pipeline with another transformer inside the block."""
-    earlier, pipeline.transformer = pipeline.transformer, transformer
+def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Iterator[None]:
+    """The pipeline with another transformer, and another scheduler if one is given, inside the block."""
+    earlier = pipeline.transformer, pipeline.scheduler
+    pipeline.transformer, pipeline.scheduler = transformer, scheduler or pipeline.scheduler
     try:
         yield
     finally:
-        pipeline.transformer = earlier
+        pipeline.transformer, pipeline.scheduler = earlier
 
 
 def save(pipeline: Any, transformer: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> None:

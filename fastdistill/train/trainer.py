@@ -86,10 +86,12 @@ class Trainer:
         config = self.config
         silent = parallel.rank() > 0
         log = Log(self.run, describe, start=self.step, total=config.steps, tensorboard=config.tensorboard, silent=silent)
+        # Of a role that does not have its turn in the step that is written, the last values are.
+        logs: dict[str, float] = {}
         with log:
             try:
                 while not self._finished():
-                    logs = self._advance()
+                    logs |= self._advance()
                     measured = self._watch(log)
                     self._torn = False
                     write = bool(measured) or self.step % config.log_every == 0 or self._finished()

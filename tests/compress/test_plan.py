@@ -10,12 +10,13 @@ import torch
 from fastdistill.compress import plan as plan_module
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.costs import flops, kinds, latency, sizes, workload
-from fastdistill.compress.plan import plan, read_config
+from fastdistill.compress.plan import plan
 from fastdistill.compress.surgery import cut
 from fastdistill.errors import UserError
 from fastdistill.models.family import BlockId, Workload
 from fastdistill.models.features import block_ids
 from fastdistill.models.registry import anatomy_of, family_of
+from fastdistill.models.skeleton import read_config
 from tests.tiny import tiny_flux_pipeline
 
 # What FLUX.1-dev's config says beside the class's defaults.

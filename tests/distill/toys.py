@@ -49,6 +49,9 @@ class LabelFamily:
         extra = {} if conditioning.guidance is None else {"guidance": conditioning.guidance}
         return network(x_t, t, conditioning.labels, **extra)
 
+    def stack(self, attribute: str) -> Stack:
+        return self.stacks[0]
+
     def streams(self, block_output: Tensor) -> Mapping[str, Tensor]:
         return {"image": block_output[:, None]}
 

@@ -1,4 +1,4 @@
-"""The commands from the outside: what they write, how they stop, and that they can go on."""
+"""The commands from the outside, but distill: what they write, how they stop, and that they can go on."""
 
 import json
 import shutil
@@ -15,58 +15,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastdistill import cli
 from fastdistill.compress import job, score, scoring
-from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.choice import choose
-from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.data import trajectories
-from fastdistill.evaluate import EvaluateConfig
-from fastdistill.evaluate import main as evaluate_main
-from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.sample import SampleConfig
-from fastdistill.sample import main as sample_main
 from fastdistill.train.trainer import Trainer
-from tests.tiny import tiny_flux_pipeline
+from tests.commands.conftest import COMMANDS, interrupt
 
-COMMANDS = {
-    "compress": (CompressConfig, compress_main),
-    "sample": (SampleConfig, sample_main),
-    "evaluate": (EvaluateConfig, evaluate_main),
-}
 QUICK = ["--steps", "4", "--batch", "4", "--calibration-pictures", "6", "--calibration-steps", "2", "--evaluate-pictures", "4"]
 QUICK += ["--repair-points", "8"]
-
-Ended = namedtuple("Ended", "code message")
-
-
-@pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    tiny_flux_pipeline().save_pretrained(folder)
-    SamplingDefaults(num_inference_steps=2, true_cfg_scale=2.0, height=64, width=64, max_sequence_length=8).save(folder)
-    (folder / "prompts.txt").write_text("a cat\na dog\na red fox\n")
-    return folder
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def call(name, *options):
-        config, main = COMMANDS[name]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-        capsys.readouterr()
-        try:
-            cli.run(config, main, prog=name)
-        except SystemExit as stop:
-            code = stop.code
-        else:
-            code = 0
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Ended(code, captured.out + captured.err)
-
-    return call
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "info"])
@@ -253,10 +210,6 @@ def test_calibration_on_pictures(command, pipeline_folder, pictures, tmp_path, m
     assert not (tmp_path / "other").exists()
 
 
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
 def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
     options = ["--model", pipeline_folder, "--drop-blocks", "2", "--steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
     assert command("compress", *options).code == 0
@@ -382,7 +335,12 @@ def cuttable_class(copy):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_broken_pipelines_are_named(command, pipeline_folder, tmp_path, name, spoil, message):
     folder = broken(pipeline_folder, tmp_path, spoil)
-    options = {"compress": ["--drop-blocks", "1"], "sample": ["--output", tmp_path / "x.png"], "evaluate": []}[name]
+    options = {
+        "compress": ["--drop-blocks", "1"],
+        "distill": ["--method", "dmd2", "--steps", "1"],
+        "sample": ["--output", tmp_path / "x.png"],
+        "evaluate": [],
+    }[name]
     ended = command(name, "--model", folder, *options)
     assert ended.code == 2
     assert message in ended.message

@@ -1,0 +1,86 @@
+"""``python -m fastdistill.distill``: a FLUX pipeline in, its few-step student as a stock diffusers pipeline and a report out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastdistill.cli import run
+from fastdistill.distill.config import DistillConfig, config_of
+
+PROGRAM = "python -m fastdistill.distill"
+RESULT = "distill.json"
+SUMMARY = (
+    ("caption_accuracy", "caption accuracy", "{:.1%}"),
+    ("frechet_distance", "Frechet distance", "{:.1f}"),
+    ("background_total_variation", "background total variation", "{:.3f}"),
+)
+WATCH_SEEDS = 1000
+"""Added to the seed of the run for pictures that choose the weights: those of the report have no part in the choice."""
+
+
+def main(config: DistillConfig) -> None:
+    # Only now: `--help` and a mistyped option should not wait for torch.
+    from rich.console import Console
+
+    from fastdistill.curves import draw_curves
+    from fastdistill.data.images import read_folder
+    from fastdistill.distill.build import plan
+    from fastdistill.distill.job import distill, validate
+    from fastdistill.distill.report import manifest, report
+    from fastdistill.evaluation.table import rows
+    from fastdistill.gallery import Gallery
+    from fastdistill.models.loading import load, read_prompts
+    from fastdistill.models.sampling import SamplingDefaults
+    from fastdistill.workspace import Workspace, write_json
+
+    if config.dry_run:
+        print(plan(config))
+        return
+    console = Console(stderr=True, highlight=False)
+    output = config.output or Path("runs") / f"distill-{Path(config.model).name}-{config.method}-{config.steps}"
+    prompts = read_prompts(config.prompts) if config.prompts else None
+    images = read_folder(config.images, config.pictures) if config.images else []
+    console.print(f"loading {config.model}")
+    loaded = load(config.model, config.device)
+    student = load(config.student, config.device).pipeline.transformer if config.student else None
+    prompts = prompts or loaded.prompts
+    sampling = loaded.sampling.replaced(config.sampling)
+    validate(config, loaded.pipeline, student, sampling, output)
+    workspace = Workspace(output, config.settings(), RESULT)
+    if workspace.resumed:
+        console.print(f"continuing the interrupted run in {output}")
+    pictures_of = partial(Gallery, prompts=prompts, sampling=sampling, reference="teacher", batch=config.batch, console=console)
+    gallery = pictures_of(workspace.work, pictures=config.evaluate_pictures, seed=config.seed)
+    watched = pictures_of(workspace.folder("watch"), pictures=config.watch_pictures, seed=config.seed + WATCH_SEEDS)
+    outcome = distill(config, loaded.pipeline, student, prompts, images, sampling, workspace, gallery.evaluate, watched.evaluate, console)
+    gallery.grid(list(outcome.evaluation)).save(output / "grid.png")
+    draw_curves(output / "metrics.jsonl", output / "curves.png", outcome.watched)
+    command = f"{PROGRAM} {shlex.join(sys.argv[1:])}"
+    drawn = SamplingDefaults.load(output / "model")
+    record = manifest(config, outcome, sampling, drawn, prompts=prompts, images=len(images), command=command)
+    measured = rows(list(outcome.evaluation.values()))
+    text = report(record, measured, example=prompts[0], output=output, needs=config.options.needs)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    # Beside the weights, too, as they travel alone; diffusers ignores it there.
+    write_json(output / "model" / RESULT, record)
+    write_json(output / RESULT, record)
+    workspace.finish()
+    _summarise(record, output, console)
+
+
+def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
+    calls = record["calls"]
+    console.print(f"{calls['teacher']} -> {calls['student']} calls of the network for a picture")
+    for key, label, form in SUMMARY:
+        values = {name: metrics.get(key) for name, metrics in record["evaluation"].items()}
+        if all(value is not None for value in values.values()):
+            console.print(f"{label}: " + "; ".join(f"{name} {form.format(value)}" for name, value in values.items()))
+    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run(config_of(sys.argv[1:]), main, prog=PROGRAM)

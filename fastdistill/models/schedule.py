@@ -1,0 +1,25 @@
+"""The schedule of a few-step student, from that of its teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fastdistill.diffusion.timesteps import flux_shift
+
+
+def shift_of(scheduler: Any, image_tokens: int) -> float:
+    """By how much a pipeline's ``scheduler`` moves the times of a picture of ``image_tokens`` towards noise; 1 is not at all."""
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    tokens = config.base_image_seq_len, config.max_image_seq_len
+    shift = flux_shift(image_tokens, tokens, (config.base_shift, config.max_shift))
+    return math.log(shift) if config.time_shift_type == "linear" else shift
+
+
+def few_step_scheduler(shift: float, *, stochastic_sampling: bool) -> Any:
+    """Visits ``few_step_times(steps, shift)`` in a ``FluxPipeline``, whatever the size of the picture."""
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic_sampling)

@@ -1,0 +1,64 @@
+"""A transformer by its config alone, for what can be planned without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.errors import UserError
+from fastdistill.models.loading import EMBEDDED, embedded_folder
+from fastdistill.models.registry import anatomy_named
+from fastdistill.models.sampling import SamplingDefaults
+
+
+def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
+    """A transformer without weights."""
+    with torch.device("meta"):
+        return transformer_class.from_config(config).eval()
+
+
+def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
+    """A transformer without weights, how it is sampled, and pixels per latent.
+
+    Args:
+        model: a pipeline's folder, which needs no more than ``transformer/config.json``; a transformer's folder or config file; a hub id.
+    """
+    folder = embedded_folder() if model == EMBEDDED else Path(model)
+    paths = [folder] if folder.is_file() else [folder / "transformer" / "config.json", folder / "config.json"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise UserError(
+                f"there is no config.json in {model} or its folder transformer; give a pipeline's folder, its transformer's config.json, "
+                "or a hub id such as owner/name"
+            )
+        path = _from_hub(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no diffusers config: it has to be a JSON object with _class_name") from error
+    anatomy = anatomy_named(name)
+    import diffusers
+
+    try:
+        network = skeleton_of(getattr(diffusers, name), config)
+    except Exception as error:  # whatever the class makes of a value that it does not expect
+        raise UserError(f"{path} does not describe a {name}: {error}") from error
+    vae = folder / "vae" / "config.json"
+    channels = json.loads(vae.read_text(encoding="utf-8")).get("block_out_channels") if vae.is_file() else None
+    return network, SamplingDefaults.load(folder), 2 ** (len(channels) - 1) if channels else anatomy.vae_scale_factor
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "transformer/config.json"))
+    except Exception as error:  # no network, no such repository, no permission: each library has its own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{model} is no folder here, and its config does not come from the hub: {first_line}") from error
