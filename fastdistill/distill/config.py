@@ -53,6 +53,9 @@ class DistillConfig:
     at. Their captions are in .txt files of the same names, or there are none."""
     pictures: int = 1024
     """Pictures that the teacher draws to train on, or that are taken from --images at most."""
+    pictures_folder: Path | None = None
+    """Where to keep what the teacher draws, for other runs with the same teacher, prompts and seed to take it from; default: with the
+    run, until that is finished."""
     picture_steps: int | None = None
     """Sampling steps of each; default: those of the teacher."""
     shift: float | None = None
@@ -116,7 +119,7 @@ class DistillConfig:
 
     def settings(self) -> dict[str, Any]:
         """What a run's results depend on, to tell it from others."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "output"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("output", "pictures_folder")}
 
 
 TRAINING: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -196,12 +197,13 @@ def _batches(
     with bar(console, "let the teacher draw", config.pictures) as tick:
         pairs = teacher_pairs(
             method,
-            workspace.work / "pairs",
+            config.pictures_folder or workspace.work / "pairs",
             PairOptions(count=config.pictures, steps=steps, batch=config.batch),
             conditioning=conditioning,
             shape=shape,
             seed=config.seed,
             device=teacher.device,
+            settings={"teacher": config.model, "texts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
             tick=tick,
         )
     return conditioning, lambda step, rng: pairs.batch(config.batch, rng)

@@ -272,3 +272,14 @@ def test_an_interruption_before_training_keeps_what_the_teacher_drew(command, pi
     monkeypatch.setattr(job, "Trainer", interrupt)
     assert command("distill", *options).code == 130
     assert len(list((tmp_path / "out" / "work" / "pairs").glob("*.safetensors"))) == 2
+
+
+def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, monkeypatch):
+    shared = ["--steps", "1", "--model", pipeline_folder, "--pictures-folder", tmp_path / "drawn", *QUICK]
+    assert command("distill", "--method", "reflow", "--output", tmp_path / "a", *shared).code == 0
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()}
+    assert command("distill", "--method", "dmd2", "--output", tmp_path / "b", *shared).code == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()} == drawn
+    ended = command("distill", "--method", "dmd2", "--output", tmp_path / "c", *shared, "--true-cfg-scale", "3")
+    assert ended.code == 2
+    assert "pairs of another true_cfg_scale" in ended.message

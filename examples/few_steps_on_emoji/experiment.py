@@ -1,0 +1,157 @@
+"""Which method makes the best few-step student of the emoji FLUX? About four hours on two cores.
+
+    python examples/few_steps_on_emoji/experiment.py --output runs/few-steps
+
+Every cell is one run of `python -m fastdistill.distill`, whose command its distill.json repeats: each method in 1 and in 4 steps with three
+seeds, in 2 with one; a student that was cut by a third and recovered first; and a guidance-distilled sibling in the teacher's 28 steps. All
+get an equal budget, counted in passes of the transformer over a batch of 64 pictures, a backward pass as two; how many training steps
+that is depends on the method. An interrupted experiment continues; a finished one is only tabulated again: OUTPUT/results.json and
+OUTPUT/tables.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from tables import tables
+
+from fastdistill.versions import versions
+from fastdistill.workspace import write_json
+
+CUT_BLOCKS = 4
+METHODS = ("dmd2", "dmd", "progressive", "consistency", "reflow", "output_kd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    output: Path
+    """Folder for the runs and the results; an interrupted experiment in it is continued."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of everything. All of them in 1 and 4 steps, the first in 2."""
+    budget: int = 3600
+    """Passes of the transformer over a batch, for each student."""
+    pictures: int = 1024
+    """That the teacher draws for each seed; all methods train on the same."""
+    evaluate_pictures: int = 200
+    workers: int = 2
+    """Runs at a time, each on one thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    method: str
+    steps: int
+    seed: int
+    cut: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'cut-' if self.cut else ''}{self.method}-{self.steps}-seed{self.seed}"
+
+
+def cells(config: Config) -> Iterator[Cell]:
+    """One-step students first: they tell most."""
+    for steps, seeds in ((1, config.seeds), (4, config.seeds), (2, config.seeds[:1])):
+        for seed in seeds:
+            for method in METHODS:
+                if method != "dmd" or steps == 1:
+                    yield Cell(method=method, steps=steps, seed=seed)
+    for seed in config.seeds:
+        yield Cell(method="dmd2", steps=4, seed=seed, cut=True)
+    yield Cell(method="guidance", steps=28, seed=config.seeds[0])
+
+
+def passes(method: str, steps: int) -> float:
+    """Passes over a batch that a training step takes on average, with the command's defaults and a teacher that is guided by two calls.
+
+    A forward pass that leads to a gradient counts three: its backward pass is two more.
+    """
+    guided = 2
+    # Its own sampling brings the student to one of its steps, each with equal odds.
+    sampled = (steps - 1) / 2
+    return {
+        # The critic on new samples, and heads that read half of it, of samples and of data; the student's turn is every fifth.
+        "dmd2": (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1.0) / 5,
+        # Student: generated, judged, and held to a pair. Critic: generated, and denoised.
+        "dmd": (3 + guided + 1 + 3) + (1 + 3),
+        # Two steps of the teacher, which is guided in the first phase of `phases` only.
+        "progressive": 3 + 2 * (1 + (guided - 1) / ((32 // steps).bit_length() - 1)),
+        "consistency": 3 + guided + 1,
+        "reflow": 3.0,
+        "output_kd": 3 + guided,
+        "guidance": 3 + guided,
+    }[method]
+
+
+def command(config: Config, cell: Cell) -> list[str]:
+    """The command of a cell; its folder is the last word."""
+    training_steps = round(config.budget / passes(cell.method, cell.steps))
+    options = [
+        *("--method", cell.method, "--steps", cell.steps, "--seed", cell.seed, "--training-steps", training_steps),
+        # Eight measurements on the way, whatever the method.
+        *("--watch-every", max(1, training_steps // 8), "--evaluate-pictures", config.evaluate_pictures),
+        *("--pictures", config.pictures, "--pictures-folder", config.output / f"pictures-seed{cell.seed}"),
+        *(("--student", cut_model(config, cell.seed)) if cell.cut else ()),
+        *("--output", config.output / cell.name),
+    ]
+    return [sys.executable, "-m", "fastdistill.distill", *map(str, options)]
+
+
+def cut_model(config: Config, seed: int) -> Path:
+    return config.output / f"compressed-seed{seed}" / "model"
+
+
+def run(config: Config, arguments: Sequence[str], result: str, console: Console) -> None:
+    """Run a command unless its folder has its ``result``; its output is kept beside the folder."""
+    folder = Path(arguments[-1])
+    if (folder / result).exists():
+        return
+    console.print(f"{folder.name} ...")
+    with folder.with_suffix(".log").open("a") as log:
+        # One thread for each worker: two that share the cores' threads wait for each other.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers))}
+        subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
+
+
+def main(config: Config) -> None:
+    console = Console(stderr=True, highlight=False)
+    config.output.mkdir(parents=True, exist_ok=True)
+    planned = list(cells(config))
+    compress = [sys.executable, "-m", "fastdistill.compress", "--drop-blocks", str(CUT_BLOCKS), "--evaluate-pictures", "0"]
+    with ThreadPoolExecutor(config.workers) as pool:
+        cuts = [[*compress, "--seed", str(seed), "--output", str(cut_model(config, seed).parent)] for seed in config.seeds]
+        commands = [command(config, cell) for cell in planned]
+        # The first run of each seed has the teacher draw, for all others to take.
+        first = {cell.seed: position for position, cell in reversed(list(enumerate(planned)))}
+        early = [commands[position] for position in first.values()]
+        for stage in (early, cuts, commands):
+            result = "compress.json" if stage is cuts else "distill.json"
+            list(pool.map(lambda arguments, result=result: run(config, arguments, result, console), stage))
+    records = {cell: json.loads((config.output / cell.name / "distill.json").read_text()) for cell in planned}
+    results = [
+        {
+            "method": ("cut by a third, " if cell.cut else "") + cell.method,
+            "seed": cell.seed,
+            "steps": cell.steps,
+            **{key: record[key] for key in ("calls", "parameters", "evaluation", "chosen", "seconds")},
+            "training_steps": record["config"]["training_steps"],
+        }
+        for cell, record in records.items()
+    ]
+    facts = {"budget": config.budget, "batch": 64, "pictures": config.pictures, "evaluated": config.evaluate_pictures}
+    write_json(config.output / "results.json", {**facts, "versions": versions(), "runs": results})
+    (config.output / "tables.md").write_text(tables(facts, results))
+    console.print(f"wrote {config.output / 'tables.md'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,72 @@
+"""The results of the experiment as tables for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from fastdistill.evaluation.statistics import spread
+
+TABLES = """\
+# Few-step students of the emoji FLUX
+
+Each student had {{ facts.budget }} passes of the transformer over a batch of {{ facts.batch }} pictures, a backward pass counted as two, \
+on {{ facts.pictures }} pictures that the teacher drew. Measured on {{ facts.evaluated }} pictures of each seed, mean ± standard deviation \
+over the seeds that are named. A call is one evaluation of the transformer for one picture; training seconds are of one thread of two that \
+were busy, measurements on the way included.
+{% for steps, rows in groups %}
+## {{ steps }} step{{ "s" if steps > 1 }}
+
+| | seeds | calls | training steps | training seconds | {{ metrics.values()|join(" | ") }} |
+|---|---|---:|---:|---:|{% for _ in metrics %}---:|{% endfor %}
+{% for row in rows -%}
+| {{ row|join(" | ") }} |
+{% endfor %}
+{%- endfor %}"""
+
+METRICS = {
+    "frechet_distance": "Frechet distance",
+    "background_total_variation": "background total variation",
+    "caption_accuracy": "caption accuracy",
+    "psnr_to_reference": "PSNR to the teacher, dB",
+}
+FORMS = {
+    "frechet_distance": "{:.2f}",
+    "background_total_variation": "{:.3f}",
+    "caption_accuracy": "{:.1%}",
+    "psnr_to_reference": "{:.1f}",
+}
+
+
+def tables(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    groups = []
+    for steps in sorted({run["steps"] for run in runs}):
+        by_name: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+        for run in (run for run in runs if run["steps"] == steps):
+            for name, measured in run["evaluation"].items():
+                calls = run["calls"][name]
+                if name == "student":
+                    extra = {"training_steps": run["training_steps"], "training_seconds": run["seconds"]["train"]}
+                    by_name[run["method"]][run["seed"]] = {**measured, "calls": calls, **extra}
+                else:
+                    by_name[name][run["seed"]] = {**measured, "calls": calls}
+        groups.append((steps, [_row(name, found) for name, found in by_name.items()]))
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(TABLES)
+    return template.render(facts=facts, groups=groups, metrics=METRICS)
+
+
+def _row(name: str, found: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """One model: its seeds, what it cost, and every metric over the seeds."""
+    seeds = sorted(found)
+    first = found[seeds[0]]
+    seconds = [found[seed]["training_seconds"] for seed in seeds if "training_seconds" in found[seed]]
+    mean_seconds = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+    row = [name, ", ".join(map(str, seeds)), str(first["calls"]), str(first.get("training_steps", "")), mean_seconds]
+    for key, form in FORMS.items():
+        values = [found[seed][key] for seed in seeds if found[seed].get(key) is not None]
+        spreads = f" ± {form.format(spread(values))}" if len(values) > 1 else ""
+        row.append(form.format(sum(values) / len(values)) + spreads if values else "")
+    return row
