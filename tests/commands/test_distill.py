@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill import METHODS, job
 from fastdistill.distill.config import TRAINING, MethodName
+from fastdistill.models import loading
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import interrupt, save_tiny
 from tests.tiny import tiny_flux_pipeline
@@ -283,3 +284,14 @@ def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, mo
     ended = command("distill", "--method", "dmd2", "--output", tmp_path / "c", *shared, "--true-cfg-scale", "3")
     assert ended.code == 2
     assert "pairs of another true_cfg_scale" in ended.message
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_teacher_in_bfloat16(command, pipeline_folder, tmp_path, monkeypatch, precision):
+    """As a GPU loads it: the student trains in float32, and is sampled by a pipeline of the teacher's dtype."""
+    monkeypatch.setattr(loading, "dtype_on", lambda device: torch.bfloat16)
+    options = ["--method", "dmd2", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", "--precision", precision]
+    ended = command("distill", *options, *QUICK)
+    assert ended.code == 0, ended.message
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["student/loss"] > 0 for line in lines)
