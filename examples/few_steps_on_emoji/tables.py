@@ -30,12 +30,14 @@ were busy, measurements on the way included.
 METRICS = {
     "frechet_distance": "Frechet distance",
     "background_total_variation": "background total variation",
+    "background_purity": "background purity",
     "caption_accuracy": "caption accuracy",
     "psnr_to_reference": "PSNR to the teacher, dB",
 }
 FORMS = {
     "frechet_distance": "{:.2f}",
     "background_total_variation": "{:.3f}",
+    "background_purity": "{:.1%}",
     "caption_accuracy": "{:.1%}",
     "psnr_to_reference": "{:.1f}",
 }

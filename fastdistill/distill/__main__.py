@@ -17,6 +17,7 @@ SUMMARY = (
     ("caption_accuracy", "caption accuracy", "{:.1%}"),
     ("frechet_distance", "Frechet distance", "{:.1f}"),
     ("background_total_variation", "background total variation", "{:.3f}"),
+    ("background_purity", "background purity", "{:.1%}"),
 )
 WATCH_SEEDS = 1000
 """Added to the seed of the run for pictures that choose the weights: those of the report have no part in the choice."""

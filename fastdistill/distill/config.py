@@ -62,7 +62,7 @@ class DistillConfig:
     """Moves the student's times towards noise if above 1; default: the shift of the teacher's scheduler, of a dynamic one at the size to
     sample at."""
 
-    training_steps: int = 400
+    training_steps: int = 300
     """Updates; of the critic in dmd2, of which the student has a few less."""
     batch: int = 64
     """Samples of an update, and pictures at once otherwise."""
@@ -123,10 +123,8 @@ class DistillConfig:
 
 
 TRAINING: dict[str, dict[str, Any]] = {
-    "dmd2": {"betas": (0.0, 0.99)},
-    "dmd": {"betas": (0.0, 0.99)},
-    "guidance": {},
-    "output_kd": {},
+    "dmd2": {"learning_rate": 1e-4, "betas": (0.0, 0.99)},
+    "dmd": {"learning_rate": 1e-4, "betas": (0.0, 0.99)},
 }
 """Defaults that a method has of its own, found on the emoji FLUX."""
 

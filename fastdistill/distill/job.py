@@ -39,7 +39,7 @@ from fastdistill.workspace import Workspace
 
 Evaluate = Callable[[Any, str, SamplingDefaults], dict[str, Any]]
 """``(pipeline, name, sampling) -> measurements``, a JSON object."""
-WATCHED = ("frechet_distance", "frechet_distance_to_reference", "background_total_variation", "caption_accuracy")
+WATCHED = ("frechet_distance", "frechet_distance_to_reference", "background_total_variation", "background_purity", "caption_accuracy")
 GRID_PICTURES = 8
 
 

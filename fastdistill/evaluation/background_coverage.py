@@ -1,4 +1,4 @@
-"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds, as in the data?"""
+"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds, as in the data, and each picture in one of them?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,29 @@ BORDER_PIXELS = 2
 
 def backgrounds(pixels: Tensor) -> Tensor:
     """The background index of each picture (N, 3, H, W) in [-1, 1]: the colour nearest in RGB to the median of its border."""
+    return _nearest(_border(pixels).median(dim=-1).values)
+
+
+def purity(pixels: Tensor) -> float:
+    """The share of the border pixels of ``pixels`` (N, 3, H, W) whose nearest colour is that of their picture.
+
+    A few-step student that averages over the modes paints patches of several colours, or one between them.
+    """
+    each = _nearest(_border(pixels).transpose(1, 2))
+    return float((each == backgrounds(pixels)[:, None]).double().mean())
+
+
+def _border(pixels: Tensor) -> Tensor:
+    """(N, 3, P): the pixels along the edges."""
     frame = torch.ones(pixels.shape[-2:], dtype=torch.bool)
     frame[BORDER_PIXELS:-BORDER_PIXELS, BORDER_PIXELS:-BORDER_PIXELS] = False
-    border = pixels[..., frame].median(dim=-1).values
+    return pixels[..., frame]
+
+
+def _nearest(rgb: Tensor) -> Tensor:
+    """The index of the colour nearest to each of ``rgb`` (..., 3)."""
     colours = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
-    return torch.cdist(border, colours).argmin(dim=1)
+    return torch.cdist(rgb, colours.expand(*rgb.shape[:-2], -1, -1)).argmin(dim=-1)
 
 
 def total_variation(indices: Tensor, classes: int = len(BACKGROUNDS)) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.data.emoji import Emoji
-from fastdistill.evaluation.background_coverage import backgrounds, expected_total_variation, total_variation
+from fastdistill.evaluation.background_coverage import backgrounds, expected_total_variation, purity, total_variation
 from fastdistill.evaluation.classifier import Classifier, predict
 from fastdistill.evaluation.frechet import features, frechet_distance
 from fastdistill.evaluation.psnr import psnr
@@ -79,6 +79,7 @@ def _against_truth(pipeline: Any, data: Emoji, pictures: Tensor, truth: Tensor, 
     pixels = torch.nn.functional.interpolate(pictures, size=(64, 64)) if pictures.shape[-1] != 64 else pictures
     right = predict(Classifier.load(len(data)), pixels).view(seeds, -1) == truth
     colours = backgrounds(pixels)
+    draws = [data.draw(truth.repeat(seeds), torch.Generator().manual_seed(seed)).pixels for seed in (4, 7)]
     return {
         "caption_accuracy": float(right.double().mean()),
         "caption_accuracy_interval": wilson_interval(int(right.sum()), right.numel()),
@@ -86,15 +87,15 @@ def _against_truth(pipeline: Any, data: Emoji, pictures: Tensor, truth: Tensor, 
         "background_total_variation": total_variation(colours),
         "background_total_variation_of_truth": expected_total_variation(len(colours)),
         **_over_seeds("background_total_variation", [total_variation(part) for part in colours.view(seeds, -1)]),
-        **_frechet_distances(pipeline.vae, data, pixels, truth, seeds),
+        "background_purity": purity(pixels),
+        "background_purity_of_truth": purity(draws[0]),
+        **_over_seeds("background_purity", [purity(part) for part in pixels.chunk(seeds)]),
+        **(_frechet_distances(pipeline.vae, pixels, draws, seeds) if len(truth) > 1 else {}),
     }
 
 
-def _frechet_distances(vae: Any, data: Emoji, pixels: Tensor, truth: Tensor, seeds: int) -> dict[str, Any]:
+def _frechet_distances(vae: Any, pixels: Tensor, draws: Sequence[Tensor], seeds: int) -> dict[str, Any]:
     """To fresh draws of the same captions; beside it the distance between two sets of draws, which is all that so few pictures can show."""
-    if len(truth) < 2:
-        return {}
-    draws = [data.draw(truth.repeat(seeds), torch.Generator().manual_seed(seed)).pixels for seed in (4, 7)]
     sampled, real, again = (features(vae, pictures) for pictures in (pixels, *draws))
     parts = zip(sampled.chunk(seeds), real.chunk(seeds), strict=True)
     return {

@@ -220,7 +220,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
     assert "88.6" in rows["fake", "two"]
     assert ("discriminator", "weights") in rows
     # As much less as 3072 is wider than 128.
-    assert f'"learning_rate": {5e-4 * 128 / 3072}' in ended.message
+    assert f'"learning_rate": {1e-4 * 128 / 3072}' in ended.message
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdistill.data.emoji import BACKGROUNDS, Emoji
-from fastdistill.evaluation.background_coverage import backgrounds, expected_total_variation, total_variation
+from fastdistill.evaluation.background_coverage import backgrounds, expected_total_variation, purity, total_variation
 from fastdistill.evaluation.classifier import Classifier, predict
 from fastdistill.evaluation.frechet import frechet_distance
 from fastdistill.evaluation.psnr import psnr
@@ -65,6 +65,15 @@ def test_backgrounds_are_read_off_real_draws():
     assert (backgrounds(draws.pixels) == draws.backgrounds).float().mean() == 1
     noisy = draws.pixels + 0.1 * torch.randn(draws.pixels.shape, generator=torch.Generator().manual_seed(1))
     assert (backgrounds(noisy) == draws.backgrounds).float().mean() > 0.995
+
+
+def test_purity_is_one_for_draws_and_falls_where_pictures_have_two_backgrounds():
+    pixels = Emoji().random(400, torch.Generator().manual_seed(0)).pixels
+    assert purity(pixels) == 1
+    mixed = pixels.clone()
+    mixed[..., :16, :] = pixels.roll(1, dims=0)[..., :16, :]
+    # Two rows of 64 and fourteen of the columns' four pixels, of 496 in all; one neighbour in eight has the same colour.
+    assert purity(mixed) == pytest.approx(1 - (2 * 64 + 14 * 4) / 496 * 7 / 8, abs=0.01)
 
 
 def test_total_variation():
