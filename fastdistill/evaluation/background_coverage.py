@@ -1,4 +1,4 @@
-"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds, as in the data, and each picture in one of them?"""
+"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds, and each picture in one of them?"""
 
 from __future__ import annotations
 
