@@ -84,18 +84,21 @@ def passes(method: str, steps: int) -> float:
     guided = 2
     # Its own sampling brings the student to one of its steps, each with equal odds.
     sampled = (steps - 1) / 2
-    return {
-        # The critic on new samples, and heads that read half of it, of samples and of data; the student's turn is every fifth.
-        "dmd2": (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1.0) / 5,
-        # Student: generated, judged, and held to a pair. Critic: generated, and denoised.
-        "dmd": (3 + guided + 1 + 3) + (1 + 3),
-        # Two steps of the teacher, which is guided in the first phase of `phases` only.
-        "progressive": 3 + 2 * (1 + (guided - 1) / ((32 // steps).bit_length() - 1)),
-        "consistency": 3 + guided + 1,
-        "reflow": 3.0,
-        "output_kd": 3 + guided,
-        "guidance": 3 + guided,
-    }[method]
+    match method:
+        case "dmd2":
+            # The critic on new samples, and heads that read half of it, of samples and of data; the student's turn is every fifth.
+            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1) / 5
+        case "dmd":
+            # The student generates, is judged, and is held to a pair; for the critic it generates, and that denoises.
+            return (3 + guided + 1 + 3) + (1 + 3)
+        case "progressive":
+            # Two steps of the teacher, which is guided in the first phase only.
+            return 3 + 2 * (1 + (guided - 1) / ((32 // steps).bit_length() - 1))
+        case "consistency":
+            return 3 + guided + 1
+        case "reflow":
+            return 3
+    return 3 + guided
 
 
 def command(config: Config, cell: Cell) -> list[str]:
