@@ -1,11 +1,12 @@
 """fastdistill: a smaller, faster diffusion transformer out of a large one.
 
 Three doors: `fastdistill.ops` (fused operators), `fastdistill.patched(model)` (a diffusers transformer that
-uses them), and the commands `python -m fastdistill.compress | sample | evaluate | info`.
+uses them), and the commands `python -m fastdistill.compress | distill | sample | evaluate | info`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastdistill.lazy import lazily
 
 if TYPE_CHECKING:
     from fastdistill import ops as ops
@@ -15,26 +16,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# `import fastdistill` and `--help` must answer at once, so torch and diffusers load on first use.
 _LAZY = {
-    "ops": ("fastdistill.ops", None),
-    "info": ("fastdistill.info", "info"),
-    "patched": ("fastdistill.models.patch", "patched"),
-    "use_backend": ("fastdistill.ops.backend", "use_backend"),
+    "ops": "fastdistill.ops",
+    "info": "fastdistill.info",
+    "patched": "fastdistill.models.patch",
+    "use_backend": "fastdistill.ops.backend",
 }
 
 __all__ = ["__version__", *_LAZY]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, attribute = _LAZY[name]
-    module = importlib.import_module(module_name)
-    value = module if attribute is None else getattr(module, attribute)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+__getattr__, __dir__ = lazily(__name__, _LAZY)

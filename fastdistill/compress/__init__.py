@@ -1,7 +1,8 @@
 """Make a diffusers transformer smaller: ``score``, ``select``, ``cut``, ``repair``, or ``python -m fastdistill.compress`` end to end."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastdistill.lazy import lazily
 
 if TYPE_CHECKING:
     from fastdistill.compress.api import repair as repair
@@ -10,7 +11,6 @@ if TYPE_CHECKING:
     from fastdistill.compress.api import select as select
     from fastdistill.compress.surgery import cut as cut
 
-# `python -m fastdistill.compress --help` comes through here and must answer at once, so torch loads on first use.
 _LAZY = {
     "repair": "fastdistill.compress.api",
     "score": "fastdistill.compress.api",
@@ -20,14 +20,4 @@ _LAZY = {
 }
 
 __all__ = [*_LAZY]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+__getattr__, __dir__ = lazily(__name__, _LAZY)
