@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from picture import picture
 from rich.console import Console
 from tables import tables
 
@@ -159,6 +160,9 @@ def main(config: Config) -> None:
     facts = {"budget": config.budget, "batch": 64, "pictures": config.pictures, "evaluated": config.evaluate_pictures}
     write_json(config.output / "results.json", {**facts, "versions": versions(), "runs": results})
     (config.output / "tables.md").write_text(tables(facts, results))
+    for steps in (1, 4):
+        students = [cell for cell in planned if (cell.steps, cell.seed, cell.cut) == (steps, config.seeds[0], False)]
+        picture({cell.method: config.output / cell.name / "model" for cell in students}, steps).save(config.output / f"steps{steps}.png")
     console.print(f"wrote {config.output / 'tables.md'}")
 
 

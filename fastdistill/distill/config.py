@@ -63,7 +63,7 @@ class DistillConfig:
     sample at."""
 
     training_steps: int = 300
-    """Updates; of the critic in dmd2, of which the student has a few less."""
+    """Updates; in dmd2 those of the critic, of which the student has one in --fake-updates."""
     batch: int = 64
     """Samples of an update, and pictures at once otherwise."""
     micro_batches: int = 1

@@ -110,22 +110,22 @@ def distill(
     method = build(config, teacher, student, sampling, shift=shift, unconditional=empty)
     scheduler = few_step_scheduler(shift, stochastic_sampling=method.stochastic_sampling)
     drawn = student_sampling(config, sampling, method.networks["student"])
-    hurried = dataclasses.replace(sampling, num_inference_steps=config.steps)
-    rushed = f"teacher, {config.steps} step{'s' if config.steps > 1 else ''}"
+    briefly = dataclasses.replace(sampling, num_inference_steps=config.steps)
+    few_steps = f"teacher, {config.steps} step{'s' if config.steps > 1 else ''}"
 
     with clock("pictures"), patched(teacher):
         conditioning, batches = _batches(config, method, pipeline, prompts, images, sampling, workspace, console)
     evaluation = {}
     with clock("evaluate"):
         evaluation["teacher"] = workspace.cached("evaluation-teacher", lambda: evaluate(pipeline, "teacher", sampling))
-        evaluation[rushed] = workspace.cached("evaluation-rushed", lambda: evaluate(pipeline, rushed, hurried))
+        evaluation[few_steps] = workspace.cached("evaluation-teacher-few-steps", lambda: evaluate(pipeline, few_steps, briefly))
 
     watched: dict[str, dict[str, Any]] = {}
     with clock("train"):
         observing: dict[str, Any] = {}
         if config.watch_every:
             watched["teacher"] = workspace.cached("watch-teacher", lambda: watch(pipeline, "teacher", sampling))
-            watched[rushed] = workspace.cached("watch-rushed", lambda: watch(pipeline, rushed, hurried))
+            watched[few_steps] = workspace.cached("watch-teacher-few-steps", lambda: watch(pipeline, few_steps, briefly))
             monitor = "frechet_distance" if "frechet_distance" in watched["teacher"] else "frechet_distance_to_reference"
             observing = _observing(config, method, pipeline, scheduler, sampling, drawn, conditioning, watch, monitor)
         trainer = Trainer(method, batches, training(config, method), work / "training", **observing)
@@ -147,7 +147,7 @@ def distill(
     guided = 2 if sampling.true_cfg_scale > 1 else 1
     return Outcome(
         evaluation=evaluation,
-        calls={"teacher": guided * sampling.num_inference_steps, rushed: guided * config.steps, "student": config.steps},
+        calls={"teacher": guided * sampling.num_inference_steps, few_steps: guided * config.steps, "student": config.steps},
         parameters={"teacher": teacher.num_parameters(), "student": trained.num_parameters()},
         shift=shift,
         watched=watched,
