@@ -24,7 +24,7 @@ def directions(count: int, dimensions: int) -> Tensor:
         angle = math.pi * torch.arange(count, dtype=torch.float64) / count
         return torch.stack([angle.cos(), angle.sin()], dim=1)
     drawn = torch.randn(count, dimensions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return drawn / drawn.norm(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(drawn, dim=1)
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> float:
