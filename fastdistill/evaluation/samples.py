@@ -31,7 +31,7 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> 
     """The mean over :func:`directions` of the Wasserstein-1 distance between projections (Bonneel et al. 2015), (N, D) and (N, D).
 
     In one dimension the best coupling pairs sorted points: ``mean |a_(i) - b_(i)|``. Above zero even between two sets of one
-    distribution, by about ``1 / sqrt(N)``: compare only values of equal sample counts, and with that of such sets.
+    distribution, in the order of ``1 / sqrt(N)``: compare only values of equal sample counts, and with that of such sets.
 
     Raises:
         ValueError: shapes differ.
@@ -46,7 +46,7 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> 
 
 
 def energy_distance(first: Tensor, second: Tensor) -> float:
-    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, zero for equal distributions only (Szekely & Rizzo 2013, equation 2), (N, D) and (M, D).
+    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, zero for equal distributions only (Szekely & Rizzo 2013), (N, D) and (M, D).
 
     The U-statistic: a point is not compared with itself, so that the estimate is unbiased. Between two sets of one distribution it
     scatters around zero, and may be negative.
