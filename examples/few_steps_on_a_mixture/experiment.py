@@ -1,4 +1,4 @@
-"""What do one, two and four steps of every method's student make of a mixture whose teacher is exact? About 30 minutes on one core.
+"""What do one, two and four steps of every method's student make of a mixture whose teacher is exact? About 35 minutes on one core.
 
     python examples/few_steps_on_a_mixture/experiment.py --output runs/mixture
 
