@@ -1,0 +1,78 @@
+"""The data, its exact teacher, and a network that is small enough to train in seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.closed_form import ExactTeacher, GaussianMixture
+from fastdistill.data.latents import LatentBatch
+from fastdistill.diffusion.prediction import Prediction
+from fastdistill.diffusion.process import RectifiedFlow
+from fastdistill.models.family import Stack, one_stream
+
+FLOW = RectifiedFlow()
+WIDTH, LAYERS = 128, 3
+RADIUS, DEVIATION = 1.5, 0.15
+WEIGHTS = ((0.4, 0.1, 0.3, 0.2), (0.5, 0.15, 0.3, 0.05))
+"""Of the modes of each label, in the order of their angles."""
+
+
+def mixture() -> GaussianMixture:
+    """Eight modes on a circle, by turns of label 0 and of label 1: given the label, four of unequal weight, with nothing between them."""
+    angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    means = RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64).T.flatten()
+    covariances = (DEVIATION**2 * torch.eye(2, dtype=torch.float64)).expand(8, 2, 2)
+    # Distances of points to modes are short sums: float32, as the students have it, is enough.
+    return GaussianMixture(weights, means, covariances, torch.arange(8) % 2).float()
+
+
+def teacher() -> ExactTeacher:
+    return ExactTeacher(mixture(), FLOW, Prediction.VELOCITY)
+
+
+class LabelFamily:
+    """Networks that are called with ``(x_t, t, labels)``, whose blocks are ``layers``: what methods ask of a family."""
+
+    stacks = (Stack(attribute="layers", config_field="", short="layers", pass_through=one_stream),)
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        output: Tensor = network(x_t, t, conditioning)
+        return output
+
+    def streams(self, block_output: Tensor) -> Mapping[str, Tensor]:
+        return {"image": block_output[:, None]}
+
+
+class Perceptron(nn.Module):
+    """A velocity (B, 2) by ``x_t`` (B, 2), Fourier features of ``t`` (B,) and the label (B,); residual layers of width ``WIDTH``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(2 + 8 + 2, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.out = nn.Linear(WIDTH, 2)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        # Tells times apart where signal and noise are equally strong, and where one of them is weak.
+        angle = torch.atan2(t, 1 - t)[:, None] * 2 ** torch.arange(4)
+        hidden = nn.functional.silu(self.into(torch.cat([x_t, angle.sin(), angle.cos(), nn.functional.one_hot(labels, 2)], dim=1)))
+        for layer in self.layers:
+            hidden = hidden + nn.functional.silu(layer(hidden))
+        output: Tensor = self.out(hidden)
+        return output
+
+
+class Batches:
+    """Labelled draws of the data, as the trainer takes them."""
+
+    def __init__(self, data: GaussianMixture, size: int) -> None:
+        self.data, self.size = data, size
+
+    def __call__(self, step: int, rng: torch.Generator) -> LatentBatch:
+        x_0, labels = self.data.draw(self.size, rng)
+        return LatentBatch(latents=x_0, conditioning=labels)
