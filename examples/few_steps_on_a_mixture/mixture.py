@@ -44,6 +44,9 @@ class LabelFamily:
         output: Tensor = network(x_t, t, conditioning)
         return output
 
+    def stack(self, attribute: str) -> Stack:
+        return self.stacks[0]
+
     def streams(self, block_output: Tensor) -> Mapping[str, Tensor]:
         return {"image": block_output[:, None]}
 
