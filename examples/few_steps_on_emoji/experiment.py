@@ -52,11 +52,18 @@ class Cell:
     method: str
     steps: int
     seed: int
+    isg: bool = False
+    """With intra-segment guidance."""
     cut: bool = False
+    """The student has lost a third of its blocks before."""
+
+    @property
+    def label(self) -> str:
+        return f"{'cut by a third, ' if self.cut else ''}{self.method}{' with ISG' if self.isg else ''}"
 
     @property
     def name(self) -> str:
-        return f"{'cut-' if self.cut else ''}{self.method}-{self.steps}-seed{self.seed}"
+        return f"{'cut-' if self.cut else ''}{self.method}{'-isg' if self.isg else ''}-{self.steps}-seed{self.seed}"
 
 
 def cells(config: Config) -> Iterator[Cell]:
@@ -64,6 +71,8 @@ def cells(config: Config) -> Iterator[Cell]:
     first, *others = config.seeds
     for steps, seeds in ((4, config.seeds), (1, [first]), (2, [first])):
         yield from _students(steps, seeds)
+    for seed in config.seeds:
+        yield Cell(method="dmd2", steps=4, seed=seed, isg=True)
     for seed in config.seeds:
         yield Cell(method="dmd2", steps=4, seed=seed, cut=True)
     yield Cell(method="guidance", steps=28, seed=first)
@@ -77,24 +86,24 @@ def _students(steps: int, seeds: Sequence[int]) -> Iterator[Cell]:
                 yield Cell(method=method, steps=steps, seed=seed)
 
 
-def passes(method: str, steps: int) -> float:
+def passes(cell: Cell) -> float:
     """Passes over a batch that a training step takes on average, with the command's defaults and a teacher that is guided by two calls.
 
     A forward pass that leads to a gradient counts three: its backward pass is two more.
     """
     guided = 2
     # Its own sampling brings the student to one of its steps, each with equal odds.
-    sampled = (steps - 1) / 2
-    match method:
+    sampled = (cell.steps - 1) / 2
+    match cell.method:
         case "dmd2":
             # The critic on new samples, and heads that read half of it, of samples and of data; the student's turn is every fifth.
-            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1) / 5
+            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1 + (guided + 1) * cell.isg) / 5
         case "dmd":
             # The student generates, is judged, and is held to a pair; for the critic it generates, and that denoises.
             return (3 + guided + 1 + 3) + (1 + 3)
         case "progressive":
             # Two steps of the teacher, which is guided in the first phase only.
-            return 3 + 2 * (1 + (guided - 1) / ((32 // steps).bit_length() - 1))
+            return 3 + 2 * (1 + (guided - 1) / ((32 // cell.steps).bit_length() - 1))
         case "consistency":
             return 3 + guided + 1
         case "reflow":
@@ -104,12 +113,13 @@ def passes(method: str, steps: int) -> float:
 
 def command(config: Config, cell: Cell) -> list[str]:
     """The command of a cell; its folder is the last word."""
-    training_steps = round(config.budget / passes(cell.method, cell.steps))
+    training_steps = round(config.budget / passes(cell))
     options = [
         *("--method", cell.method, "--steps", cell.steps, "--seed", cell.seed, "--training-steps", training_steps),
         # Eight measurements on the way, whatever the method.
         *("--watch-every", max(1, training_steps // 8), "--evaluate-pictures", config.evaluate_pictures),
         *("--pictures", config.pictures, "--pictures-folder", config.output / f"pictures-seed{cell.seed}"),
+        *(("--isg-weight", 1) if cell.isg else ()),
         *(("--student", cut_model(config, cell.seed)) if cell.cut else ()),
         *("--output", config.output / cell.name),
     ]
@@ -149,7 +159,7 @@ def main(config: Config) -> None:
     records = {cell: json.loads((config.output / cell.name / "distill.json").read_text()) for cell in planned}
     results = [
         {
-            "method": ("cut by a third, " if cell.cut else "") + cell.method,
+            "method": cell.label,
             "seed": cell.seed,
             "steps": cell.steps,
             **{key: record[key] for key in ("calls", "parameters", "evaluation", "chosen", "seconds")},
@@ -161,8 +171,8 @@ def main(config: Config) -> None:
     write_json(config.output / "results.json", {**facts, "versions": versions(), "runs": results})
     (config.output / "tables.md").write_text(tables(facts, results))
     for steps in (1, 4):
-        students = [cell for cell in planned if (cell.steps, cell.seed, cell.cut) == (steps, config.seeds[0], False)]
-        picture({cell.method: config.output / cell.name / "model" for cell in students}, steps).save(config.output / f"steps{steps}.png")
+        students = [cell for cell in planned if (cell.steps, cell.seed) == (steps, config.seeds[0])]
+        picture({cell.label: config.output / cell.name / "model" for cell in students}, steps).save(config.output / f"steps{steps}.png")
     console.print(f"wrote {config.output / 'tables.md'}")
 
 
