@@ -25,7 +25,7 @@ import diffusers
 import torch
 import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
-from mixture import FLOW, WIDTH, Batches, LabelFamily, Perceptron, mixture, teacher
+from mixture import FLOW, WIDTH, Batches, LabelFamily, Labels, Perceptron, mixture, teacher
 from picture import picture
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -89,6 +89,9 @@ ROWS: dict[str, Row] = {
     # In one step, from t = 1, noised data is noise.
     "dmd2 without GAN, on noised data": Row(
         method="dmd2", options={"gan_weight": 0.0, "backward_simulation": 0.0}, steps=(2, 4), train=MATCHING
+    ),
+    "dmd2 without GAN, critic told the step": Row(
+        method="dmd2", options={"gan_weight": 0.0, "critic_knows_step": True}, steps=(2, 4), train=MATCHING
     ),
     "dmd2 without GAN, with ISG": Row(method="dmd2", options={"gan_weight": 0.0, "isg_weight": 1.0}, steps=(2, 4), train=MATCHING),
     # Matching compares scores up to t = 0.3, where modes that far apart do not overlap yet.
@@ -212,13 +215,15 @@ class Experiment:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 setup["discriminator"] = Discriminator(WIDTH, heads=1)
+        if options.get("critic_knows_step"):
+            setup["fake"] = self.start().told()
         method: Distillation = METHODS[row.method](OPTIONS[row.method](**options), **setup)
         return method
 
     def pairs(self, method: Distillation) -> PairPool:
         """As many as fit the flow closely; the same for every method that takes pairs."""
         options = PairOptions(count=65_536, steps=32, sampler="ode_heun", batch=8192)
-        return teacher_pairs(method, self.folder / "pairs", options, conditioning=torch.arange(2), shape=(2,), seed=self.seed)
+        return teacher_pairs(method, self.folder / "pairs", options, conditioning=Labels(torch.arange(2)), shape=(2,), seed=self.seed)
 
     def cell(self, name: str, steps: int) -> dict[str, Any]:
         """Train a student of ``steps`` steps, and measure it."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +38,28 @@ def teacher() -> ExactTeacher:
     return ExactTeacher(mixture(), FLOW, Prediction.VELOCITY)
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The conditioning: labels (B,), and for a critic that is told it the time (B,) of the student's step, in place of guidance."""
+
+    labels: Tensor
+    guidance: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> Labels:
+        return Labels(self.labels[rows])
+
+
 class LabelFamily:
     """Networks that are called with ``(x_t, t, labels)``, whose blocks are ``layers``: what methods ask of a family."""
 
     stacks = (Stack(attribute="layers", config_field="", short="layers", pass_through=one_stream),)
 
-    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-        output: Tensor = network(x_t, t, conditioning)
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Labels) -> Tensor:
+        told = {} if conditioning.guidance is None else {"step": conditioning.guidance}
+        output: Tensor = network(x_t, t, conditioning.labels, **told)
         return output
 
     def stack(self, attribute: str) -> Stack:
@@ -51,19 +69,38 @@ class LabelFamily:
         return {"image": block_output[:, None]}
 
 
+def features(t: Tensor) -> Tensor:
+    """(B, 8) of times (B,): they tell times apart where signal and noise are equally strong, and where one of them is weak."""
+    angle = torch.atan2(t, 1 - t)[:, None] * 2 ** torch.arange(4)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
 class Perceptron(nn.Module):
-    """A velocity (B, 2) by ``x_t`` (B, 2), Fourier features of ``t`` (B,) and the label (B,); residual layers of width ``WIDTH``."""
+    """A velocity (B, 2) by ``x_t`` (B, 2), features of ``t`` (B,) and the label (B,); residual layers of width ``WIDTH``.
+
+    ``told()`` is a copy that takes the time of a step, too, and does not yet heed it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(guidance_embeds=False)
         self.into = nn.Linear(2 + 8 + 2, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
         self.out = nn.Linear(WIDTH, 2)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        # Tells times apart where signal and noise are equally strong, and where one of them is weak.
-        angle = torch.atan2(t, 1 - t)[:, None] * 2 ** torch.arange(4)
-        hidden = nn.functional.silu(self.into(torch.cat([x_t, angle.sin(), angle.cos(), nn.functional.one_hot(labels, 2)], dim=1)))
+    def told(self) -> Perceptron:
+        sibling = copy.deepcopy(self)
+        sibling.config.guidance_embeds = True
+        sibling.of_step = nn.Linear(8, WIDTH)
+        nn.init.zeros_(sibling.of_step.weight)
+        nn.init.zeros_(sibling.of_step.bias)
+        return sibling
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, step: Tensor | None = None) -> Tensor:
+        hidden = self.into(torch.cat([x_t, features(t), nn.functional.one_hot(labels, 2)], dim=1))
+        if step is not None:
+            hidden = hidden + self.of_step(features(step))
+        hidden = nn.functional.silu(hidden)
         for layer in self.layers:
             hidden = hidden + nn.functional.silu(layer(hidden))
         output: Tensor = self.out(hidden)
@@ -78,4 +115,4 @@ class Batches:
 
     def __call__(self, step: int, rng: torch.Generator) -> LatentBatch:
         x_0, labels = self.data.draw(self.size, rng)
-        return LatentBatch(latents=x_0, conditioning=labels)
+        return LatentBatch(latents=x_0, conditioning=Labels(labels))

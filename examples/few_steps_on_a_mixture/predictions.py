@@ -31,6 +31,7 @@ class Prediction:
 
 W, TV, OUTSIDE, SPREAD, FAR = "sliced_wasserstein", "total_variation", "outside", "spread", "displacement"
 NO_GAN, NOISED = "dmd2 without GAN", "dmd2 without GAN, on noised data"
+TOLD = "dmd2 without GAN, critic told the step"
 LITTLE_NO_GAN = "dmd2 without GAN at little noise"
 STRAIGHT, FLOOR = "reflow, straightening only", "perfect sampler"
 
@@ -109,6 +110,15 @@ PREDICTIONS = (
         theory="more steps are better",
         less=Quantity(NO_GAN, 4, W),
         more=Quantity(NO_GAN, 1, W),
+    ),
+    *(
+        Prediction(
+            about=TOLD,
+            theory=f"a critic that knows the step matches each of {steps} by itself",
+            less=Quantity(TOLD, steps, W),
+            more=Quantity(NO_GAN, steps, W),
+        )
+        for steps in (2, 4)
     ),
     Prediction(
         about="dmd2 without GAN, with ISG",

@@ -52,38 +52,40 @@ class Cell:
     method: str
     steps: int
     seed: int
-    isg: bool = False
-    """With intra-segment guidance."""
+    pooled: bool = False
+    """The critic does not know the step, as in the paper."""
     cut: bool = False
     """The student has lost a third of its blocks before."""
 
     @property
     def label(self) -> str:
-        return f"{'cut by a third, ' if self.cut else ''}{self.method}{' with ISG' if self.isg else ''}"
+        return f"{'cut by a third, ' if self.cut else ''}{self.method}{', critic not told the step' if self.pooled else ''}"
 
     @property
     def name(self) -> str:
-        return f"{'cut-' if self.cut else ''}{self.method}{'-isg' if self.isg else ''}-{self.steps}-seed{self.seed}"
+        return f"{'cut-' if self.cut else ''}{self.method}{'-pooled' if self.pooled else ''}-{self.steps}-seed{self.seed}"
 
 
 def cells(config: Config) -> Iterator[Cell]:
     """In the order of what they tell."""
     first, *others = config.seeds
-    for steps, seeds in ((4, config.seeds), (1, [first]), (2, [first])):
-        yield from _students(steps, seeds)
+    yield from _students(4, first)
+    yield from _students(1, first)
     for seed in config.seeds:
-        yield Cell(method="dmd2", steps=4, seed=seed, isg=True)
-    for seed in config.seeds:
+        yield Cell(method="dmd2", steps=4, seed=seed, pooled=True)
         yield Cell(method="dmd2", steps=4, seed=seed, cut=True)
+    for seed in others:
+        yield from _students(4, seed)
+    yield from _students(2, first)
     yield Cell(method="guidance", steps=28, seed=first)
-    yield from _students(1, others)
+    for seed in others:
+        yield from _students(1, seed)
 
 
-def _students(steps: int, seeds: Sequence[int]) -> Iterator[Cell]:
-    for seed in seeds:
-        for method in METHODS:
-            if method != "dmd" or steps == 1:
-                yield Cell(method=method, steps=steps, seed=seed)
+def _students(steps: int, seed: int) -> Iterator[Cell]:
+    for method in METHODS:
+        if method != "dmd" or steps == 1:
+            yield Cell(method=method, steps=steps, seed=seed)
 
 
 def passes(cell: Cell) -> float:
@@ -97,7 +99,7 @@ def passes(cell: Cell) -> float:
     match cell.method:
         case "dmd2":
             # The critic on new samples, and heads that read half of it, of samples and of data; the student's turn is every fifth.
-            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1 + (guided + 1) * cell.isg) / 5
+            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1) / 5
         case "dmd":
             # The student generates, is judged, and is held to a pair; for the critic it generates, and that denoises.
             return (3 + guided + 1 + 3) + (1 + 3)
@@ -119,7 +121,7 @@ def command(config: Config, cell: Cell) -> list[str]:
         # Eight measurements on the way, whatever the method.
         *("--watch-every", max(1, training_steps // 8), "--evaluate-pictures", config.evaluate_pictures),
         *("--pictures", config.pictures, "--pictures-folder", config.output / f"pictures-seed{cell.seed}"),
-        *(("--isg-weight", 1) if cell.isg else ()),
+        *(("--no-critic-knows-step",) if cell.pooled else ()),
         *(("--student", cut_model(config, cell.seed)) if cell.cut else ()),
         *("--output", config.output / cell.name),
     ]

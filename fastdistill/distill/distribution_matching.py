@@ -38,12 +38,14 @@ class DistributionMatching(Distillation):
 
     # Two networks that disagree about the scale average over it alike (SenseFlow draws its teacher's embedded guidance).
     may_average_guidance = True
+    tells_step = False
+    """Whether the critic's input for guidance has another use."""
 
     def __init__(self, options: MatchingOptions, fake: nn.Module | None, **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         self.matching = options
         fake = copy.deepcopy(self.networks["student"]) if fake is None else fake
-        if embeds_guidance(fake) != embeds_guidance(self.networks["student"]):
+        if not self.tells_step and embeds_guidance(fake) != embeds_guidance(self.networks["student"]):
             raise UserError("the critic takes guidance as the student does: give fake= of the student's kind, or leave it out")
         self.networks["fake"] = fake
         self.predictions["fake"] = self.predictions["student"]
@@ -53,12 +55,19 @@ class DistributionMatching(Distillation):
         # On rectified flow a velocity is compared, on others the noise: both are finite at all times.
         self.compared = Prediction.VELOCITY if isinstance(self.process, RectifiedFlow) else Prediction.EPSILON
 
-    def matching_loss(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
-        """``mean(g^2) / 2`` with the gradient ``g / numel`` in ``x_0`` (B, ...), the student's samples."""
+    def matching_loss(
+        self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator, *, fake_scale: Tensor | None
+    ) -> Tensor:
+        """``mean(g^2) / 2`` with the gradient ``g / numel`` in ``x_0`` (B, ...), the student's samples.
+
+        Args:
+            scale: (B,), the guidance of the teacher, from :meth:`draw_scale`.
+            fake_scale: (B,), what the critic is given as guidance.
+        """
         with torch.no_grad():
             x_t, t, noise = self.process.draw(x_0.detach(), self.distribution, rng)
             real, unconditional, weight = self.teach_apart(x_t, t, conditioning, self.compared, scale)
-            fake = self.predict("fake", x_t, t, conditioning, self.compared, scale)
+            fake = self.predict("fake", x_t, t, conditioning, self.compared, fake_scale)
             if unconditional is not None and isinstance(weight, Tensor):
                 # The operator takes one scale for all.
                 real, unconditional, weight = guide(unconditional, real, weight), None, 1.0
@@ -74,7 +83,7 @@ class DistributionMatching(Distillation):
         )
 
     def denoising_loss(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Loss:
-        """Of the critic, on the student's samples ``x_0`` (B, ...), a constant."""
+        """Of the critic, which is given ``scale`` (B,) as guidance, on the student's samples ``x_0`` (B, ...), a constant."""
         fake, prediction = self.networks["fake"], self.predictions["fake"]
         # A score's own error is infinite towards t = 0.
         error_in = Prediction.EPSILON if prediction is Prediction.SCORE else prediction

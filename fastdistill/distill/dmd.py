@@ -41,7 +41,7 @@ class DMD(DistributionMatching):
             generated = self._generate(noise_like(pairs.noise, rng), pairs)
         if role == "fake":
             return self.denoising_loss(generated, pairs.conditioning, pairs.scale, rng)
-        matching = self.matching_loss(generated, pairs.conditioning, pairs.scale, rng)
+        matching = self.matching_loss(generated, pairs.conditioning, pairs.scale, rng, fake_scale=pairs.scale)
         found = self._generate(pairs.noise, pairs)
         if self.options.regression_loss == "mse":
             regression = (found - pairs.latents).square().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ from fastdistill.distill.losses import discriminator_loss, generator_loss, pseud
 from fastdistill.distill.options import DMD2Options
 from fastdistill.errors import UserError
 from fastdistill.models.family import Family
-from fastdistill.models.guidance import with_scale
+from fastdistill.models.guidance import embeds_guidance, with_guidance_embedder, with_scale
 from fastdistill.train.method import Loss
 
 # SenseFlow's distance of the middle of a segment from its ends (20 of 1000 times).
@@ -50,6 +51,9 @@ class DMD2(DistributionMatching):
     called, for all roles. It gets there by its own sampling from noise (backward simulation, section 4.5), as training on noised data
     leaves it unprepared for its own errors.
 
+    The critic sees the samples of all steps as one distribution, so that the steps may share out the modes. With ``critic_knows_step`` it
+    is given the time of the step as guidance, which it has no other use for, and each step is matched by itself; not in the paper.
+
     ``L_G`` and ``L_D`` read the critic's features of ``x`` and of data, each noised anew (section 4.3). The role ``discriminator`` is
     the heads; the body is trained with the critic.
 
@@ -66,6 +70,10 @@ class DMD2(DistributionMatching):
         discriminator: nn.Module | None = None,
         **setup: Unpack[Setup],
     ) -> None:
+        self.tells_step = options.critic_knows_step and setup["steps"] > 1
+        if self.tells_step:
+            fake = copy.deepcopy(setup["student"]) if fake is None else fake
+            fake = fake if embeds_guidance(fake) else with_guidance_embedder(fake)
         super().__init__(options, fake, **setup)
         self.options = options
         self.stochastic_sampling = options.rollout == "sde"
@@ -143,10 +151,11 @@ class DMD2(DistributionMatching):
         return index, float(torch.rand(1, generator=rng, device=rng.device)) < self.options.backward_simulation
 
     def _student_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng)}
+        fake_scale = self._fake_scale(visit)
+        terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng, fake_scale=fake_scale)}
         total = terms["matching"]
         if self.options.gan_weight:
-            terms["gan"] = generator_loss(self._logits(x_0, batch.conditioning, visit.scale, rng), self.options.gan_loss)
+            terms["gan"] = generator_loss(self._logits(x_0, batch.conditioning, fake_scale, rng), self.options.gan_loss)
             total = total + self.options.gan_weight * terms["gan"]
         if self.options.isg_weight:
             terms["isg"] = self._segment_loss(x_0, visit, batch.conditioning, rng)
@@ -154,16 +163,21 @@ class DMD2(DistributionMatching):
         return Loss(total=total, logs=terms)
 
     def _fake_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        denoising = self.denoising_loss(x_0, batch.conditioning, visit.scale, rng)
+        denoising = self.denoising_loss(x_0, batch.conditioning, self._fake_scale(visit), rng)
         if not self.options.gan_weight:
             return denoising
         gan = self._discriminator_loss(visit, x_0, batch, rng)
         return Loss(total=denoising.total + self.options.gan_fake_weight * gan, logs={"denoising": denoising.total, "gan": gan})
 
     def _discriminator_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Tensor:
-        fake = self._logits(x_0, batch.conditioning, visit.scale, rng)
-        real = self._logits(batch.latents, batch.conditioning, visit.scale, rng)
+        scale = self._fake_scale(visit)
+        fake = self._logits(x_0, batch.conditioning, scale, rng)
+        real = self._logits(batch.latents, batch.conditioning, scale, rng)
         return discriminator_loss(real, fake, self.options.gan_loss)
+
+    def _fake_scale(self, visit: Visit) -> Tensor | None:
+        """What the critic is given as guidance: the time of the step that a sample is from, if it is told."""
+        return visit.t if self.tells_step else visit.scale
 
     def _logits(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
         """What the heads say about ``x_0`` (B, ...) behind fresh noise."""

@@ -136,6 +136,9 @@ class DMD2Options(MatchingOptions):
     rollout: Rollout = "ode"
     """How the student steps from time to time: ode, as FlowMatchEulerDiscreteScheduler does by default, or sde, with new noise at each
     step, as it does with stochastic_sampling."""
+    critic_knows_step: bool = False
+    """Tell the critic which of several steps a sample is from, by its input for guidance. Then each step has to match the teacher, and not
+    only, as in the paper, all of them together."""
     gan_weight: float = 5e-3
     """Of the adversarial loss in the student's; 0: no GAN, and no data is needed."""
     gan_fake_weight: float = 1e-2
@@ -155,6 +158,8 @@ class DMD2Options(MatchingOptions):
         at_least(self, 0, "gan_weight", "gan_fake_weight", "isg_weight", "backward_simulation")
         if self.backward_simulation > 1:
             raise UserError(f"--backward-simulation is a probability, got {self.backward_simulation:g}")
+        if self.critic_knows_step and self.guidance_range is not None:
+            raise UserError("--critic-knows-step uses the critic's input for guidance: give one scale, or --no-critic-knows-step")
         if self.ida_decay is not None and not 0 <= self.ida_decay <= 1:
             raise UserError(f"--ida-decay is between 0 and 1, got {self.ida_decay:g}")
         if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):

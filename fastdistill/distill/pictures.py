@@ -50,7 +50,9 @@ class Rows:
             t = shifted(torch.full((len(x_0),), 0.5), self.method.shift).to(x_0.device)
             x_t = self.method.process.add_noise(x_0, self.noise.flip(0), t)
             rows["x0_real"] = self._decoded(self.method.teach(x_t, t, self.conditioning, Prediction.X0))
-            rows["x0_fake"] = self._decoded(self.method.predict("fake", x_t, t, self.conditioning, Prediction.X0))
+            # They are from the last step, if it asks.
+            told = self.method.at(self.method.times[-1], x_0) if getattr(self.method, "tells_step", False) else None
+            rows["x0_fake"] = self._decoded(self.method.predict("fake", x_t, t, self.conditioning, Prediction.X0, told))
         return rows
 
     def _end(self, sampling: SamplingDefaults) -> Tensor:

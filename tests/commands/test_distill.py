@@ -135,8 +135,20 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
 def test_a_smaller_student(command, pipeline_folder, tmp_path):
     smaller = save_tiny(tiny_flux_pipeline(num_layers=1, num_single_layers=2), tmp_path / "smaller")
     output = tmp_path / "out"
-    options = ["--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--student", smaller, "--output", output, *QUICK]
-    ended = command("distill", *options)
+    options = [
+        "--method",
+        "dmd2",
+        "--steps",
+        "2",
+        "--critic-knows-step",
+        "--model",
+        pipeline_folder,
+        "--student",
+        smaller,
+        "--output",
+        output,
+    ]
+    ended = command("distill", *options, *QUICK)
     assert ended.code == 0, ended.message
     pipeline = FluxPipeline.from_pretrained(output / "model")
     assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers) == (1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,21 +87,21 @@ def rollout(method: DMD2, batch: Any, rng: torch.Generator, index: int, *, sde: 
     return x, times[index].float().expand(8)
 
 
-def matching(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator) -> Tensor:
+def matching(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, **told: Tensor) -> Tensor:
     """Half the mean of ``(x - sg(x - g))^2``, of which DMD2's code takes the gradient."""
     noise, t = randn(rng), 0.02 + 0.96 * torch.rand(8, generator=rng)
     x_t = ((1 - column(t)) * x_0 + column(t) * noise).detach()
     teacher = method.networks["teacher"]
     real = teacher(x_t, t) + 3 * (teacher(x_t, t, labels) - teacher(x_t, t))
-    x_0_real, x_0_fake = x_t - column(t) * real, x_t - column(t) * method.networks["fake"](x_t, t, labels)
+    x_0_real, x_0_fake = x_t - column(t) * real, x_t - column(t) * method.networks["fake"](x_t, t, labels, **told)
     g = (x_0_fake - x_0_real) / (x_0 - x_0_real).abs().mean(dim=1, keepdim=True)
     return 0.5 * (x_0 - (x_0 - g).detach()).square().mean()
 
 
-def logits(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator) -> Tensor:
+def logits(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, guidance: Tensor | None = None) -> Tensor:
     noise, t = randn(rng), torch.rand(8, generator=rng)
     fake, head = method.networks["fake"], method.networks["discriminator"].heads[0]
-    features = fake.layers[0](fake.embed((1 - column(t)) * x_0 + column(t) * noise, t, labels, None))
+    features = fake.layers[0](fake.embed((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance))
     return head.out(silu(head.into(head.norm(features))))
 
 
@@ -154,6 +155,39 @@ def test_the_gradients_of_the_critic_and_of_the_heads(index: int) -> None:
     assert_same_gradient(method, "fake", batch, of_fake, seed=SEED_OF_INDEX[index])
     method = flow_method()
     assert_same_gradient(method, "discriminator", batch, lambda rng: gan(method, generated(method, rng), rng), seed=SEED_OF_INDEX[index])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
+    """It is given the time of the student's step as guidance, by matching, by its own loss, and by the heads."""
+    batch = batch_of()
+    labels = batch.conditioning.labels
+
+    def told() -> DMD2:
+        return DMD2(
+            DMD2Options(true_cfg_scale=3.0, gan_weight=0.1, gan_fake_weight=0.3, critic_knows_step=True),
+            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
+            fake=Perceptron(seed=2, guidance=True), discriminator=opinionated(),
+        )  # fmt: skip
+
+    def of_student(rng: torch.Generator) -> Tensor:
+        x_t, t = rollout(method, batch, rng, index)
+        x_0 = x_t - column(t) * method.networks["student"](x_t, t, labels)
+        return matching(x_0, labels, method, rng, guidance=t) + 0.1 * softplus(-logits(x_0, labels, method, rng, t)).mean()
+
+    def of_fake(rng: torch.Generator) -> Tensor:
+        x_t, step = rollout(method, batch, rng, index)
+        x_0 = (x_t - column(step) * method.networks["student"](x_t, step, labels)).detach()
+        noise, t = randn(rng), torch.rand(8, generator=rng)
+        velocity = method.networks["fake"]((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance=step)
+        judged = (
+            softplus(logits(x_0, labels, method, rng, step)).mean() + softplus(-logits(batch.latents, labels, method, rng, step)).mean()
+        )
+        return (velocity - (noise - x_0)).square().mean() + 0.3 * judged
+
+    for role, formula in (("student", of_student), ("fake", of_fake)):
+        method = told()
+        assert_same_gradient(method, role, batch, formula, seed=SEED_OF_INDEX[index])
 
 
 def test_the_gradient_for_a_noise_predicting_teacher() -> None:
@@ -263,6 +297,42 @@ def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: A
     """
     student = distilled(flow_of_the_teacher, tmp_path, steps=2, rollout=rollout).networks["student"]
     assert_moments(torch.cat(x_0_of_each_step(student, 2, rollout)), gaussian(), 0.03)
+
+
+class PerStep(nn.Module):
+    """A critic that takes the time of the student's step as guidance: a network of its own for 1, and for all others."""
+
+    def __init__(self, start: AffineFlow) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(guidance_embeds=True)
+        self.first, self.others = copy.deepcopy(start), copy.deepcopy(start)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance: Tensor) -> Tensor:
+        assert bool((guidance == guidance[0]).all())
+        return (self.first if guidance[0] == 1 else self.others)(x_t, t, labels)
+
+
+def test_with_a_critic_that_knows_the_step_each_step_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
+    """The moments of ``x_0`` of either step, which are 0.1 off where the critic sees both steps as one distribution."""
+    student = copy.deepcopy(flow_of_the_teacher)
+    options = DMD2Options(gan_weight=0.0, critic_knows_step=True)
+    setup = {"student": student, "teacher": exact(gaussian()), "family": LabelFamily(), "steps": 2}
+    method = DMD2(options, **setup, fake=PerStep(flow_of_the_teacher))
+    trainer = train(method, unlabelled_draws(gaussian(), 128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
+    trainer.emas["student"].copy_to(student)
+    for x_0 in x_0_of_each_step(student, 2):
+        assert_moments(x_0, gaussian(), 0.03)
+
+
+def test_a_critic_that_knows_the_step_of_a_transformer() -> None:
+    """It has an embedder of its own, and begins with the student's outputs; the student stays as it was."""
+    pipeline = tiny_flux_pipeline()
+    transformer = pipeline.transformer
+    setup = {"student": copy.deepcopy(transformer), "teacher": transformer, "family": family_of(transformer), "steps": 2}
+    method = DMD2(DMD2Options(gan_weight=0.0, critic_knows_step=True), **setup)
+    assert [method.networks[role].config.guidance_embeds for role in ("student", "fake")] == [False, True]
+    with pytest.raises(UserError, match="--no-critic-knows-step"):
+        DMD2Options(critic_knows_step=True, guidance_range=(1.0, 2.0))
 
 
 def test_a_student_of_noised_data_is_not_ready_for_its_own_states(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
