@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from fastdistill.distill.config import REFERENCE_WIDTH, DistillConfig
 from fastdistill.distill.distillation import Distillation
 from fastdistill.distill.heads import inner_dim
@@ -44,15 +46,18 @@ def build(
     student = copy.deepcopy(teacher if student is None else student).float()
     if options.guidance_range is not None and not method.may_average_guidance and not embeds_guidance(student):
         student = with_guidance_embedder(student)
-    return method(
-        options,
-        student=student.train(),
-        teacher=teacher,
-        family=family_of(teacher),
-        steps=config.steps,
-        shift=shift,
-        unconditional=unconditional,
-    )
+    # The heads of a discriminator begin at random.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return method(
+            options,
+            student=student.train(),
+            teacher=teacher,
+            family=family_of(teacher),
+            steps=config.steps,
+            shift=shift,
+            unconditional=unconditional,
+        )
 
 
 def training(config: DistillConfig, method: Distillation) -> TrainConfig:

@@ -77,6 +77,8 @@ class Trainer:
         self.best = None if evaluation is None else Best(evaluation)
         self.device = next(iter(self.parameters[method.trains[0]])).device
         self.step = 0
+        self.logs: dict[str, float] = {}
+        """The latest: of a role that has no turn in a step, those of its last one."""
         self._torn = False
 
     def fit(self, describe: str = "train") -> None:
@@ -86,16 +88,14 @@ class Trainer:
         config = self.config
         silent = parallel.rank() > 0
         log = Log(self.run, describe, start=self.step, total=config.steps, tensorboard=config.tensorboard, silent=silent)
-        # Of a role that does not have its turn in the step that is written, the last values are.
-        logs: dict[str, float] = {}
         with log:
             try:
                 while not self._finished():
-                    logs |= self._advance()
+                    self.logs |= self._advance()
                     measured = self._watch(log)
                     self._torn = False
                     write = bool(measured) or self.step % config.log_every == 0 or self._finished()
-                    log.advance(self.step, logs | measured, write=write)
+                    log.advance(self.step, self.logs | measured, write=write)
                     if self.step % config.checkpoint_every == 0 and not self._finished():
                         self.save()
             except KeyboardInterrupt:
@@ -107,7 +107,7 @@ class Trainer:
         self.save()
 
     def save(self) -> Path:
-        state = {"config": dataclasses.asdict(self.config), "best": self.best.record() if self.best else None}
+        state = {"config": dataclasses.asdict(self.config), "best": self.best.record() if self.best else None, "logs": self.logs}
         kept = self.method.state_dict() if isinstance(self.method, Keeps) else None
         keep = self.config.keep_checkpoints
         return checkpoint.save(self.run, self.step, self.method.networks, self.optimizers, self.emas, state, keep, kept)
@@ -258,3 +258,4 @@ class Trainer:
             self.method.load_state_dict(checkpoint.load_kept(path, self.method.state_dict()))
         if self.best and state["best"]:
             self.best.continue_from(state["best"])
+        self.logs = state["logs"]
