@@ -29,6 +29,7 @@ were busy, measurements on the way included.
 
 METRICS = {
     "frechet_distance": "Frechet distance",
+    "frechet_distance_to_reference": "to the teacher's pictures",
     "background_total_variation": "background total variation",
     "background_purity": "background purity",
     "caption_accuracy": "caption accuracy",
@@ -36,6 +37,7 @@ METRICS = {
 }
 FORMS = {
     "frechet_distance": "{:.2f}",
+    "frechet_distance_to_reference": "{:.2f}",
     "background_total_variation": "{:.3f}",
     "background_purity": "{:.1%}",
     "caption_accuracy": "{:.1%}",
