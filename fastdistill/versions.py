@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""What a result was made with, and in what time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ import torch
 import transformers
 
 from fastdistill import __version__
+
+CLOSING = """\
+| stage | seconds |
+|---|---|
+{% for stage, seconds in seconds.items() -%}
+| {{ stage }} | {{ "{:.0f}".format(seconds) }} |
+{% endfor %}
+fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, {{ versions.machine }}.
+"""
+"""How every report ends: a template of ``seconds``, by stage, and :func:`versions`."""
 
 
 def versions() -> dict[str, str]:

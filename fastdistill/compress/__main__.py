@@ -6,14 +6,12 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from fastdistill.cli import run
 from fastdistill.compress.config import CompressConfig
 
 PROGRAM = "python -m fastdistill.compress"
 RESULT = "compress.json"
-SUMMARY = (("caption_accuracy", "caption accuracy", "{:.1%}"), ("frechet_distance", "Frechet distance", "{:.1f}"))
 
 
 def main(config: CompressConfig) -> None:
@@ -27,6 +25,7 @@ def main(config: CompressConfig) -> None:
     from fastdistill.evaluation.table import rows
     from fastdistill.gallery import Gallery
     from fastdistill.models.loading import load, read_prompts
+    from fastdistill.summary import summarise
     from fastdistill.workspace import Workspace, write_json
 
     if config.dry_run:
@@ -65,17 +64,9 @@ def main(config: CompressConfig) -> None:
     write_json(output / "model" / RESULT, record)
     write_json(output / RESULT, record)
     workspace.finish()
-    _summarise(record, output, console)
-
-
-def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
     sizes = record["parameters"]
     console.print(f"{sizes['full'] / 1e6:.2f} M -> {sizes['compressed'] / 1e6:.2f} M parameters")
-    for key, label, form in SUMMARY:
-        values = {name: metrics.get(key) for name, metrics in record["evaluation"].items()}
-        if all(value is not None for value in values.values()):
-            console.print(f"{label}: " + ", ".join(f"{name} {form.format(value)}" for name, value in values.items()))
-    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")
+    summarise(record["evaluation"], output, console)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
 from fastdistill.models.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.versions import versions
+from fastdistill.versions import CLOSING, versions
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}
@@ -89,12 +89,6 @@ Recovery: {{ config.steps }} steps of {{ config.batch }} on \
 of {{ prompts }} prompts{% endif %}, L = {{ config.l_task }} L_task + {{ config.l_out }} L_OutKD + {{ config.l_feat }} L_FeatKD, learning \
 rate {{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
 
-| stage | seconds |
-|---|---|
-{% for stage, seconds in seconds.items() -%}
-| {{ stage }} | {{ "{:.0f}".format(seconds) }} |
-{% endfor %}
-fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, {{ versions.machine }}.
 """
 
 
@@ -148,7 +142,7 @@ def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str
         for name in scores["output"]
     ]
     dropped = " ".join(f"{name}" for name in scores["output"] if name not in kept)
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT)
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT + CLOSING)
     choice = record["choice"]
     quantity = choice["quantity"]
     verified = [

@@ -6,19 +6,12 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastdistill.cli import run
 from fastdistill.distill.config import DistillConfig, config_of
 
 PROGRAM = "python -m fastdistill.distill"
 RESULT = "distill.json"
-SUMMARY = (
-    ("caption_accuracy", "caption accuracy", "{:.1%}"),
-    ("frechet_distance", "Frechet distance", "{:.1f}"),
-    ("background_total_variation", "background total variation", "{:.3f}"),
-    ("background_purity", "background purity", "{:.1%}"),
-)
 WATCH_SEEDS = 1000
 """Added to the seed of the run for pictures that choose the weights: those of the report have no part in the choice."""
 
@@ -36,6 +29,7 @@ def main(config: DistillConfig) -> None:
     from fastdistill.gallery import Gallery
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.sampling import SamplingDefaults
+    from fastdistill.summary import summarise
     from fastdistill.workspace import Workspace, write_json
 
     if config.dry_run:
@@ -70,17 +64,8 @@ def main(config: DistillConfig) -> None:
     write_json(output / "model" / RESULT, record)
     write_json(output / RESULT, record)
     workspace.finish()
-    _summarise(record, output, console)
-
-
-def _summarise(record: dict[str, Any], output: Path, console: Any) -> None:
-    calls = record["calls"]
-    console.print(f"{calls['teacher']} -> {calls['student']} calls of the network for a picture")
-    for key, label, form in SUMMARY:
-        values = {name: metrics.get(key) for name, metrics in record["evaluation"].items()}
-        if all(value is not None for value in values.values()):
-            console.print(f"{label}: " + "; ".join(f"{name} {form.format(value)}" for name, value in values.items()))
-    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")
+    console.print(f"{record['calls']['teacher']} -> {record['calls']['student']} calls of the network for a picture")
+    summarise(record["evaluation"], output, console)
 
 
 if __name__ == "__main__":

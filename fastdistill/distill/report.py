@@ -12,7 +12,7 @@ import jinja2
 from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.job import Outcome
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.versions import versions
+from fastdistill.versions import CLOSING, versions
 
 REPORT = """\
 # {{ config.model }} in {{ config.steps }} step{{ "s" if config.steps > 1 }}, by {{ config.method }}
@@ -52,12 +52,6 @@ after the last step.{% endif %}
 
 Pictures on the way: `samples/`. All values: `metrics.jsonl`; everything else: `distill.json`.
 
-| stage | seconds |
-|---|---|
-{% for stage, seconds in seconds.items() -%}
-| {{ stage }} | {{ "{:.0f}".format(seconds) }} |
-{% endfor %}
-fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, {{ versions.machine }}.
 """
 
 
@@ -100,5 +94,5 @@ def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str
     }[needs]
     if record["images"]:
         material = f"{record['images']} pictures of {config['images']}"
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT)
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT + CLOSING)
     return template.render(**{**record, "measured": measured, "material": material, "example": example, "output": output})
