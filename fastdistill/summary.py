@@ -21,5 +21,6 @@ def summarise(evaluation: Mapping[str, Mapping[str, Any]], output: Path, console
     for key, label, form in METRICS:
         values = {name: metrics.get(key) for name, metrics in evaluation.items()}
         if all(value is not None for value in values.values()):
-            console.print(f"{label}: " + "; ".join(f"{name} {form.format(value)}" for name, value in values.items()))
-    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}")
+            line = f"{label}: " + "; ".join(f"{name} {form.format(value)}" for name, value in values.items())
+            console.print(line, soft_wrap=True)
+    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}", soft_wrap=True)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Outcome:
     """What a finished run knows; the manifest and the report are made from it."""
 
     evaluation: dict[str, dict[str, Any]]
-    """By model: the teacher, the teacher in the student's number of steps, the student."""
+    """By model: the teacher, the teacher in as many steps as the student if that is another number, the student."""
     calls: dict[str, int]
     """Of a network for one picture, by model."""
     parameters: dict[str, int]
@@ -111,22 +112,28 @@ def distill(
     method = build(config, teacher, student, sampling, shift=shift, unconditional=empty)
     scheduler = few_step_scheduler(shift, stochastic_sampling=method.stochastic_sampling)
     drawn = student_sampling(config, sampling, method.networks["student"])
-    briefly = dataclasses.replace(sampling, num_inference_steps=config.steps)
-    few_steps = f"teacher, {config.steps} step{'s' if config.steps > 1 else ''}"
+    # What the student is compared with: the teacher as it is sampled, and in as many steps as the student.
+    teachers = {"teacher": sampling}
+    if config.steps != sampling.num_inference_steps:
+        name = f"teacher, {config.steps} step{'s' if config.steps > 1 else ''}"
+        teachers[name] = dataclasses.replace(sampling, num_inference_steps=config.steps)
 
     with clock("pictures"), patched(teacher):
         conditioning, batches = _batches(config, method, pipeline, prompts, images, sampling, workspace, console)
-    evaluation = {}
-    with clock("evaluate"):
-        evaluation["teacher"] = workspace.cached("evaluation-teacher", lambda: evaluate(pipeline, "teacher", sampling))
-        evaluation[few_steps] = workspace.cached("evaluation-teacher-few-steps", lambda: evaluate(pipeline, few_steps, briefly))
 
+    def measured(stage: str, measure: Evaluate) -> dict[str, dict[str, Any]]:
+        return {
+            name: workspace.cached(f"{stage}-teacher-{how.num_inference_steps}", partial(measure, pipeline, name, how))
+            for name, how in teachers.items()
+        }
+
+    with clock("evaluate"):
+        evaluation = measured("evaluation", evaluate)
     watched: dict[str, dict[str, Any]] = {}
     with clock("train"):
         observing: dict[str, Any] = {}
         if config.watch_every:
-            watched["teacher"] = workspace.cached("watch-teacher", lambda: watch(pipeline, "teacher", sampling))
-            watched[few_steps] = workspace.cached("watch-teacher-few-steps", lambda: watch(pipeline, few_steps, briefly))
+            watched = measured("watch", watch)
             observing = _observing(config, method, pipeline, scheduler, sampling, drawn, conditioning, watch)
         trainer = Trainer(method, batches, training(config, method), work / "training", **observing)
         with ExitStack() as stack:
@@ -147,7 +154,7 @@ def distill(
     guided = 2 if sampling.true_cfg_scale > 1 else 1
     return Outcome(
         evaluation=evaluation,
-        calls={"teacher": guided * sampling.num_inference_steps, few_steps: guided * config.steps, "student": config.steps},
+        calls={**{name: guided * how.num_inference_steps for name, how in teachers.items()}, "student": config.steps},
         parameters={"teacher": teacher.num_parameters(), "student": trained.num_parameters()},
         shift=shift,
         watched=watched,

@@ -53,14 +53,15 @@ def test_every_method_can_be_named():
 def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_folder, tmp_path, method):
     output, steps = tmp_path / "out", 1 if method == "dmd" else 2
     options = ["--method", method, "--steps", steps, "--model", pipeline_folder, "--output", output, *QUICK, *EXTRA.get(method, [])]
+    options += ["--num-inference-steps", "3"]
     ended = command("distill", *options)
     assert ended.code == 0, ended.message
     found = sorted(path.name for path in output.iterdir())
     assert found == ["curves.png", "distill.json", "grid.png", "metrics.jsonl", "model", "report.md", "samples"]
     record = json.loads((output / "distill.json").read_text())
-    rushed = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-    assert record["calls"] == {"teacher": 4, rushed: 2 * steps, "student": steps}
-    assert list(record["evaluation"]) == ["teacher", rushed, "student"]
+    short = f"teacher, {steps} step{'s' if steps > 1 else ''}"
+    assert record["calls"] == {"teacher": 6, short: 2 * steps, "student": steps}
+    assert list(record["evaluation"]) == ["teacher", short, "student"]
     assert record["command"].startswith(f"python -m fastdistill.distill --method {method} --steps {steps}")
     assert record["chosen"]["monitor"] == "frechet_distance_to_reference"
     assert record["chosen"]["step"] in (3, 6)
@@ -208,6 +209,13 @@ def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypat
     record = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert (record["chosen"]["step"], record["chosen"]["value"]) == (4, 5.0)
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6, 8]
+
+
+def test_a_student_of_the_teachers_steps_is_compared_with_it_once(command, pipeline_folder, tmp_path):
+    options = ["--method", "guidance", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
+    assert command("distill", *options).code == 0
+    record = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert list(record["evaluation"]) == list(record["calls"]) == ["teacher", "student"]
 
 
 def test_without_watching_the_averaged_weights_are_the_result(command, pipeline_folder, tmp_path):
