@@ -15,13 +15,12 @@ TABLES = """\
 
 Each student had {{ facts.budget }} passes of the transformer over a batch of {{ facts.batch }} pictures, a backward pass counted as two, \
 on {{ facts.pictures }} pictures that the teacher drew. Measured on {{ facts.evaluated }} pictures of each seed, mean ± standard deviation \
-over the seeds that are named. A call is one evaluation of the transformer for one picture; training seconds are of one thread of two that \
-were busy, measurements on the way included.
+over the seeds that are named. A call is one evaluation of the transformer for one picture.
 {% for steps, rows in groups %}
 ## {{ steps }} step{{ "s" if steps > 1 }}
 
-| | seeds | calls | training steps | training seconds | {{ metrics.values()|join(" | ") }} |
-|---|---|---:|---:|---:|{% for _ in metrics %}---:|{% endfor %}
+| | seeds | calls | training steps | {{ metrics.values()|join(" | ") }} |
+|---|---|---:|---:|{% for _ in metrics %}---:|{% endfor %}
 {% for row in rows -%}
 | {{ row|join(" | ") }} |
 {% endfor %}
@@ -51,12 +50,9 @@ def tables(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
         by_name: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
         for run in (run for run in runs if run["steps"] == steps):
             for name, measured in run["evaluation"].items():
-                calls = run["calls"][name]
-                if name == "student":
-                    extra = {"training_steps": run["training_steps"], "training_seconds": run["seconds"]["train"]}
-                    by_name[run["method"]][run["seed"]] = {**measured, "calls": calls, **extra}
-                else:
-                    by_name[name][run["seed"]] = {**measured, "calls": calls}
+                student = name == "student"
+                extra = {"training_steps": run["training_steps"]} if student else {}
+                by_name[run["method"] if student else name][run["seed"]] = {**measured, "calls": run["calls"][name], **extra}
         groups.append((steps, [_row(name, found) for name, found in by_name.items()]))
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(TABLES)
     return template.render(facts=facts, groups=groups, metrics=METRICS)
@@ -66,9 +62,7 @@ def _row(name: str, found: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """One model: its seeds, what it cost, and every metric over the seeds."""
     seeds = sorted(found)
     first = found[seeds[0]]
-    seconds = [found[seed]["training_seconds"] for seed in seeds if "training_seconds" in found[seed]]
-    mean_seconds = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
-    row = [name, ", ".join(map(str, seeds)), str(first["calls"]), str(first.get("training_steps", "")), mean_seconds]
+    row = [name, ", ".join(map(str, seeds)), str(first["calls"]), str(first.get("training_steps", ""))]
     for key, form in FORMS.items():
         values = [found[seed][key] for seed in seeds if found[seed].get(key) is not None]
         spreads = f" ± {form.format(spread(values))}" if len(values) > 1 else ""
