@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastdistill.data.latents import LatentBatch
-from fastdistill.diffusion.prediction import Prediction
+from fastdistill.diffusion.prediction import Prediction, convert
 from fastdistill.diffusion.process import expand_time, noise_like
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill.distillation import Distillation, Setup, follow, without_prefix
@@ -81,12 +81,13 @@ class ConsistencyDistillation(Distillation):
         return self.process.ddim_step(x_t, x_0, t, torch.zeros_like(t))
 
     def _teacher_step(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Any, scale: Tensor | None) -> Tensor:
-        x_s = self.process.ddim_step(x_t, self.teach(x_t, t, conditioning, Prediction.X0, scale), t, s)
+        x_0 = self.teach(x_t, t, conditioning, Prediction.X0, scale)
+        x_s = self.process.ddim_step(x_t, x_0, t, s)
         if self.options.solver == "ddim":
             return x_s
         # Heun's second call, but not at t = 0, where a velocity may be infinite (Karras et al. 2022, algorithm 1).
         last = s == 0
-        velocity = self.teach(x_t, t, conditioning, Prediction.VELOCITY, scale)
+        velocity = convert(x_0, x_t, t, self.process, Prediction.X0, Prediction.VELOCITY)
         step = (expand_time(s, x_t) - expand_time(t, x_t)).to(x_t.dtype)
         euler, s = x_t + step * velocity, torch.where(last, t, s)
         corrected = x_t + step * (velocity + self.teach(euler, s, conditioning, Prediction.VELOCITY, scale)) / 2
