@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdistill.evaluation.statistics import over_seeds
+
 STAGES = {"cut": "cut", "repaired": "repaired", "recovered": "recovered", "repaired_recovered": "repaired, recovered"}
 ERROR, FRECHET, ACCURACY, PSNR = "output_error", "frechet_distance", "caption_accuracy", "psnr_to_reference"
 FORMS = {ERROR: "{:.3f}", FRECHET: "{:.1f}", ACCURACY: "{:.1%}", PSNR: "{:.1f}"}
@@ -49,12 +51,8 @@ def by_criterion(rows: Sequence[dict[str, Any]]) -> Rows:
         for name in row["chosen_by"]:
             chosen.setdefault(name, []).append(row)
 
-    def over_seeds(found: Sequence[dict[str, Any]], stage: str, metric: str) -> str:
-        if any(stage not in row for row in found):
-            return ""
-        values = [row[stage][metric] for row in found]
-        spread = f" ± {FORMS[metric].format(statistics.stdev(values))}" if len(values) > 1 else ""
-        return FORMS[metric].format(statistics.fmean(values)) + spread
+    def cell(found: Sequence[dict[str, Any]], stage: str, metric: str) -> str:
+        return "" if any(stage not in row for row in found) else over_seeds([row[stage][metric] for row in found], FORMS[metric])
 
     def final(name: str) -> float:
         return statistics.fmean(row[LAST][ERROR] for row in chosen[name])
@@ -62,11 +60,11 @@ def by_criterion(rows: Sequence[dict[str, Any]]) -> Rows:
     return [
         [
             name,
-            *(over_seeds(chosen[name], stage, ERROR) for stage in STAGES),
-            *(over_seeds(chosen[name], stage, FRECHET) for stage in ("cut", "repaired", LAST)),
-            over_seeds(chosen[name], "cut", ACCURACY),
-            over_seeds(chosen[name], LAST, ACCURACY),
-            over_seeds(chosen[name], LAST, PSNR),
+            *(cell(chosen[name], stage, ERROR) for stage in STAGES),
+            *(cell(chosen[name], stage, FRECHET) for stage in ("cut", "repaired", LAST)),
+            cell(chosen[name], "cut", ACCURACY),
+            cell(chosen[name], LAST, ACCURACY),
+            cell(chosen[name], LAST, PSNR),
         ]
         for name in sorted(chosen, key=final)
     ]
@@ -140,11 +138,10 @@ def head_starts(by_seed: dict[str, dict[str, dict[str, float]]]) -> Rows:
     """Output errors after recoveries of so many steps, mean and standard deviation over seeds."""
     seeds = list(by_seed.values())
 
-    def over_seeds(steps: str, name: str) -> str:
-        values = [found[steps][name] for found in seeds]
-        return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    def cell(steps: str, name: str) -> str:
+        return over_seeds([found[steps][name] for found in seeds], "{:.3f}")
 
-    return [[steps, *(over_seeds(steps, name) for name in ("recovered", "repaired_recovered"))] for steps in seeds[0]]
+    return [[steps, *(cell(steps, name) for name in ("recovered", "repaired_recovered"))] for steps in seeds[0]]
 
 
 def _sets(rows: Sequence[dict[str, Any]], seed: int) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -46,6 +44,7 @@ from fastdistill.evaluation.samples import energy_distance, modes, sliced_wasser
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising
 from fastdistill.train.trainer import Trainer
+from fastdistill.versions import versions
 from fastdistill.workspace import write_json
 
 STEPS = (1, 2, 4)
@@ -280,7 +279,7 @@ def main(config: Config) -> None:
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name != "output"},
         "train": TRAIN,
         "methods": {name: dataclasses.asdict(row) for name, row in ROWS.items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": versions(),
         "rows": {},
     }
     for seed in config.seeds:

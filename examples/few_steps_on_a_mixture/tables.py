@@ -11,6 +11,8 @@ from typing import Any
 
 from predictions import PREDICTIONS, Quantity
 
+from fastdistill.evaluation.statistics import over_seeds
+
 SCORES = {
     "sliced_wasserstein": ("sliced Wasserstein-1", "{:.3f}"),
     "energy_distance": ("energy distance", "{:.4f}"),
@@ -117,10 +119,7 @@ def seconds(rows: dict[str, Any]) -> Rows:
 def _over_seeds(by_seed: dict[str, Any], score: str) -> str:
     """Mean and standard deviation; nothing where it is not defined, as the variance within modes of samples that are in none."""
     form, values = SCORES[score][1], [scores[score] for scores in by_seed.values()]
-    if any(value is None for value in values):
-        return ""
-    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + spread
+    return "" if any(value is None for value in values) else over_seeds(values, form)
 
 
 def _markdown(head: Sequence[str], rows: Rows) -> list[str]:

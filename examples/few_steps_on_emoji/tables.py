@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from fastdistill.evaluation.statistics import spread
+from fastdistill.evaluation.statistics import over_seeds
 
 TABLES = """\
 # Few-step students of the emoji FLUX
@@ -19,7 +19,7 @@ over the seeds that are named. A call is one evaluation of the transformer for o
 {% for steps, rows in groups %}
 ## {{ steps }} step{{ "s" if steps > 1 }}
 
-| | seeds | calls | training steps | {{ metrics.values()|join(" | ") }} |
+| | seeds | calls | training steps | {{ metrics|join(" | ") }} |
 |---|---|---:|---:|{% for _ in metrics %}---:|{% endfor %}
 {% for row in rows -%}
 | {{ row|join(" | ") }} |
@@ -27,20 +27,12 @@ over the seeds that are named. A call is one evaluation of the transformer for o
 {%- endfor %}"""
 
 METRICS = {
-    "frechet_distance": "Frechet distance",
-    "frechet_distance_to_reference": "to the teacher's pictures",
-    "background_total_variation": "background total variation",
-    "background_purity": "background purity",
-    "caption_accuracy": "caption accuracy",
-    "psnr_to_reference": "PSNR to the teacher, dB",
-}
-FORMS = {
-    "frechet_distance": "{:.2f}",
-    "frechet_distance_to_reference": "{:.2f}",
-    "background_total_variation": "{:.3f}",
-    "background_purity": "{:.1%}",
-    "caption_accuracy": "{:.1%}",
-    "psnr_to_reference": "{:.1f}",
+    "frechet_distance": ("Frechet distance", "{:.2f}"),
+    "frechet_distance_to_reference": ("to the teacher's pictures", "{:.2f}"),
+    "background_total_variation": ("background total variation", "{:.3f}"),
+    "background_purity": ("background purity", "{:.1%}"),
+    "caption_accuracy": ("caption accuracy", "{:.1%}"),
+    "psnr_to_reference": ("PSNR to the teacher, dB", "{:.1f}"),
 }
 
 
@@ -55,7 +47,7 @@ def tables(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
                 by_name[run["method"] if student else name][run["seed"]] = {**measured, "calls": run["calls"][name], **extra}
         groups.append((steps, [_row(name, found) for name, found in by_name.items()]))
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(TABLES)
-    return template.render(facts=facts, groups=groups, metrics=METRICS)
+    return template.render(facts=facts, groups=groups, metrics=[title for title, _ in METRICS.values()])
 
 
 def _row(name: str, found: Mapping[int, Mapping[str, Any]]) -> list[str]:
@@ -63,8 +55,7 @@ def _row(name: str, found: Mapping[int, Mapping[str, Any]]) -> list[str]:
     seeds = sorted(found)
     first = found[seeds[0]]
     row = [name, ", ".join(map(str, seeds)), str(first["calls"]), str(first.get("training_steps", ""))]
-    for key, form in FORMS.items():
+    for key, (_, form) in METRICS.items():
         values = [found[seed][key] for seed in seeds if found[seed].get(key) is not None]
-        spreads = f" ± {form.format(spread(values))}" if len(values) > 1 else ""
-        row.append(form.format(sum(values) / len(values)) + spreads if values else "")
+        row.append(over_seeds(values, form) if values else "")
     return row

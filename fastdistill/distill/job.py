@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -230,18 +230,17 @@ def _observing(
     teacher, student = pipeline.transformer, method.networks["student"]
     family = family_of(teacher)
 
-    @contextmanager
-    def mixed() -> Iterator[None]:
+    def mixed() -> torch.autocast:
         # A pipeline in bfloat16 hands its dtype to the student, whose weights are float32.
-        with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=teacher.dtype != torch.float32):
-            yield
+        return torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=teacher.dtype != torch.float32)
 
     def measure() -> Mapping[str, float]:
         with mixed(), swapped(pipeline, student, scheduler):
             measured = watch(pipeline, "student", drawn)
         return {name: float(measured[name]) for name in WATCHED if name in measured}
 
-    rows = torch.arange(min(GRID_PICTURES, len(conditioning))) * len(conditioning) // min(GRID_PICTURES, len(conditioning))
+    count = min(GRID_PICTURES, len(conditioning))
+    rows = torch.arange(count) * len(conditioning) // count
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
     noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(config.seed)).to(conditioning.prompt_embeds)
     draw = Rows(method, pipeline, family, scheduler, sampling, drawn, conditioning[rows.to(noise.device)], noise)

@@ -18,6 +18,12 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
+def over_seeds(values: Sequence[float], form: str) -> str:
+    """Mean ± sample standard deviation of at least one value, each in ``form``; of one value no deviation."""
+    mean = form.format(sum(values) / len(values))
+    return f"{mean} ± {form.format(spread(values))}" if len(values) > 1 else mean
+
+
 def spread(values: Sequence[float]) -> float:
     """Sample standard deviation of at least two values."""
     mean = sum(values) / len(values)

@@ -11,11 +11,11 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fastdistill.resources import GIB
 from fastdistill.train import parallel
 from fastdistill.train.config import RoleConfig, TrainConfig
 from fastdistill.train.method import Method
 
-GIB = 2**30
 # bitsandbytes' AdamW8bit: a byte a moment with a float32 for each 256, and float32 for small tensors.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
 

@@ -10,7 +10,7 @@ from fastdistill.evaluation.background_coverage import backgrounds, expected_tot
 from fastdistill.evaluation.classifier import Classifier, predict
 from fastdistill.evaluation.frechet import frechet_distance
 from fastdistill.evaluation.psnr import psnr
-from fastdistill.evaluation.statistics import spread, wilson_interval
+from fastdistill.evaluation.statistics import over_seeds, spread, wilson_interval
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
@@ -90,3 +90,8 @@ def test_classifier_is_right_on_fresh_draws():
     draws = data.draw(torch.arange(len(data)).repeat(10), torch.Generator().manual_seed(123))
     right = predict(Classifier.load(len(data)), draws.pixels) == draws.captions
     assert right.float().mean() >= 0.99
+
+
+def test_a_value_over_seeds_is_shown_with_its_deviation():
+    assert over_seeds([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1.0"
+    assert over_seeds([0.25], "{:.1%}") == "25.0%"
