@@ -48,7 +48,8 @@ def test_options_can_be_typed(name: str) -> None:
 def test_the_losses_of_three_steps_are_the_golden_ones(name: str) -> None:
     golden = json.loads(GOLDEN.read_text())[name]
     for found, expected in zip(losses(name), golden, strict=True):
-        assert found == pytest.approx(expected, rel=1e-9)
+        # Noise and times are drawn in float32, whose last bit depends on the processor.
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @every_method
