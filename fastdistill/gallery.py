@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import ceil
@@ -19,6 +21,7 @@ from fastdistill.grid import grid
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.progress import bar
+from fastdistill.workspace import write_json
 
 GRID_COLUMNS = 10
 
@@ -37,17 +40,25 @@ class Gallery:
         seed: int,
         batch: int,
         console: Console,
+        shared: Path | None = None,
     ) -> None:
-        """``pictures`` of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured."""
+        """``pictures`` of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
+
+        Args:
+            shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share.
+        """
         count = max(pictures, GRID_COLUMNS)
         self.prompts = [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
         self.seeds = [seed + k for k in range(ceil(count / len(self.prompts)) if pictures else 1)]
         self.measure = pictures > 0
         self.folder, self.sampling, self.batch, self.console = folder, sampling, batch, console
-        self.reference = reference
+        self.reference, self.shared = reference, shared
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
         """The measurements of ``pipeline``, a JSON object; sampled as the gallery says, unless ``sampling`` says otherwise."""
+        measured = self._file(name).with_suffix(".json")
+        if self._is_shared(name) and measured.exists():
+            return dict(json.loads(measured.read_text()))
         reference = None if name == self.reference else self._pictures(self.reference)
         pictures = len(self.prompts) * len(self.seeds)
         transformer = pipeline.transformer
@@ -56,8 +67,15 @@ class Gallery:
             result = evaluate(
                 pipeline, self.prompts, sampling or self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
             )
-        save_file({"pictures": result.pictures.half()}, self._file(name))
-        return result.metrics if self.measure else {}
+        metrics = result.metrics if self.measure else {}
+        self._file(name).parent.mkdir(parents=True, exist_ok=True)
+        # Another run may be reading, or writing the same.
+        partial = self._file(name).with_suffix(f".partial-{os.getpid()}")
+        save_file({"pictures": result.pictures.half()}, partial)
+        partial.replace(self._file(name))
+        if self._is_shared(name):
+            write_json(measured, metrics)
+        return metrics
 
     def grid(self, names: Sequence[str]) -> Image.Image:
         """A row of pictures for each of ``names``, which have been evaluated."""
@@ -69,4 +87,9 @@ class Gallery:
         return load_file(self._file(name))["pictures"].float()
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"pictures-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+        folder = self.shared if self.shared and self._is_shared(name) else self.folder
+        return folder / f"pictures-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether it is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
+        return self.shared is not None and name.split(",")[0] == self.reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 from fastdistill.cli import run
@@ -30,7 +30,7 @@ def main(config: DistillConfig) -> None:
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.sampling import SamplingDefaults
     from fastdistill.summary import summarise
-    from fastdistill.workspace import Workspace, write_json
+    from fastdistill.workspace import Workspace, digest, write_json
 
     if config.dry_run:
         print(plan(config))
@@ -48,9 +48,16 @@ def main(config: DistillConfig) -> None:
     workspace = Workspace(output, config.settings(), RESULT)
     if workspace.resumed:
         console.print(f"continuing the interrupted run in {output}")
-    pictures_of = partial(Gallery, prompts=prompts, sampling=sampling, reference="teacher", batch=config.batch, console=console)
-    gallery = pictures_of(workspace.work, pictures=config.evaluate_pictures, seed=config.seed)
-    watched = pictures_of(workspace.folder("watch"), pictures=config.watch_pictures, seed=config.seed + WATCH_SEEDS)
+
+    def gallery_in(folder: Path, pictures: int, seed: int) -> Gallery:
+        measured = {"model": config.model, "prompts": prompts, "sampling": asdict(sampling), "pictures": pictures, "seed": seed}
+        shared = config.pictures_folder and config.pictures_folder / f"measured-{digest(measured)}"
+        return Gallery(
+            folder, prompts, sampling, reference="teacher", pictures=pictures, seed=seed, batch=config.batch, console=console, shared=shared
+        )
+
+    gallery = gallery_in(workspace.work, config.evaluate_pictures, config.seed)
+    watched = gallery_in(workspace.folder("watch"), config.watch_pictures, config.seed + WATCH_SEEDS)
     outcome = distill(config, loaded.pipeline, student, prompts, images, sampling, workspace, gallery.evaluate, watched.evaluate, console)
     gallery.grid(list(outcome.evaluation)).save(output / "grid.png")
     draw_curves(output / "metrics.jsonl", output / "curves.png", outcome.watched)
