@@ -16,7 +16,7 @@ from fastdistill.distill.options import OPTIONS, MethodOptions
 from fastdistill.errors import UserError
 from fastdistill.options import Sampling, SamplingOptions, at_least
 
-MethodName = Literal["dmd2", "dmd", "progressive", "consistency", "reflow", "guidance", "output_kd"]
+MethodName = Literal["tdm", "dmd2", "dmd", "progressive", "consistency", "reflow", "guidance", "output_kd"]
 
 REFERENCE_WIDTH = 128
 """Of the tokens of the emoji FLUX, for which learning rates are stated."""
@@ -31,9 +31,10 @@ class DistillConfig:
     """
 
     method: MethodName
-    """Distribution matching with a critic and a GAN (dmd2), or in one step and held to pairs (dmd); halving the number of steps again and
-    again (progressive); jumps to the end of a trajectory (consistency, as LCM); straight paths (reflow). Not for few steps, but to halve
-    the calls of each: guidance of any scale as an input of the student (guidance), or the guided teacher's output (output_kd)."""
+    """Distribution matching at every step of the student's way (tdm), of the data with a critic and a GAN (dmd2), or in one step and held
+    to pairs (dmd); halving the number of steps again and again (progressive); jumps to the end of a trajectory (consistency, as LCM);
+    straight paths (reflow). Not for few steps, but to halve the calls of each: guidance of any scale as an input of the student
+    (guidance), or the guided teacher's output (output_kd)."""
     steps: int
     """Sampling steps of the student."""
     dry_run: bool = False
@@ -55,8 +56,8 @@ class DistillConfig:
     pictures: int = 1024
     """Pictures that the teacher draws to train on, or that are taken from --images at most."""
     pictures_folder: Path | None = None
-    """Where to keep what the teacher draws, for other runs with the same teacher, prompts and seed to take it from; default: with the
-    run, until that is finished."""
+    """Where to keep what the teacher draws and how it is measured, for other runs with the same teacher, prompts and seed to take it from;
+    default: with the run, until that is finished."""
     picture_steps: int | None = None
     """Sampling steps of each; default: those of the teacher."""
     shift: float | None = None
@@ -64,7 +65,7 @@ class DistillConfig:
     sample at."""
 
     training_steps: int = 300
-    """Updates; in dmd2 those of the critic, of which the student has one in --fake-updates."""
+    """Updates; in tdm and dmd2 those of the critic, of which the student has one in --fake-updates."""
     batch: int = 64
     """Samples of an update, and pictures at once otherwise."""
     micro_batches: int = 1
@@ -116,6 +117,8 @@ class DistillConfig:
             raise UserError("--patience counts measurements: give --watch-every, too")
         if self.images and self.options.needs == "pairs":
             raise UserError(f"{self.method} trains on pairs of noise and what the teacher draws from it: leave out --images")
+        if self.images and self.options.needs == "prompts":
+            raise UserError(f"{self.method} with these options trains on prompts and no pictures: leave out --images, or give --prompts")
         self.options.fitted(self.steps, self.training_steps)
 
     def settings(self) -> dict[str, Any]:
@@ -124,12 +127,15 @@ class DistillConfig:
 
 
 TRAINING: dict[str, dict[str, Any]] = {
-    "dmd2": {"learning_rate": 1e-4, "betas": (0.0, 0.99)},
+    "tdm": {"learning_rate": 5e-5, "betas": (0.0, 0.99), "training_steps": 100, "watch_every": 20},
+    "dmd2": {"learning_rate": 5e-5, "betas": (0.0, 0.99)},
     "dmd": {"learning_rate": 1e-4, "betas": (0.0, 0.99)},
 }
 """Defaults that a method has of its own, found on the emoji FLUX."""
 
-OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"dmd2": {"critic_knows_step": True}}
+# A critic that keeps up with its student.
+FOLLOWED: dict[str, Any] = {"fake_learning_rate": 4e-4, "fake_updates": 2}
+OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"tdm": FOLLOWED, "dmd2": {**FOLLOWED, "critic_knows_step": True}}
 """Where the command departs from the paper: see docs/distillation.md for the evidence."""
 
 

@@ -58,14 +58,20 @@ class DistributionMatching(Distillation):
     def matching_loss(
         self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator, *, fake_scale: Tensor | None
     ) -> Tensor:
-        """``mean(g^2) / 2`` with the gradient ``g / numel`` in ``x_0`` (B, ...), the student's samples.
+        """``mean(g^2) / 2`` with the gradient ``g / numel`` in ``x_0`` (B, ...), the student's samples, behind fresh noise.
 
         Args:
             scale: (B,), the guidance of the teacher, from :meth:`draw_scale`.
             fake_scale: (B,), what the critic is given as guidance.
         """
+        x_t, t, noise = self.process.draw(x_0.detach(), self.distribution, rng)
+        return self.difference(x_0, noise, x_t, t, conditioning, scale, fake_scale)
+
+    def difference(
+        self, x_0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, conditioning: Any, scale: Tensor | None, fake_scale: Tensor | None
+    ) -> Tensor:
+        """The loss of :meth:`matching_loss` at ``x_t = alpha x_0 + sigma noise`` (B, ...) and ``t`` (B,)."""
         with torch.no_grad():
-            x_t, t, noise = self.process.draw(x_0.detach(), self.distribution, rng)
             real, unconditional, weight = self.teach_apart(x_t, t, conditioning, self.compared, scale)
             fake = self.predict("fake", x_t, t, conditioning, self.compared, fake_scale)
             if unconditional is not None and isinstance(weight, Tensor):

@@ -10,11 +10,13 @@ from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.output_kd import OutputKD
 from fastdistill.distill.progressive import ProgressiveDistillation
 from fastdistill.distill.reflow import Reflow
+from fastdistill.distill.tdm import TDM
 
 METHODS: dict[str, type[Distillation]] = {
     "output_kd": OutputKD,
     "guidance": GuidanceDistillation,
     "dmd2": DMD2,
+    "tdm": TDM,
     "consistency": ConsistencyDistillation,
     "progressive": ProgressiveDistillation,
     "reflow": Reflow,

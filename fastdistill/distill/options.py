@@ -71,7 +71,7 @@ class GuidanceOptions(OutputKDOptions):
 
 
 TimesName = Literal["uniform", "logit_normal"]
-Rollout = Literal["ode", "sde"]
+RolloutName = Literal["ode", "sde"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +126,37 @@ class DMDOptions(MatchingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMD2Options(MatchingOptions):
-    """Match the teacher's distribution where the few-step student samples, with a critic that follows it closely, and with a GAN."""
+class RolloutOptions(MatchingOptions):
+    """Distribution matching where the few-step student samples, of DMD2 and TDM."""
 
     fake_updates: int = 5
     """Updates of the critic for each of the student (the two time scales)."""
     backward_simulation: float = 1.0
     """How often the student trains on the states that its own sampling visits, instead of noised data: 1 is DMD2, 0.5 SenseFlow."""
-    rollout: Rollout = "ode"
+    rollout: RolloutName = "ode"
     """How the student steps from time to time: ode, as FlowMatchEulerDiscreteScheduler does by default, or sde, with new noise at each
     step, as it does with stochastic_sampling."""
+    ida_decay: float | None = None
+    """Implicit distribution alignment: after each of the student's updates the critic keeps this much of itself and takes the rest from
+    the student (SenseFlow: 0.97)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "fake_updates")
+        if not 0 <= self.backward_simulation <= 1:
+            raise UserError(f"--backward-simulation is a probability, got {self.backward_simulation:g}")
+        if self.ida_decay is not None and not 0 <= self.ida_decay <= 1:
+            raise UserError(f"--ida-decay is between 0 and 1, got {self.ida_decay:g}")
+
+    @property
+    def needs(self) -> Needs:
+        return "pictures" if self.backward_simulation < 1 else "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMD2Options(RolloutOptions):
+    """Match the teacher's distribution where the few-step student samples, with a critic that follows it closely, and with a GAN."""
+
     critic_knows_step: bool = False
     """Tell the critic which of several steps a sample is from, by its input for guidance. Then each step has to match the teacher, and not
     only, as in the paper, all of them together."""
@@ -146,28 +167,35 @@ class DMD2Options(MatchingOptions):
     gan_loss: Literal["non_saturating", "hinge"] = "non_saturating"
     gan_depths: tuple[float, ...] = (0.5,)
     """The blocks whose features have a head: 0 the first, 1 the last."""
-    ida_decay: float | None = None
-    """Implicit distribution alignment: after each of the student's updates the critic keeps this much of itself and takes the rest from
-    the student (SenseFlow: 0.97)."""
     isg_weight: float = 0.0
     """Intra-segment guidance: of the distance between the student's jump and one by way of the teacher (SenseFlow: 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "fake_updates")
-        at_least(self, 0, "gan_weight", "gan_fake_weight", "isg_weight", "backward_simulation")
-        if self.backward_simulation > 1:
-            raise UserError(f"--backward-simulation is a probability, got {self.backward_simulation:g}")
+        at_least(self, 0, "gan_weight", "gan_fake_weight", "isg_weight")
         if self.critic_knows_step and self.guidance_range is not None:
             raise UserError("--critic-knows-step uses the critic's input for guidance: give one scale, or --no-critic-knows-step")
-        if self.ida_decay is not None and not 0 <= self.ida_decay <= 1:
-            raise UserError(f"--ida-decay is between 0 and 1, got {self.ida_decay:g}")
         if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):
             raise UserError(f"--gan-depths are between 0, the first block, and 1, the last, got {self.gan_depths}")
 
     @property
     def needs(self) -> Needs:
-        return "pictures" if self.gan_weight or self.backward_simulation < 1 else "prompts"
+        return "pictures" if self.gan_weight else super().needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TDMOptions(RolloutOptions):
+    """Match the teacher's distribution at every step of the student's way from noise to data, where the scores are compared at times
+    between those of the step; they are counted from 0, its end, to 1, its start. Needs no data."""
+
+    critic_target: Literal["x_0", "score"] = "x_0"
+    """What the critic learns: the mean of the student's x_0, which varies little (TDM), or the score of its states, which is exact in the
+    limit of long training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_low == 0:
+            raise UserError("scores are compared behind noise, of which the end of the last step has none: give a --time-low above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +318,7 @@ OPTIONS: dict[str, type[MethodOptions]] = {
     "output_kd": OutputKDOptions,
     "guidance": GuidanceOptions,
     "dmd2": DMD2Options,
+    "tdm": TDMOptions,
     "consistency": ConsistencyOptions,
     "progressive": ProgressiveOptions,
     "reflow": ReflowOptions,

@@ -187,9 +187,11 @@ def test_pictures_of_ones_own(command, pipeline_folder, tmp_path):
     ended = command("distill", "--method", "progressive", "--teacher-steps", "4", "--output", tmp_path / "out", *options)
     assert ended.code == 0, ended.message
     assert "3 pictures of" in (tmp_path / "out" / "report.md").read_text()
-    refused = command("distill", "--method", "reflow", "--output", tmp_path / "reflow", *options)
-    assert refused.code == 2
-    assert "leave out --images" in refused.message
+    for method, reason in (("reflow", "trains on pairs"), ("tdm", "trains on prompts")):
+        refused = command("distill", "--method", method, "--output", tmp_path / method, *options)
+        assert refused.code == 2
+        assert reason in refused.message
+        assert "leave out --images" in refused.message
 
 
 def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypatch):
@@ -298,9 +300,15 @@ def test_an_interruption_before_training_keeps_what_the_teacher_drew(command, pi
 def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, monkeypatch):
     shared = ["--steps", "1", "--model", pipeline_folder, "--pictures-folder", tmp_path / "drawn", *QUICK]
     assert command("distill", "--method", "reflow", "--output", tmp_path / "a", *shared).code == 0
-    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()}
-    assert command("distill", "--method", "dmd2", "--output", tmp_path / "b", *shared).code == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()} == drawn
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*")}
+    ended = command("distill", "--method", "dmd2", "--output", tmp_path / "b", *shared)
+    assert ended.code == 0
+    assert "evaluate teacher" not in ended.message
+    assert "evaluate student" in ended.message
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*")} == drawn
+    first, second = (json.loads((tmp_path / name / "distill.json").read_text()) for name in "ab")
+    for name in ("teacher", "teacher, 1 step"):
+        assert first["evaluation"][name] == second["evaluation"][name]
     ended = command("distill", "--method", "dmd2", "--output", tmp_path / "c", *shared, "--true-cfg-scale", "3")
     assert ended.code == 2
     assert "pairs of another true_cfg_scale" in ended.message

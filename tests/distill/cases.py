@@ -27,10 +27,12 @@ from fastdistill.distill.options import (
     OutputKDOptions,
     ProgressiveOptions,
     ReflowOptions,
+    TDMOptions,
 )
 from fastdistill.distill.output_kd import OutputKD
 from fastdistill.distill.progressive import ProgressiveDistillation
 from fastdistill.distill.reflow import Reflow
+from fastdistill.distill.tdm import TDM
 from tests.distill.toys import LabelFamily, Perceptron, exact, null, pairs_of
 from tests.toy import generator, mixture
 
@@ -75,6 +77,7 @@ CASES: dict[str, Callable[[], Distillation]] = {
         discriminator=heads(),
         **setup(),
     ),
+    "tdm": lambda: TDM(TDMOptions(true_cfg_scale=3.0, backward_simulation=0.5, ida_decay=0.9), fake=Perceptron(seed=2), **setup()),
     "consistency": lambda: ConsistencyDistillation(
         ConsistencyOptions(grid_steps=8, skip=2, solver="heun", guidance_range=(1.0, 4.0)), **setup(guidance=True)
     ),

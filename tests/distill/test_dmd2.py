@@ -370,12 +370,12 @@ def test_all_losses_of_a_step_train_at_one_time_if_they_are_told_before() -> Non
 def test_critic_and_heads_judge_the_same_samples_of_a_step() -> None:
     method, batch, rng = flow_method(), batch_of(), generator()
     method.before_step(0, generator())
-    (visit, x_0), (again, same) = (method._sample_to_judge(batch, rng) for _ in range(2))
+    (visit, x_0), (again, same) = (method.sample_to_judge(batch, rng) for _ in range(2))
     assert again is visit
     assert same is x_0
-    assert method._sample_to_judge(batch_of(seed=1), rng)[1] is not x_0, "another part of the batch"
+    assert method.sample_to_judge(batch_of(seed=1), rng)[1] is not x_0, "another part of the batch"
     method.before_step(1, generator(1))
-    assert method._sample_to_judge(batch, rng)[1] is not x_0
+    assert method.sample_to_judge(batch, rng)[1] is not x_0
 
 
 def test_implicit_distribution_alignment_moves_the_critic_after_the_student() -> None:
