@@ -1,4 +1,4 @@
-"""What do one, two and four steps of every method's student make of a mixture whose teacher is exact? About 35 minutes on one core.
+"""What do one, two and four steps of every method's student make of a mixture whose teacher is exact? About 45 minutes on one core.
 
     python examples/few_steps_on_a_mixture/experiment.py --output runs/mixture
 
@@ -41,7 +41,7 @@ from fastdistill.distill.heads import Discriminator
 from fastdistill.distill.options import PairOptions
 from fastdistill.distill.pairs import teacher_pairs
 from fastdistill.evaluation.samples import energy_distance, modes, sliced_wasserstein
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import RoleConfig, TrainConfig
 from fastdistill.train.denoising import Denoising
 from fastdistill.train.trainer import Trainer
 from fastdistill.versions import versions
@@ -82,6 +82,8 @@ TRAIN: dict[str, Any] = {"learning_rate": 3e-3, "ema_decay": 0.99}
 # Ten times the default in the student: in two dimensions a smaller weight changes little.
 GAN = {"gan_weight": 0.05, "gan_fake_weight": 0.05}
 MATCHING = {"betas": (0.0, 0.99)}
+# A critic that keeps up with its student, in proportions as the command's.
+FOLLOWED = {"learning_rate": 1e-3, "roles": {"fake": RoleConfig(learning_rate=3e-3, ema_decay=None, betas=(0.0, 0.99))}, **MATCHING}
 ROWS: dict[str, Row] = {
     "dmd2": Row(method="dmd2", options=GAN, train=MATCHING),
     "dmd2 without GAN": Row(method="dmd2", options={"gan_weight": 0.0}, train=MATCHING),
@@ -96,6 +98,11 @@ ROWS: dict[str, Row] = {
     # Matching compares scores up to t = 0.3, where modes that far apart do not overlap yet.
     "dmd2 at little noise": Row(method="dmd2", options=GAN | {"time_high": 0.3}, steps=(1,), train=MATCHING),
     "dmd2 without GAN at little noise": Row(method="dmd2", options={"gan_weight": 0.0, "time_high": 0.3}, steps=(1,), train=MATCHING),
+    "dmd2 without GAN, critic told the step, which keeps up": Row(
+        method="dmd2", options={"gan_weight": 0.0, "fake_updates": 2, "critic_knows_step": True}, steps=(2, 4), train=FOLLOWED
+    ),
+    "tdm": Row(method="tdm", options={"fake_updates": 2}, steps=(2, 4), train=FOLLOWED),
+    "tdm, critic of the score": Row(method="tdm", options={"fake_updates": 2, "critic_target": "score"}, steps=(2, 4), train=FOLLOWED),
     "dmd": Row(method="dmd", steps=(1,), train=MATCHING),
     "progressive": Row(method="progressive"),
     "consistency": Row(method="consistency"),

@@ -120,6 +120,27 @@ PREDICTIONS = (
         )
         for steps in (2, 4)
     ),
+    *(
+        Prediction(
+            about="tdm",
+            theory=f"each of {steps} steps has its own times, and goes only part of the way",
+            less=Quantity("tdm", steps, W),
+            more=Quantity(NO_GAN, steps, W),
+        )
+        for steps in (2, 4)
+    ),
+    Prediction(
+        about="tdm",
+        theory="a student that starts near the flow stays near it, closer than where each step goes all the way",
+        less=Quantity("tdm", 4, FAR),
+        more=Quantity(TOLD, 4, FAR),
+    ),
+    Prediction(
+        about="tdm, critic of the score",
+        theory="the mean of x_0 is not the score: without that bias the distribution is closer",
+        less=Quantity("tdm, critic of the score", 4, W),
+        more=Quantity("tdm", 4, W),
+    ),
     Prediction(
         about="dmd2 without GAN, with ISG",
         theory="the teacher ties each step to the flow, so that steps do not share out the modes",

@@ -46,10 +46,10 @@ def setting(config: dict[str, Any]) -> str:
     return (
         "Given its label, the data are four modes of unequal weight, and nothing lies between them. Every student starts from one network "
         f"of flow matching (`start`) and trains for {config['training_steps']} steps of {config['batch']} samples against the exact "
-        f"teacher; DMD2 updates its student in every fifth of them. Averaged weights, {config['samples']} samples, means and standard "
-        f"deviations over seeds {', '.join(map(str, config['seeds']))}. Each label's samples are compared with as many draws of the data. "
-        "In no mode is what is farther than four deviations from each; the distance from the flow's sample is that to where the exact flow "
-        "ends from the same noise (the perfect sampler shows what chance gives)."
+        f"teacher; DMD2 updates its student in every fifth of them, TDM in every second. Averaged weights, {config['samples']} samples, "
+        f"means and standard deviations over seeds {', '.join(map(str, config['seeds']))}. Each label's samples are compared with as many "
+        "draws of the data. In no mode is what is farther than four deviations from each; the distance from the flow's sample is that to "
+        "where the exact flow ends from the same noise (the perfect sampler shows what chance gives)."
     )
 
 
