@@ -122,7 +122,7 @@ class DMDOptions(MatchingOptions):
 
     def check_steps(self, steps: int) -> None:
         if steps != 1:
-            raise UserError(f"DMD distils into one step, not {steps}; choose dmd2 for more")
+            raise UserError(f"DMD distils into one step, not {steps}; choose tdm or dmd2 for more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def test_turns_are_both_in_every_step() -> None:
 
 
 def test_impossible_combinations_are_refused() -> None:
-    with pytest.raises(UserError, match="choose dmd2"):
+    with pytest.raises(UserError, match="choose tdm or dmd2"):
         DMD(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=4)
     with pytest.raises(UserError, match="teacher_pairs"):
         DMD(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1).loss("student", batch_of(), generator())
