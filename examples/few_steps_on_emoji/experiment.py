@@ -2,11 +2,10 @@
 
     python examples/few_steps_on_emoji/experiment.py --output runs/few-steps
 
-Every cell is one run of `python -m fastdistill.distill`, whose command its distill.json repeats: each method in 1 and in 4 steps with three
-seeds, in 2 with one; a student that was cut by a third and recovered first; and a guidance-distilled sibling in the teacher's 28 steps. All
+Every cell is one run of `python -m fastdistill.distill`, whose command its distill.json repeats: each method in 4 steps with three seeds,
+in 1 and 2 with one; a student that was cut by a third and recovered first; and a guidance-distilled sibling in the teacher's 28 steps. All
 get an equal budget, counted in passes of the transformer over a batch of 64 pictures, a backward pass as two; how many training steps
-that is depends on the method. An interrupted experiment continues; a finished one is only tabulated again: OUTPUT/results.json and
-OUTPUT/tables.md.
+that is depends on the method. OUTPUT/results.json and OUTPUT/tables.md hold what is finished; an interrupted experiment goes on from there.
 """
 
 from __future__ import annotations
@@ -15,21 +14,24 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from picture import picture
 from rich.console import Console
 from tables import tables
 
+from fastdistill.errors import UserError
 from fastdistill.versions import versions
 from fastdistill.workspace import write_json
 
 CUT_BLOCKS = 4
-METHODS = ("dmd2", "dmd", "progressive", "consistency", "reflow", "output_kd")
+METHODS = ("tdm", "dmd2", "dmd", "progressive", "consistency", "reflow", "output_kd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,8 @@ class Config:
     output: Path
     """Folder for the runs and the results; an interrupted experiment in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of everything. All of them in 1 and 4 steps, the first in 2."""
-    budget: int = 1800
+    """Of everything. All of them in 4 steps, the first in 1 and 2."""
+    budget: int = 1000
     """Passes of the transformer over a batch, for each student."""
     pictures: int = 1024
     """That the teacher draws for each seed; all methods train on the same."""
@@ -52,39 +54,35 @@ class Cell:
     method: str
     steps: int
     seed: int
-    pooled: bool = False
-    """The critic does not know the step, as in the paper."""
     cut: bool = False
     """The student has lost a third of its blocks before."""
 
     @property
     def label(self) -> str:
-        return f"{'cut by a third, ' if self.cut else ''}{self.method}{', critic not told the step' if self.pooled else ''}"
+        return f"{'cut by a third, ' if self.cut else ''}{self.method}"
 
     @property
     def name(self) -> str:
-        return f"{'cut-' if self.cut else ''}{self.method}{'-pooled' if self.pooled else ''}-{self.steps}-seed{self.seed}"
+        return f"{'cut-' if self.cut else ''}{self.method}-{self.steps}-seed{self.seed}"
 
 
 def cells(config: Config) -> Iterator[Cell]:
     """In the order of what they tell."""
     first, *others = config.seeds
     yield from _students(4, first)
-    yield from _students(1, first)
-    for seed in config.seeds:
-        yield Cell(method="dmd2", steps=4, seed=seed, pooled=True)
-        yield Cell(method="dmd2", steps=4, seed=seed, cut=True)
     for seed in others:
         yield from _students(4, seed)
+    for seed in config.seeds:
+        yield Cell(method="tdm", steps=4, seed=seed, cut=True)
+    yield from _students(1, first)
     yield from _students(2, first)
     yield Cell(method="guidance", steps=28, seed=first)
-    for seed in others:
-        yield from _students(1, seed)
 
 
 def _students(steps: int, seed: int) -> Iterator[Cell]:
     for method in METHODS:
-        if method != "dmd" or steps == 1:
+        # DMD is for one step; in one, TDM is DMD2 without a GAN.
+        if (method != "dmd" or steps == 1) and (method != "tdm" or steps > 1):
             yield Cell(method=method, steps=steps, seed=seed)
 
 
@@ -97,9 +95,12 @@ def passes(cell: Cell) -> float:
     # Its own sampling brings the student to one of its steps, each with equal odds.
     sampled = (cell.steps - 1) / 2
     match cell.method:
+        case "tdm":
+            # The critic on new samples, and the student's turn, which is every second.
+            return (sampled + 1) + 3 + (sampled + 3 + guided + 1) / 2
         case "dmd2":
-            # The critic on new samples, and heads that read half of it, of samples and of data; the student's turn is every fifth.
-            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1) / 5
+            # The same, with heads that read half of the critic, of samples and of data.
+            return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1) / 2
         case "dmd":
             # The student generates, is judged, and is held to a pair; for the critic it generates, and that denoises.
             return (3 + guided + 1 + 3) + (1 + 3)
@@ -121,7 +122,6 @@ def command(config: Config, cell: Cell) -> list[str]:
         # Eight measurements on the way, whatever the method.
         *("--watch-every", max(1, training_steps // 8), "--evaluate-pictures", config.evaluate_pictures),
         *("--pictures", config.pictures, "--pictures-folder", config.output / f"pictures-seed{cell.seed}"),
-        *(("--no-critic-knows-step",) if cell.pooled else ()),
         *(("--student", cut_model(config, cell.seed)) if cell.cut else ()),
         *("--output", config.output / cell.name),
     ]
@@ -144,37 +144,56 @@ def run(config: Config, arguments: Sequence[str], result: str, console: Console)
         subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
 
 
+class Results:
+    """OUTPUT/results.json and OUTPUT/tables.md, which hold every cell that is finished; its folder may be gone."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.path, self.lock = config, config.output / "results.json", threading.Lock()
+        self.facts = {"budget": config.budget, "batch": 64, "pictures": config.pictures, "evaluated": config.evaluate_pictures}
+        earlier = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}, **self.facts}
+        changed = [f"{name} {earlier[name]}" for name, value in self.facts.items() if earlier[name] != value]
+        if changed:
+            raise UserError(f"{self.path} holds results with {', '.join(changed)}; repeat that, or choose another --output")
+        self.runs: dict[str, dict[str, Any]] = earlier["runs"]
+
+    def add(self, cell: Cell) -> None:
+        record = json.loads((self.config.output / cell.name / "distill.json").read_text())
+        with self.lock:
+            self.runs[cell.name] = {
+                **{"method": cell.label, "seed": cell.seed, "steps": cell.steps, "training_steps": record["config"]["training_steps"]},
+                **{key: record[key] for key in ("calls", "parameters", "evaluation", "chosen", "seconds")},
+            }
+            # In the order of the plan, whichever finished first.
+            self.runs = {cell.name: self.runs[cell.name] for cell in cells(self.config) if cell.name in self.runs}
+            write_json(self.path, {**self.facts, "versions": versions(), "runs": self.runs})
+            (self.config.output / "tables.md").write_text(tables(self.facts, list(self.runs.values())))
+
+
 def main(config: Config) -> None:
     console = Console(stderr=True, highlight=False)
     config.output.mkdir(parents=True, exist_ok=True)
+    results = Results(config)
     planned = list(cells(config))
-    compress = [sys.executable, "-m", "fastdistill.compress", "--drop-blocks", str(CUT_BLOCKS), "--evaluate-pictures", "0"]
+    left = [cell for cell in planned if cell.name not in results.runs]
+
+    def cut(seed: int) -> None:
+        compress = [sys.executable, "-m", "fastdistill.compress", "--drop-blocks", str(CUT_BLOCKS), "--evaluate-pictures", "0"]
+        run(config, [*compress, "--seed", str(seed), "--output", str(cut_model(config, seed).parent)], "compress.json", console)
+
+    def distil(cell: Cell) -> None:
+        run(config, command(config, cell), "distill.json", console)
+        results.add(cell)
+
     with ThreadPoolExecutor(config.workers) as pool:
-        cuts = [[*compress, "--seed", str(seed), "--output", str(cut_model(config, seed).parent)] for seed in config.seeds]
-        commands = [command(config, cell) for cell in planned]
+        list(pool.map(cut, sorted({cell.seed for cell in left if cell.cut})))
         # The first run of each seed has the teacher draw, for all others to take.
-        first = {cell.seed: position for position, cell in reversed(list(enumerate(planned)))}
-        early = [commands[position] for position in first.values()]
-        for stage in (early, cuts, commands):
-            result = "compress.json" if stage is cuts else "distill.json"
-            list(pool.map(lambda arguments, result=result: run(config, arguments, result, console), stage))
-    records = {cell: json.loads((config.output / cell.name / "distill.json").read_text()) for cell in planned}
-    results = [
-        {
-            "method": cell.label,
-            "seed": cell.seed,
-            "steps": cell.steps,
-            **{key: record[key] for key in ("calls", "parameters", "evaluation", "chosen", "seconds")},
-            "training_steps": record["config"]["training_steps"],
-        }
-        for cell, record in records.items()
-    ]
-    facts = {"budget": config.budget, "batch": 64, "pictures": config.pictures, "evaluated": config.evaluate_pictures}
-    write_json(config.output / "results.json", {**facts, "versions": versions(), "runs": results})
-    (config.output / "tables.md").write_text(tables(facts, results))
+        list(pool.map(distil, {cell.seed: cell for cell in reversed(left)}.values()))
+        list(pool.map(distil, [cell for cell in left if cell.name not in results.runs]))
     for steps in (1, 4):
         students = [cell for cell in planned if (cell.steps, cell.seed) == (steps, config.seeds[0])]
-        picture({cell.label: config.output / cell.name / "model" for cell in students}, steps).save(config.output / f"steps{steps}.png")
+        models = {cell.label: config.output / cell.name / "model" for cell in students}
+        found = {label: folder for label, folder in models.items() if folder.exists()}
+        picture(found, steps).save(config.output / f"steps{steps}.png")
     console.print(f"wrote {config.output / 'tables.md'}")
 
 
