@@ -14,8 +14,8 @@ TABLES = """\
 # Few-step students of the emoji FLUX
 
 Each student had {{ facts.budget }} passes of the transformer over a batch of {{ facts.batch }} pictures, a backward pass counted as two, \
-on {{ facts.pictures }} pictures that the teacher drew. Measured on {{ facts.evaluated }} pictures of each seed, mean ± standard deviation \
-over the seeds that are named. A call is one evaluation of the transformer for one picture.
+and of the teacher's pictures, if its method takes any, {{ facts.pictures }}. Measured on {{ facts.evaluated }} pictures of each \
+seed, mean ± standard deviation over the seeds that are named. A call is one evaluation of the transformer for one picture.
 {% for steps, rows in groups %}
 ## {{ steps }} step{{ "s" if steps > 1 }}
 
