@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import ceil
@@ -21,7 +20,7 @@ from fastdistill.grid import grid
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.progress import bar
-from fastdistill.workspace import write_json
+from fastdistill.workspace import whole, write_json
 
 GRID_COLUMNS = 10
 
@@ -45,19 +44,20 @@ class Gallery:
         """``pictures`` of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
 
         Args:
-            shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share.
+            shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share;
+                by default ``folder``.
         """
         count = max(pictures, GRID_COLUMNS)
         self.prompts = [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
         self.seeds = [seed + k for k in range(ceil(count / len(self.prompts)) if pictures else 1)]
         self.measure = pictures > 0
         self.folder, self.sampling, self.batch, self.console = folder, sampling, batch, console
-        self.reference, self.shared = reference, shared
+        self.reference, self.shared = reference, folder if shared is None else shared
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
         """The measurements of ``pipeline``, a JSON object; sampled as the gallery says, unless ``sampling`` says otherwise."""
         measured = self._file(name).with_suffix(".json")
-        if self._is_shared(name) and measured.exists():
+        if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
         reference = None if name == self.reference else self._pictures(self.reference)
         pictures = len(self.prompts) * len(self.seeds)
@@ -69,11 +69,9 @@ class Gallery:
             )
         metrics = result.metrics if self.measure else {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
-        # Another run may be reading, or writing the same.
-        partial = self._file(name).with_suffix(f".partial-{os.getpid()}")
-        save_file({"pictures": result.pictures.half()}, partial)
-        partial.replace(self._file(name))
-        if self._is_shared(name):
+        with whole(self._file(name)) as partial:
+            save_file({"pictures": result.pictures.half()}, partial)
+        if self._is_reference(name):
             write_json(measured, metrics)
         return metrics
 
@@ -87,9 +85,9 @@ class Gallery:
         return load_file(self._file(name))["pictures"].float()
 
     def _file(self, name: str) -> Path:
-        folder = self.shared if self.shared and self._is_shared(name) else self.folder
+        folder = self.shared if self._is_reference(name) else self.folder
         return folder / f"pictures-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
-    def _is_shared(self, name: str) -> bool:
+    def _is_reference(self, name: str) -> bool:
         """Whether it is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
-        return self.shared is not None and name.split(",")[0] == self.reference
+        return name.split(",")[0] == self.reference

@@ -86,8 +86,15 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write that becomes ``path`` at the end: whole or not at all, also where several runs write the same."""
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    yield partial
+    partial.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Written whole or not at all."""
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")

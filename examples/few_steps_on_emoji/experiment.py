@@ -191,8 +191,7 @@ def main(config: Config) -> None:
         list(pool.map(distil, [cell for cell in left if cell.name not in results.runs]))
     for steps in (1, 4):
         students = [cell for cell in planned if (cell.steps, cell.seed) == (steps, config.seeds[0])]
-        models = {cell.label: config.output / cell.name / "model" for cell in students}
-        found = {label: folder for label, folder in models.items() if folder.exists()}
+        found = {cell.label: folder for cell in students if (folder := config.output / cell.name / "model").exists()}
         picture(found, steps).save(config.output / f"steps{steps}.png")
     console.print(f"wrote {config.output / 'tables.md'}")
 

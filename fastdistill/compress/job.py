@@ -38,7 +38,7 @@ from fastdistill.progress import bar, share_bar
 from fastdistill.resources import require_disk, require_memory
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
-from fastdistill.workspace import Workspace
+from fastdistill.workspace import Workspace, whole
 
 Evaluate = Callable[[Any, str], dict[str, Any]]
 """``(pipeline, name) -> measurements``, a JSON object."""
@@ -294,9 +294,8 @@ def _repair(config: CompressConfig, damage: Damage, cache: Path, console: Consol
     if not cache.exists():
         with share_bar(console, "repair") as tick, patched(damage.teacher):
             REPAIRS[config.repair](dataclasses.replace(damage, tick=tick))
-        unfinished = cache.with_suffix(".partial")
-        save_file(damage.student.state_dict(), unfinished)
-        unfinished.replace(cache)
+        with whole(cache) as unfinished:
+            save_file(damage.student.state_dict(), unfinished)
     damage.student.load_state_dict(load_file(cache))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastdistill.data.latents import LatentBatch
 from fastdistill.errors import UserError
+from fastdistill.workspace import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,7 @@ def cached_shards(
             # A large odd stride keeps the shards of different seeds apart.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             made = make(min(shard, count - start), generator)
-            partial = path.with_suffix(".partial")
-            save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)
-            os.replace(partial, path)
+            with whole(path) as partial:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)
         parts.append(load_file(path))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

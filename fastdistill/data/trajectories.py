@@ -19,6 +19,7 @@ from fastdistill.data.latents import LatentPool
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.models.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.workspace import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +111,8 @@ def trajectories(
             tick(len(rows))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {"times": parts[0]["times"]}
         if cache is not None:
-            partial = cache.with_suffix(".partial")
-            save_file(tensors, partial)
-            partial.replace(cache)
+            with whole(cache) as partial:
+                save_file(tensors, partial)
     return Trajectories(
         noise=noise,
         latents=tensors["latents"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from fastdistill.errors import UserError
 from fastdistill.progress import bar
+from fastdistill.workspace import whole
 
 
 class Log:
@@ -41,9 +41,8 @@ class Log:
         # Steps after the checkpoint that is resumed from are run and logged again: drop their old lines.
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= self.start]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines))
-            os.replace(partial, path)
+            with whole(path) as partial:
+                partial.write_text("".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(path.open("a"))
             self.advance_bar = stack.enter_context(bar(Console(file=sys.stderr), self.describe, self.total, start=self.start))

@@ -26,6 +26,7 @@ from fastdistill.models.family import BlockId
 from fastdistill.models.registry import family_of
 from tests.distill.toys import (
     FLOW,
+    SEED_OF_INDEX,
     AffineFlow,
     AffineGenerator,
     LabelFamily,
@@ -37,6 +38,8 @@ from tests.distill.toys import (
     column,
     exact,
     null,
+    randn,
+    rollout,
     sampled,
     train,
     unlabelled,
@@ -44,9 +47,6 @@ from tests.distill.toys import (
 )
 from tests.tiny import mixing_transformer, tiny_flux_pipeline, tiny_inputs
 from tests.toy import gaussian, generator, mixture
-
-# Seeds whose first draw is the student's first and its second time.
-SEED_OF_INDEX = {0: 4, 1: 1}
 
 
 def opinionated(heads: int = 1) -> Discriminator:
@@ -66,25 +66,6 @@ def flow_method(**options: Any) -> DMD2:
         student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
         fake=Perceptron(seed=2), discriminator=opinionated() if options.get("gan_weight", 1) else None,
     )  # fmt: skip
-
-
-def randn(rng: torch.Generator, count: int = 8) -> Tensor:
-    return torch.randn(count, 2, generator=rng).double()
-
-
-def rollout(method: DMD2, batch: Any, rng: torch.Generator, index: int, *, sde: bool = False, data: bool = False) -> tuple[Tensor, Tensor]:
-    """``x_t`` and ``t`` by hand."""
-    student, labels = method.networks["student"], batch.conditioning.labels
-    assert int(torch.randint(2, (1,), generator=rng)) == index
-    torch.rand(1, generator=rng)
-    noise, times = randn(rng), method.times.double()
-    if data:
-        return (1 - times[index]) * batch.latents + times[index] * noise, times[index].float().expand(8)
-    x = noise
-    if index == 1:
-        velocity = student(noise, torch.ones(8), labels).detach()
-        x = (1 - times[1]) * (noise - velocity) + times[1] * randn(rng) if sde else noise + (times[1] - 1) * velocity
-    return x, times[index].float().expand(8)
 
 
 def matching(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, **told: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fastdistill.distill.tdm import TDM
 from fastdistill.errors import UserError
 from tests.distill.toys import (
     FLOW,
+    SEED_OF_INDEX,
     AffineFlow,
     LabelFamily,
     Perceptron,
@@ -25,27 +26,22 @@ from tests.distill.toys import (
     column,
     exact,
     null,
+    randn,
+    rollout,
     sampled,
     train,
     unlabelled,
 )
 from tests.toy import gaussian, generator, mixture
 
-# Seeds whose first draw is the student's first and its second time.
-SEED_OF_INDEX = {0: 4, 1: 1}
-
-
-def randn(rng: torch.Generator) -> Tensor:
-    return torch.randn(8, 2, generator=rng).double()
-
 
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("rollout", ["ode", "sde"])
+@pytest.mark.parametrize("sde", [False, True])
 @pytest.mark.parametrize(("role", "target"), [("student", "x_0"), ("fake", "x_0"), ("fake", "score")])
-def test_the_gradients(role: str, target: str, rollout: str, index: int) -> None:
+def test_the_gradients(role: str, target: str, sde: bool, index: int) -> None:
     """Two steps at 1 and 2/3: scores are compared between 2/3 and 1, and between 0 and 2/3."""
     method = TDM(
-        TDMOptions(true_cfg_scale=3.0, critic_target=target, rollout=rollout),
+        TDMOptions(true_cfg_scale=3.0, critic_target=target, rollout="sde" if sde else "ode"),
         student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
         fake=Perceptron(seed=2),
     )  # fmt: skip
@@ -54,21 +50,17 @@ def test_the_gradients(role: str, target: str, rollout: str, index: int) -> None
     student, teacher, fake = (method.networks[name] for name in ("student", "teacher", "fake"))
 
     def formula(rng: torch.Generator) -> Tensor:
-        assert int(torch.randint(2, (1,), generator=rng)) == index
-        torch.rand(1, generator=rng)
-        x_t, start, end = randn(rng), times[index], times[index + 1]
-        if index == 1:
-            first = student(x_t, torch.ones(8), labels).detach()
-            x_t = x_t + (times[1] - 1) * first if rollout == "ode" else (1 - times[1]) * (x_t - first) + times[1] * randn(rng)
-        velocity = student(x_t, start.float().expand(8), labels)
+        x_t, t = rollout(method, batch, rng, index, sde=sde)
+        start, end = times[index], times[index + 1]
+        velocity = student(x_t, t, labels)
         x_0, x_s = x_t - start * velocity, (x_t + (end - start) * velocity).detach()
         fresh = randn(rng)
         u = end.float() + (start - end).float() * (0.02 + 0.96 * torch.rand(8, generator=rng))
         mean, variance = (1 - column(u)) / (1 - end) * x_s, column(u) ** 2 - ((1 - column(u)) / (1 - end) * end) ** 2
         x_u, known = mean + variance.sqrt() * fresh, x_0.detach()
-        if rollout == "sde":
+        if sde:
             x_u = (1 - column(u)) * known + column(u) * fresh
-        if role == "fake" and (target == "x_0" or rollout == "sde"):
+        if role == "fake" and (target == "x_0" or sde):
             return (fake(x_u, u, labels) - (x_u - known) / column(u)).square().mean()
         if role == "fake":
             # Tweedie's formula, with the score that x_u has given x_s.
@@ -97,17 +89,16 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
     data, count = gaussian(), 200_000
     method = TDM(
         student=exact(data, process), teacher=exact(data, process), family=LabelFamily(), steps=2, process=process, fake=Perceptron()
-    )  # fmt: skip
+    )
     s, t = (time.float().expand(count) for time in (method.times[1], method.times[0]))
-    x_0, rng = data.draw(count, generator(2))[0], generator(3)
-    noise = torch.randn(x_0.shape, generator=rng).double()
-    visit = Visit(x_t=process.add_noise(x_0, noise, t), t=t, index=0, scale=None)
+    x_0 = data.draw(count, generator(2))[0]
+    visit = Visit(x_t=process.add_noise(x_0, randn(generator(3), count), t), t=t, index=0, scale=None)
     found = method.between(visit, x_0, generator(1))
     assert bool((found.u < t).all() and (found.u > s).all())
-    scaled = found.x_u - process.alpha(column(found.u)) * data.mean()
     of_data, of_noise = process.alpha(column(found.u)), process.sigma(column(found.u))
+    centred = found.x_u - of_data * data.mean()
     expected = (of_data**2).mean() * data.covariance() + (of_noise**2).mean() * torch.eye(2)
-    torch.testing.assert_close(scaled.T.cov(), expected, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(centred.T.cov(), expected, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize(("target", "excess"), [("x_0", 0.17), ("score", -0.02)])

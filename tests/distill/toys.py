@@ -18,12 +18,15 @@ from fastdistill.data.pairs import PairBatch, PairPool
 from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.process import Process, RectifiedFlow
 from fastdistill.diffusion.schedulers import run
+from fastdistill.distill.rollout import Rollout
 from fastdistill.models.family import Stack, one_stream
 from fastdistill.train.method import Method
 from fastdistill.train.trainer import TrainConfig, Trainer
 from tests.toy import generator, mixture, quasi_random_noise
 
 FLOW = RectifiedFlow()
+# Seeds whose first draw is the student's first and its second time.
+SEED_OF_INDEX = {0: 4, 1: 1}
 
 
 @dataclass(frozen=True)
@@ -232,3 +235,24 @@ def train(method: Method, batches: Any, folder: Path, *, steps: int, learning_ra
 
 def column(t: Tensor) -> Tensor:
     return t[:, None].double()
+
+
+def randn(rng: torch.Generator, count: int = 8) -> Tensor:
+    return torch.randn(count, 2, generator=rng).double()
+
+
+def rollout(
+    method: Rollout, batch: Any, rng: torch.Generator, index: int, *, sde: bool = False, data: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``x_t`` and ``t`` by hand."""
+    student, labels = method.networks["student"], batch.conditioning.labels
+    assert int(torch.randint(2, (1,), generator=rng)) == index
+    torch.rand(1, generator=rng)
+    noise, times = randn(rng), method.times.double()
+    if data:
+        return (1 - times[index]) * batch.latents + times[index] * noise, times[index].float().expand(8)
+    x = noise
+    if index == 1:
+        velocity = student(noise, torch.ones(8), labels).detach()
+        x = (1 - times[1]) * (noise - velocity) + times[1] * randn(rng) if sde else noise + (times[1] - 1) * velocity
+    return x, times[index].float().expand(8)
