@@ -14,7 +14,7 @@ from fastdistill.ops.op import FLOATS
 from tests.ops.cases import Case, as_tuple, cases, converted, detached, gradients, leaves
 
 FAST = ("native", "triton")
-# Beside an error of twice that of eager, one unit in the last place of the output's largest value.
+# Beside one unit in the last place.
 ERROR_RATIO = 2.0
 FLOAT32_RELATIVE = 2e-6
 
@@ -32,6 +32,15 @@ def scale_of(exact: Tensor) -> float:
     return exact.abs().max().item() if exact.numel() else 0.0
 
 
+def unit(actual: Tensor, exact: Tensor, upstream: Sequence[Tensor]) -> float:
+    """One unit in the last place of the largest value of a result, and of the largest term of a sum over gradients: whether the sum of
+    terms that nearly cancel is exact is luck of their order, in eager too."""
+    ulp = torch.finfo(actual.dtype).eps * scale_of(exact)
+    if actual.numel() < max(u.numel() for u in upstream):
+        ulp += torch.finfo(torch.float32).eps * max(scale_of(u) for u in upstream)
+    return ulp
+
+
 @cases(dtypes=FLOATS, backends=FAST)
 def test_forward_and_gradients_against_float64(case: Case) -> None:
     arguments = case.arguments()
@@ -47,7 +56,7 @@ def test_forward_and_gradients_against_float64(case: Case) -> None:
     for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
         assert a.shape == e.shape, f"result {i}: shape"
         assert a.dtype == e.dtype, f"result {i}: dtype"
-        ulp = torch.finfo(a.dtype).eps * scale_of(x)
+        ulp = unit(a, x, upstream)
         allowed = ERROR_RATIO * error(e, x) + ulp
         assert error(a, x) <= allowed, f"result {i}: error {error(a, x):.3g}, eager {error(e, x):.3g}, ulp {ulp:.3g}"
         if case.dtype == torch.float32:
