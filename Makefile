@@ -14,8 +14,8 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find c
 demo: $(VENV)/.installed  ## compress the embedded model and show where the pictures are
 	$(BIN)/python -m fastdistill.compress --drop-blocks 4 --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.installed-dev  ## everything that runs without a GPU
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## everything that runs without a GPU, on up to four cores
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.installed-dev  ## operators and models against stock, torch.compile and a plain copy
 	$(BIN)/python -m benchmarks.run

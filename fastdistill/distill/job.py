@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ from fastdistill.progress import bar
 from fastdistill.resources import require_disk, require_memory
 from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
-from fastdistill.workspace import Workspace
+from fastdistill.workspace import Workspace, digest
 
 Evaluate = Callable[[Any, str, SamplingDefaults], dict[str, Any]]
 """``(pipeline, name, sampling) -> measurements``, a JSON object."""
@@ -210,7 +209,7 @@ def _batches(
             shape=shape,
             seed=config.seed,
             device=teacher.device,
-            settings={"teacher": config.model, "texts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()},
+            settings={"teacher": config.model, "texts": digest({"prompts": list(prompts)})},
             tick=tick,
         )
     return conditioning, lambda step, rng: pairs.batch(config.batch, rng)

@@ -27,14 +27,11 @@ from tests.distill.toys import (
     exact,
     pair_batches,
     pairs_of,
+    randn,
     sampled,
     train,
 )
 from tests.toy import gaussian, generator, mixture, quasi_random_noise
-
-
-def randn(rng: torch.Generator) -> Tensor:
-    return torch.randn(16, 2, generator=rng).double()
 
 
 @pytest.mark.parametrize("regression_loss", ["mse", "pseudo_huber"])
@@ -49,9 +46,9 @@ def test_the_gradients(regression_loss: Any) -> None:
         )  # fmt: skip
 
     def of_student(rng: torch.Generator) -> Tensor:
-        student, z = networks["student"], randn(rng)
+        student, z = networks["student"], randn(rng, 16)
         x = z - student(z, one, labels)
-        noise, t = randn(rng), 0.02 + 0.96 * torch.rand(16, generator=rng)
+        noise, t = randn(rng, 16), 0.02 + 0.96 * torch.rand(16, generator=rng)
         x_t = ((1 - column(t)) * x + column(t) * noise).detach()
         real, fake = (x_t - column(t) * networks[role](x_t, t, labels) for role in ("teacher", "fake"))
         g = ((fake - real) / (x - real).abs().mean(dim=1, keepdim=True)).detach()
@@ -60,9 +57,9 @@ def test_the_gradients(regression_loss: Any) -> None:
         return 0.5 * (x - (x - g).detach()).square().mean() + 0.5 * error.mean()
 
     def of_fake(rng: torch.Generator) -> Tensor:
-        z = randn(rng)
+        z = randn(rng, 16)
         x = (z - networks["student"](z, one, labels)).detach()
-        noise, t = randn(rng), torch.rand(16, generator=rng)
+        noise, t = randn(rng, 16), torch.rand(16, generator=rng)
         return (networks["fake"]((1 - column(t)) * x + column(t) * noise, t, labels) - (noise - x)).square().mean()
 
     for role, formula in (("student", of_student), ("fake", of_fake)):
