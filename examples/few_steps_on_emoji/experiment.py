@@ -121,11 +121,16 @@ def command(config: Config, cell: Cell) -> list[str]:
         *("--method", cell.method, "--steps", cell.steps, "--seed", cell.seed, "--training-steps", training_steps),
         # Eight measurements on the way, whatever the method.
         *("--watch-every", max(1, training_steps // 8), "--evaluate-pictures", config.evaluate_pictures),
-        *("--pictures", config.pictures, "--pictures-folder", config.output / f"pictures-seed{cell.seed}"),
+        *("--pictures", config.pictures, "--pictures-folder", config.output / f"{drawn_for(cell)}-seed{cell.seed}"),
         *(("--student", cut_model(config, cell.seed)) if cell.cut else ()),
         *("--output", config.output / cell.name),
     ]
     return [sys.executable, "-m", "fastdistill.distill", *map(str, options)]
+
+
+def drawn_for(cell: Cell) -> str:
+    """Which of the teacher's pictures: for guidance distillation each has a guidance scale of its own."""
+    return "pictures-of-every-guidance" if cell.method == "guidance" else "pictures"
 
 
 def cut_model(config: Config, seed: int) -> Path:
