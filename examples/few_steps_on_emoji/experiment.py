@@ -1,4 +1,4 @@
-"""Which method makes the best few-step student of the emoji FLUX? About two hours on two cores.
+"""Which method makes the best few-step student of the emoji FLUX? Two to three hours on two cores.
 
     python examples/few_steps_on_emoji/experiment.py --output runs/few-steps
 
