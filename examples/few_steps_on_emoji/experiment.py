@@ -143,10 +143,13 @@ def run(config: Config, arguments: Sequence[str], result: str, console: Console)
     if (folder / result).exists():
         return
     console.print(f"{folder.name} ...")
-    with folder.with_suffix(".log").open("a") as log:
+    log = folder.with_suffix(".log")
+    with log.open("a") as file:
         # One thread for each worker: two that share the cores' threads wait for each other.
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers))}
-        subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
+        ended = subprocess.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if ended.returncode:
+        raise SystemExit(f"{folder.name} failed; {log} says why. What is finished is kept: repeat the command to go on")
 
 
 class Results:
