@@ -15,8 +15,9 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-// Elements of a sample that one task sums in float32, before partial sums meet in float64: few enough that the
-// narrowest vectors add 128 to each lane. A function of nothing, so that the sums depend on the shape alone.
+// Elements of a sample that one task sums in float32, before partial sums meet in float64: few enough that
+// the narrowest vectors add 128 to each lane. A function of nothing, so that the sums depend on the shape
+// alone.
 constexpr int64_t CHUNK = 2048;
 
 int64_t chunks_of(int64_t elements) {
