@@ -14,8 +14,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find c
 demo: $(VENV)/.installed  ## compress the embedded model and show where the pictures are
 	$(BIN)/python -m fastdistill.compress --drop-blocks 4 --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# Threads of several processes that share the cores would take each other's time by waiting actively.
 test: $(VENV)/.installed-dev  ## everything that runs without a GPU, on up to four cores
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.installed-dev  ## operators and models against stock, torch.compile and a plain copy
 	$(BIN)/python -m benchmarks.run
