@@ -58,7 +58,7 @@ if __name__ == "__main__":
         for backend in ("native", "triton"):
             cells = []
             for dtype in FLOATS:
-                if why_not(op, backend, DEVICE, dtype):
+                if why_not(op.name, backend, DEVICE, dtype):
                     continue
                 fast: list[float] = []
                 eager: list[float] = []

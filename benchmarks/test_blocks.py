@@ -16,7 +16,7 @@ from diffusers import FluxPipeline
 import fastdistill
 from benchmarks import flux_models
 from benchmarks.turns import peak_mib, take_turns
-from fastdistill.models.flux import Flux
+from fastdistill.models.families.flux import Flux
 from fastdistill.models.patch import patched
 
 GPU = torch.cuda.is_available()

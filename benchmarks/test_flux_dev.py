@@ -22,8 +22,8 @@ from benchmarks.turns import peak_mib, take_turns
 from fastdistill import ops
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.data.latents import LatentBatch
-from fastdistill.models.family import BlockId, Conditioning
-from fastdistill.models.flux import Flux
+from fastdistill.models.families.family import BlockId, Conditioning
+from fastdistill.models.families.flux import Flux
 from fastdistill.models.patch import patched
 from fastdistill.ops.attention import LIMITS, attend, why_not_attention
 

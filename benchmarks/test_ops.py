@@ -94,7 +94,7 @@ def why_absent(op: Operator, contender: str, dtype: torch.dtype) -> str | None:
         return None
     if contender == "triton" and DEVICE == "cpu":
         return "the interpreter is no contender"
-    return why_not(op, contender, DEVICE, dtype) if contender in ("native", "triton") else None  # type: ignore[arg-type]
+    return why_not(op.name, contender, DEVICE, dtype) if contender in ("native", "triton") else None  # type: ignore[arg-type]
 
 
 def function(op: Operator, contender: str, mode: str) -> Callable[..., Any]:

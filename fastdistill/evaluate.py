@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastdistill.cli import run
 from fastdistill.errors import UserError
-from fastdistill.options import Sampling, SamplingOptions, at_least, check_output
+from fastdistill.run.cli import run
+from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def main(config: EvaluateConfig) -> None:
     from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.patch import patched
-    from fastdistill.progress import bar
+    from fastdistill.run.progress import bar
 
     console = Console(stderr=True, highlight=False)
     loaded = load(config.model, config.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from fastdistill.cli import run
+from fastdistill.run.cli import run
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandbytes", "xformers")
 
@@ -54,7 +54,7 @@ def _backends(op: Any, device: str) -> dict[str, Any]:
 
     table = {}
     for dtype in op.dtypes("eager", device):
-        reasons = {backend: why_not(op, backend, device, dtype) for backend in BACKENDS}
+        reasons = {backend: why_not(op.name, backend, device, dtype) for backend in BACKENDS}
         table[str(dtype).removeprefix("torch.")] = {
             "auto": choose(op.name, "auto", device, dtype),
             "refused": {backend: reason for backend, reason in reasons.items() if reason},

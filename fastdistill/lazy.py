@@ -1,11 +1,36 @@
-"""Names of a package that are imported when they are first asked for: ``import fastdistill`` and ``--help`` do not wait for torch."""
+"""Names that are imported when they are first asked for, so that ``import fastdistill`` and ``--help`` do not wait for torch."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+PluginT = TypeVar("PluginT")
+
+
+class Table(Mapping[str, PluginT], Generic[PluginT]):
+    """Plug-ins of one kind by name, in a fixed order. Names are known at once; a plug-in's file is imported when it is looked up."""
+
+    def __init__(self, package: str, places: Mapping[str, str]) -> None:
+        """
+        Args:
+            package: the folder of the plug-ins, as ``__name__`` of its ``__init__.py``.
+            places: for each name, ``file:attribute`` within ``package``.
+        """
+        self.package, self.places = package, dict(places)
+
+    def __getitem__(self, name: str) -> PluginT:
+        file, _, attribute = self.places[name].partition(":")
+        plugin: PluginT = getattr(importlib.import_module(f"{self.package}.{file}"), attribute)
+        return plugin
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from fastdistill.cli import run
-from fastdistill.options import Sampling, SamplingOptions, at_least, check_output
+from fastdistill.run.cli import run
+from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output
 
 EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "penguin", "birthday cake", "robot")
 
@@ -47,11 +47,11 @@ def main(config: SampleConfig) -> None:
 
     from rich.console import Console
 
-    from fastdistill.grid import grid
     from fastdistill.models.loading import load
     from fastdistill.models.patch import patched
     from fastdistill.models.sampling import sample
-    from fastdistill.progress import bar
+    from fastdistill.run.grid import grid
+    from fastdistill.run.progress import bar
 
     loaded = load(config.model, config.device)
     sampling = loaded.sampling.replaced(config.sampling)

@@ -1,23 +1,38 @@
 """Imports point down: the layers of docs/architecture.md, read from the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastdistill"
-LAYERS = {
-    "ops": 1,
-    "diffusion": 1,
-    "models": 2,
-    "data": 3,
-    "train": 4,
-    "compress": 5,
-    "distill": 5,
-    "evaluation": 5,
-}
+LAYERS = (
+    {"errors", "lazy"},
+    {"run"},
+    {"ops", "diffusion"},
+    {"models"},
+    {"data"},
+    {"train", "evaluation"},
+    {"compress", "distill"},
+    {"info", "sample", "evaluate"},
+)
+"""By folder, or file of the root. A member imports from earlier layers and from itself."""
+# The version stands in the root, and these rooms have it there.
+ROOT_NAMES = {"fastdistill", "fastdistill.__version__"}
 # External packages that only one folder may import.
 CONFINED = {"triton": "ops", "torch.distributed": "train"}
+# What `--help` reads. No heavy package on the way.
+LIGHT = (
+    "fastdistill",
+    "fastdistill.run",
+    "fastdistill.run.cli",
+    "fastdistill.run.options",
+    "fastdistill.compress.config",
+    "fastdistill.distill.config",
+)
+HEAVY = ("torch", "diffusers", "transformers", "matplotlib")
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
 
@@ -35,28 +50,37 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def folder_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else ""
+def room_of(path: Path) -> str:
+    """The folder of the package that a file is in, or the file itself where it lies in the root."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def test_every_room_has_a_layer_and_every_layer_exists() -> None:
+    assert {room_of(path) for path in FILES} - {"__init__", "__main__"} == set().union(*LAYERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    folder = folder_of(path)
-    if folder in LAYERS and path.name != "__main__.py":
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] != "fastdistill" or len(parts) < 2 or parts[1] == folder:
-                continue
-            assert parts[1] not in ("recipes", "info", "patched"), f"{name}: a layer imports the top"
-            below = LAYERS.get(parts[1])
-            assert below is None or below < LAYERS[folder], f"{folder} (layer {LAYERS[folder]}) imports {name}"
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    # The command of a folder stands above everything, and brings it together.
+    top = len(LAYERS) if path.name == "__main__.py" else layer_of(room)
+    for name in imports(path):
+        if name in ROOT_NAMES or not name.startswith("fastdistill."):
+            continue
+        other = name.split(".")[1]
+        assert other == room or layer_of(other) < top, f"{room} (layer {top}) imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_confined_packages(path: Path) -> None:
     for package, folder in CONFINED.items():
-        if folder_of(path) != folder:
+        if room_of(path) != folder:
             found = {n for n in imports(path) if n == package or n.startswith(package + ".")}
             assert not found, f"{package} may be imported only under {folder}/"
 
@@ -65,3 +89,10 @@ def test_triton_is_imported_only_by_its_kernels() -> None:
     for path in FILES:
         if path.parent != PACKAGE / "ops" / "triton":
             assert not any(n == "triton" or n.startswith("triton.") for n in imports(path)), path
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_help_waits_for_no_heavy_package(module: str) -> None:
+    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not found, f"importing {module} imports {', '.join(found)}"

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from fastdistill.models.family import Conditioning
+from fastdistill.models.families.family import Conditioning
 
 WIDTH = 16
 

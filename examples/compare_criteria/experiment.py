@@ -26,9 +26,9 @@ from rich.console import Console
 from tables import tables
 from torch import Tensor
 
-from fastdistill.compress.calibrate import Calibration, calibrate
-from fastdistill.compress.choice import spell
+from fastdistill.compress.choice.choose import spell
 from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.importance.calibrate import Calibration, calibrate
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import joint_output_error, output_error, predictions
@@ -37,15 +37,15 @@ from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.evaluation.suite import evaluate
-from fastdistill.models.family import BlockId
-from fastdistill.models.features import block_ids
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import BlockId
 from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
-from fastdistill.models.registry import family_of
 from fastdistill.models.saving import swapped
+from fastdistill.run.files import write_json
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
-from fastdistill.workspace import write_json
 
 VERIFIED, REPAIRED = "output, verified", "output, repaired"
 """Of the best sets by the sum of scores, the one whose joint error is least, as cut, which is the command's way, and after a repair."""

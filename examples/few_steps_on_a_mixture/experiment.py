@@ -36,16 +36,16 @@ from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.sampler import sample
 from fastdistill.diffusion.timesteps import Uniform, few_step_times
 from fastdistill.distill import METHODS, OPTIONS
-from fastdistill.distill.distillation import Distillation
-from fastdistill.distill.heads import Discriminator
+from fastdistill.distill.methods.discriminator import Discriminator
+from fastdistill.distill.methods.distillation import Distillation
+from fastdistill.distill.methods.teacher_pairs import teacher_pairs
 from fastdistill.distill.options import PairOptions
-from fastdistill.distill.pairs import teacher_pairs
 from fastdistill.evaluation.samples import energy_distance, modes, sliced_wasserstein
+from fastdistill.run.files import write_json
+from fastdistill.run.versions import versions
 from fastdistill.train.config import RoleConfig, TrainConfig
 from fastdistill.train.denoising import Denoising
 from fastdistill.train.trainer import Trainer
-from fastdistill.versions import versions
-from fastdistill.workspace import write_json
 
 STEPS = (1, 2, 4)
 MANY = 256

@@ -15,7 +15,7 @@ from fastdistill.data.closed_form import ExactTeacher, GaussianMixture
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
-from fastdistill.models.family import Stack, one_stream
+from fastdistill.models.families.family import Stack, one_stream
 
 FLOW = RectifiedFlow()
 WIDTH, LAYERS = 128, 3

@@ -27,8 +27,8 @@ from rich.console import Console
 from tables import tables
 
 from fastdistill.errors import UserError
-from fastdistill.versions import versions
-from fastdistill.workspace import write_json
+from fastdistill.run.files import write_json
+from fastdistill.run.versions import versions
 
 CUT_BLOCKS = 4
 METHODS = ("tdm", "dmd2", "dmd", "progressive", "consistency", "reflow", "output_kd")

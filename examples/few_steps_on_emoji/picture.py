@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdistill.grid import grid
 from fastdistill.models.loading import load
 from fastdistill.models.sampling import SamplingDefaults, sample
+from fastdistill.run.grid import grid
 
 PROMPTS = ("grinning face", "dog face", "rose", "french fries", "taco", "violin", "panda", "rocket")
 SEED = 12

@@ -23,8 +23,8 @@ from fastdistill.data.latents import LatentPool
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.diffusion.timesteps import LogitNormal
-from fastdistill.models.family import Conditioning
-from fastdistill.models.flux import Flux
+from fastdistill.models.families.family import Conditioning
+from fastdistill.models.families.flux import Flux
 from fastdistill.train import checkpoint
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising

@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from fastdistill.cli import run
 from fastdistill.compress.config import CompressConfig
+from fastdistill.run.cli import run
 
 PROGRAM = "python -m fastdistill.compress"
 RESULT = "compress.json"
@@ -22,11 +22,11 @@ def main(config: CompressConfig) -> None:
     from fastdistill.compress.plan import plan
     from fastdistill.compress.report import manifest, report
     from fastdistill.data.images import read_folder
-    from fastdistill.evaluation.table import rows
-    from fastdistill.gallery import Gallery
+    from fastdistill.evaluation.gallery import Gallery
+    from fastdistill.evaluation.table import rows, summarise
     from fastdistill.models.loading import load, read_prompts
-    from fastdistill.summary import summarise
-    from fastdistill.workspace import Workspace, write_json
+    from fastdistill.run.files import write_json
+    from fastdistill.run.workspace import Workspace
 
     if config.dry_run:
         print(plan(config))

@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastdistill.compress.budget import parse_budget
-from fastdistill.compress.calibrate import Calibration, calibrate
-from fastdistill.compress.choice import Request, choose
-from fastdistill.compress.costs import flops, latency, sizes, workload
+from fastdistill.compress.choice.budget import parse_budget
+from fastdistill.compress.choice.choose import Request, choose
+from fastdistill.compress.choice.costs import flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.importance.calibrate import Calibration, calibrate
+from fastdistill.compress.importance.scoring import Scorer
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
-from fastdistill.compress.scoring import Scorer
 from fastdistill.compress.surgery import boundary_map, check, check_count, spelled_out
 from fastdistill.data.images import read_folder
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId
-from fastdistill.models.features import block_ids, tied
+from fastdistill.models.blocks import block_ids, tied
+from fastdistill.models.families import anatomy_of, family_of
+from fastdistill.models.families.family import BlockId
 from fastdistill.models.loading import GENERAL_PROMPTS
 from fastdistill.models.patch import patched
-from fastdistill.models.registry import anatomy_of, family_of
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.weights import check_computable, check_finite
-from fastdistill.progress import bar
+from fastdistill.run.progress import bar
 
 
 def scorer(

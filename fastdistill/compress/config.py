@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastdistill.compress.budget import Budget, parse_budget
+from fastdistill.compress.choice.budget import Budget, parse_budget
 from fastdistill.errors import UserError
-from fastdistill.options import Sampling, SamplingOptions, at_least
+from fastdistill.run.options import Sampling, SamplingOptions, at_least
 
 CriterionName = Literal["output", "trajectory", "greedy", "taylor", "bi", "mse", "cka", "probe", "learned", "random"]
 

@@ -14,31 +14,32 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from fastdistill.compress.budget import show
-from fastdistill.compress.calibrate import Calibration, calibrate
-from fastdistill.compress.choice import Request, Selection, choose, limit_of, parse, spell
+from fastdistill.compress.choice.budget import show
+from fastdistill.compress.choice.choose import Request, Selection, choose, limit_of, parse, spell
+from fastdistill.compress.choice.costs import Cost, Costs, flops, latency, sizes, workload
+from fastdistill.compress.choice.solve import Interval
+from fastdistill.compress.choice.verify import best_of, intervals
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import Cost, Costs, flops, latency, sizes, workload
+from fastdistill.compress.importance.calibrate import Calibration, calibrate
+from fastdistill.compress.importance.scoring import Scorer
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
-from fastdistill.compress.scoring import Scorer
-from fastdistill.compress.solve import Interval
 from fastdistill.compress.surgery import check, check_count
-from fastdistill.compress.verify import best_of, intervals
 from fastdistill.data.images import Captioned
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids, tied
+from fastdistill.models.blocks import block_ids, tied
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import BlockId, Family
 from fastdistill.models.patch import patched
-from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
-from fastdistill.progress import bar, share_bar
-from fastdistill.resources import require_disk, require_memory
+from fastdistill.run.files import whole
+from fastdistill.run.progress import bar, share_bar
+from fastdistill.run.resources import require_disk, require_memory
+from fastdistill.run.workspace import Workspace
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
-from fastdistill.workspace import Workspace, whole
 
 Evaluate = Callable[[Any, str], dict[str, Any]]
 """``(pipeline, name) -> measurements``, a JSON object."""

@@ -9,15 +9,15 @@ from itertools import product
 
 import torch
 
-from fastdistill.compress.budget import Budget, show
-from fastdistill.compress.choice import Request, limit_of, nothing_meets, parse, spell
+from fastdistill.compress.choice.budget import Budget, show
+from fastdistill.compress.choice.choose import Request, limit_of, nothing_meets, parse, spell
+from fastdistill.compress.choice.costs import Costs, flops, kinds, sizes, workload
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import Costs, flops, kinds, sizes, workload
 from fastdistill.compress.surgery import check, check_count
 from fastdistill.errors import UserError
-from fastdistill.models.family import Anatomy, BlockId, Stack
-from fastdistill.models.features import tied
-from fastdistill.models.registry import anatomy_of
+from fastdistill.models.blocks import tied
+from fastdistill.models.families import anatomy_of
+from fastdistill.models.families.family import Anatomy, BlockId, Stack
 from fastdistill.models.skeleton import read_config
 
 COLUMNS = {"params": "parameters", "memory": "weights", "flops": "operations"}

@@ -13,8 +13,9 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.diffusion.timesteps import LogitNormal
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import Streams, block_ids, captured
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import Streams, captured
 from fastdistill.ops import feature_kd_loss
 from fastdistill.train.method import Loss, StudentMethod
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import jinja2
 
-from fastdistill.compress.budget import show
-from fastdistill.compress.choice import spell
+from fastdistill.compress.choice.budget import show
+from fastdistill.compress.choice.choose import spell
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.job import Outcome
-from fastdistill.models.family import BlockId
+from fastdistill.models.families.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.versions import CLOSING, versions
+from fastdistill.run.versions import CLOSING, versions
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}

@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from fastdistill.errors import UserError
-from fastdistill.models.family import Anatomy, BlockId
-from fastdistill.models.features import block_ids, blocks_of, tied
-from fastdistill.models.registry import anatomy_of
+from fastdistill.models.blocks import block_ids, blocks_of, tied
+from fastdistill.models.families import anatomy_of
+from fastdistill.models.families.family import Anatomy, BlockId
 
 
 def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.models.family import Conditioning
+from fastdistill.models.families.family import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class LatentBatch:
 
     latents: Tensor
     conditioning: Any
-    """A :class:`~fastdistill.models.family.Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
+    """A :class:`~fastdistill.models.families.family.Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]

@@ -17,9 +17,9 @@ from torch import Tensor
 from fastdistill.data.images import Captioned, pixels
 from fastdistill.data.latents import LatentPool
 from fastdistill.diffusion.process import RectifiedFlow
-from fastdistill.models.family import Conditioning, Family
+from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.workspace import whole
+from fastdistill.run.files import whole
 
 
 @dataclass(frozen=True, kw_only=True)

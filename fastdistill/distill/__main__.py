@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fastdistill.cli import run
 from fastdistill.distill.config import DistillConfig, config_of
+from fastdistill.run.cli import run
 
 PROGRAM = "python -m fastdistill.distill"
 RESULT = "distill.json"
@@ -20,17 +20,17 @@ def main(config: DistillConfig) -> None:
     # Only now: `--help` and a mistyped option should not wait for torch.
     from rich.console import Console
 
-    from fastdistill.curves import draw_curves
     from fastdistill.data.images import read_folder
     from fastdistill.distill.build import plan
     from fastdistill.distill.job import distill, validate
     from fastdistill.distill.report import manifest, report
-    from fastdistill.evaluation.table import rows
-    from fastdistill.gallery import Gallery
+    from fastdistill.evaluation.gallery import Gallery
+    from fastdistill.evaluation.table import rows, summarise
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.sampling import SamplingDefaults
-    from fastdistill.summary import summarise
-    from fastdistill.workspace import Workspace, digest, write_json
+    from fastdistill.run.curves import draw_curves
+    from fastdistill.run.files import digest, write_json
+    from fastdistill.run.workspace import Workspace
 
     if config.dry_run:
         print(plan(config))

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fastdistill.distill.config import REFERENCE_WIDTH, DistillConfig
-from fastdistill.distill.distillation import Distillation
-from fastdistill.distill.heads import inner_dim
 from fastdistill.distill.methods import METHODS
+from fastdistill.distill.methods.discriminator import inner_dim
+from fastdistill.distill.methods.distillation import Distillation
 from fastdistill.errors import UserError
-from fastdistill.models.guidance import embeds_guidance, with_guidance_embedder
+from fastdistill.models.families import family_of
+from fastdistill.models.guidance_embedder import embeds_guidance, with_guidance_embedder
 from fastdistill.models.loading import default_device, dtype_on
-from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.skeleton import read_config, skeleton_of
 from fastdistill.train.config import RoleConfig, TrainConfig

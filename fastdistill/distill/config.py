@@ -14,7 +14,7 @@ import tyro
 
 from fastdistill.distill.options import OPTIONS, MethodOptions
 from fastdistill.errors import UserError
-from fastdistill.options import Sampling, SamplingOptions, at_least
+from fastdistill.run.options import Sampling, SamplingOptions, at_least
 
 MethodName = Literal["tdm", "dmd2", "dmd", "progressive", "consistency", "reflow", "guidance", "output_kd"]
 

@@ -20,22 +20,23 @@ from fastdistill.data.latents import LatentPool
 from fastdistill.data.trajectories import encode_prompts, trajectories
 from fastdistill.distill.build import build, requirements, training
 from fastdistill.distill.config import DistillConfig
-from fastdistill.distill.distillation import Distillation
+from fastdistill.distill.methods.distillation import Distillation
+from fastdistill.distill.methods.teacher_pairs import teacher_pairs
 from fastdistill.distill.options import PairOptions
-from fastdistill.distill.pairs import teacher_pairs
 from fastdistill.distill.pictures import Rows
-from fastdistill.models.family import Conditioning, Family
-from fastdistill.models.guidance import embeds_guidance
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import Conditioning, Family
+from fastdistill.models.guidance_embedder import embeds_guidance
 from fastdistill.models.patch import patched
-from fastdistill.models.registry import family_of
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
 from fastdistill.models.schedule import few_step_scheduler, shift_of
-from fastdistill.progress import bar
-from fastdistill.resources import require_disk, require_memory
+from fastdistill.run.files import digest
+from fastdistill.run.progress import bar
+from fastdistill.run.resources import require_disk, require_memory
+from fastdistill.run.workspace import Workspace
 from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
-from fastdistill.workspace import Workspace, digest
 
 Evaluate = Callable[[Any, str, SamplingDefaults], dict[str, Any]]
 """``(pipeline, name, sampling) -> measurements``, a JSON object."""

@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import Self
 
 from fastdistill.errors import UserError
-from fastdistill.options import at_least
+from fastdistill.run.options import at_least
 
 Needs = Literal["pairs", "pictures", "prompts"]
 ValueT = TypeVar("ValueT")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.timesteps import shifted
-from fastdistill.distill.distillation import Distillation
-from fastdistill.models.family import Conditioning, Family
+from fastdistill.distill.methods.distillation import Distillation
+from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
 

@@ -12,7 +12,7 @@ import jinja2
 from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.job import Outcome
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.versions import CLOSING, versions
+from fastdistill.run.versions import CLOSING, versions
 
 REPORT = """\
 # {{ config.model }} in {{ config.steps }} step{{ "s" if config.steps > 1 }}, by {{ config.method }}

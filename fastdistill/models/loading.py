@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastdistill.errors import UserError
-from fastdistill.models.registry import FAMILIES
+from fastdistill.models.families import FAMILIES
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.weights import check_computable, check_finite
 

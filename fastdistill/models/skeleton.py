@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fastdistill.errors import UserError
+from fastdistill.models.families import anatomy_named
 from fastdistill.models.loading import EMBEDDED, embedded_folder
-from fastdistill.models.registry import anatomy_named
 from fastdistill.models.sampling import SamplingDefaults
 
 

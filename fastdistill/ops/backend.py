@@ -11,19 +11,18 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-
-if TYPE_CHECKING:
-    from fastdistill.ops.op import Operator
 
 Backend = Literal["eager", "native", "triton"]
 Request = Literal["auto", "eager", "native", "triton"]
 
+NAMESPACE = "fastdistill"
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PREFERENCE: tuple[Backend, ...] = ("native", "triton", "eager")
 LIBRARY = Path(__file__).parents[1] / "_native.so"
@@ -86,13 +85,30 @@ def load_triton(module: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What this module knows of an operator: where its Triton kernels are, and `dtypes(backend, device)` that it takes."""
+
+    triton_module: str
+    dtypes: Callable[[Backend, str], tuple[torch.dtype, ...]]
+
+
+_SERVED: dict[str, Served] = {}
+
+
+def register(name: str, served: Served) -> None:
+    """Makes operator `name` known to `choose` and `why_not`."""
+    _SERVED[name] = served
+
+
 @functools.cache
-def why_not(op: Operator, backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    """None when `backend` can serve `op` for tensors of this device type and dtype, else the reason."""
+def why_not(name: str, backend: Backend, device: str, dtype: torch.dtype) -> str | None:
+    """None when `backend` can serve operator `name` for tensors of this device type and dtype, else the reason."""
+    op = _SERVED[name]
     if dtype not in op.dtypes(backend, device):
-        return f"{op.name} on {backend} {device} does not take {dtype}"
+        return f"{name} on {backend} {device} does not take {dtype}"
     if backend == "native":
-        return load_native() or _kernel_missing(op, device)
+        return load_native() or _kernel_missing(name, device)
     if backend == "triton":
         if device != "cuda" and not (device == "cpu" and triton_interpreted()):
             return f"triton compiles for GPUs, not for {device} (TRITON_INTERPRET=1 runs it on cpu, slowly)"
@@ -100,10 +116,10 @@ def why_not(op: Operator, backend: Backend, device: str, dtype: torch.dtype) -> 
     return None
 
 
-def _kernel_missing(op: Operator, device: str) -> str | None:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualified_name, device.upper()):
+def _kernel_missing(name: str, device: str) -> str | None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper()):
         return None
-    return f"the compiled library holds no {device} kernel for {op.name}"
+    return f"the compiled library holds no {device} kernel for {name}"
 
 
 @torch.compiler.assume_constant_result
@@ -120,13 +136,10 @@ _CHOICES: dict[tuple[str, str, str, torch.dtype], Backend] = {}
 
 
 def _choose(name: str, request: Request, device: str, dtype: torch.dtype) -> Backend:
-    from fastdistill.ops import OPERATORS
-
-    op = OPERATORS[name]
     if request != "auto":
         if request not in BACKENDS:
             raise ValueError(f"unknown backend {request!r}; choose one of {', '.join(get_args(Request))}")
-        reason = why_not(op, request, device, dtype)
+        reason = why_not(name, request, device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend {request!r} was asked for, but {reason}")
         return request
@@ -137,7 +150,7 @@ def _choose(name: str, request: Request, device: str, dtype: torch.dtype) -> Bac
         reason = (
             "the interpreter is never chosen automatically"
             if backend == "triton" and device == "cpu"
-            else why_not(op, backend, device, dtype)
+            else why_not(name, backend, device, dtype)
         )
         if reason is None:
             if reasons:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops import row_samples
+from fastdistill.ops import row_cases
 from fastdistill.ops.backend import Request
 from fastdistill.ops.feature_kd_loss import FEATURE_CASES, MIN_NORM
 from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_samples import RowCase
+from fastdistill.ops.row_cases import RowCase
 from fastdistill.ops.rows import check_like, check_rows
 
 
@@ -74,10 +74,10 @@ class BlockStatisticsOp(Operator):
         return before.nbytes + after.nbytes, 0
 
     def samples(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments, FEATURE_CASES)
+        return row_cases.samples(_arguments, FEATURE_CASES)
 
     def workloads(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments, row_samples.FLUX)
+        return row_cases.samples(_arguments, row_cases.FLUX)
 
 
 def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdistill.ops.backend import Request
 from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_samples import FLUX, RowCase
+from fastdistill.ops.row_cases import FLUX, RowCase
 from fastdistill.ops.rows import check_like, check_rows
 
 FeatureKdKind = Literal["mse", "relative_mse", "cosine", "masked_mse"]

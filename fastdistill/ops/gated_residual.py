@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import row_samples
+from fastdistill.ops import row_cases
 from fastdistill.ops.backend import Request
 from fastdistill.ops.op import Operator, Sample
-from fastdistill.ops.row_samples import RowCase
+from fastdistill.ops.row_cases import RowCase
 from fastdistill.ops.rows import check_like, check_modulation, check_rows, contiguous_rows, over_rows
 
 FLOAT16_LIMIT = 65504.0
@@ -98,10 +98,10 @@ class GatedResidual(Operator):
         return 3 * x.nbytes + gate.nbytes, 3 * x.nbytes + 2 * gate.nbytes
 
     def samples(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments)
+        return row_cases.samples(_arguments)
 
     def workloads(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments, row_samples.FLUX)
+        return row_cases.samples(_arguments, row_cases.FLUX)
 
 
 def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

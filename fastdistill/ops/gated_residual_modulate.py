@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import row_samples
+from fastdistill.ops import row_cases
 from fastdistill.ops.backend import Request
 from fastdistill.ops.gated_residual import clip_limit, residual_sum
 from fastdistill.ops.modulate import MODULATE
 from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_samples import RowCase
+from fastdistill.ops.row_cases import RowCase
 from fastdistill.ops.rows import check_beside, check_like, check_modulation, check_rows, contiguous_rows
 
 
@@ -119,10 +119,10 @@ class GatedResidualModulate(Operator):
         return 4 * x.nbytes + modulation, 6 * x.nbytes + modulation + gate.nbytes + scale.nbytes
 
     def samples(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments)
+        return row_cases.samples(_arguments)
 
     def workloads(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments, row_samples.FLUX)
+        return row_cases.samples(_arguments, row_cases.FLUX)
 
 
 def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

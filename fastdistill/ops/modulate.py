@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops import row_samples
+from fastdistill.ops import row_cases
 from fastdistill.ops.backend import Request
 from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_samples import RowCase
+from fastdistill.ops.row_cases import RowCase
 from fastdistill.ops.rows import check_beside, check_modulation, check_rows, contiguous_rows, over_rows
 
 
@@ -99,10 +99,10 @@ class Modulate(Operator):
         return 2 * rows + modulation, 3 * rows + modulation + scale.nbytes
 
     def samples(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments)
+        return row_cases.samples(_arguments)
 
     def workloads(self) -> Sequence[Sample]:
-        return row_samples.samples(_arguments, row_samples.FLUX)
+        return row_cases.samples(_arguments, row_cases.FLUX)
 
 
 class ModulateForTwo(Modulate):

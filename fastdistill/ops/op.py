@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import backend as backends
-from fastdistill.ops.backend import Backend, Request
+from fastdistill.ops.backend import NAMESPACE, Backend, Request
 
-NAMESPACE = "fastdistill"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -100,6 +99,7 @@ class Operator(ABC):
         return f"{NAMESPACE}::{self.name}"
 
     def __init__(self) -> None:
+        backends.register(self.name, backends.Served(triton_module=self.triton_module, dtypes=self.dtypes))
         self._run: dict[str, Callable[..., Any]] = {"eager": self.reference}
         self._run_with_grad: dict[str, Callable[..., Any]] = {"eager": self.reference}
         for backend, overload in (("native", ""), ("triton", ".triton")):

@@ -9,7 +9,7 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction, convert
 from fastdistill.diffusion.process import Process
 from fastdistill.diffusion.timesteps import TimeDistribution
-from fastdistill.models.family import Predicts
+from fastdistill.models.families.family import Predicts
 from fastdistill.train.method import Loss, StudentMethod
 
 
@@ -25,7 +25,7 @@ class Denoising(StudentMethod):
     ==================  ================  ==============  ==========  =========================================
 
     Args:
-        family: calls the student; a :class:`~fastdistill.models.family.Family`'s networks predict the velocity of rectified flow.
+        family: calls the student; a :class:`~fastdistill.models.families.family.Family`'s networks predict the velocity of rectified flow.
         error_in: measure the error in another prediction than the network's, which weights it: in ``EPSILON`` for a score, by
             ``sigma^2``; in ``X0`` for rectified flow's velocity, by ``t^2``.
     """

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from fastdistill.resources import GIB
+from fastdistill.run.resources import GIB
 from fastdistill.train import parallel
 from fastdistill.train.config import RoleConfig, TrainConfig
 from fastdistill.train.method import Method

@@ -15,8 +15,8 @@ from PIL.Image import Image
 from rich.console import Console
 
 from fastdistill.errors import UserError
-from fastdistill.progress import bar
-from fastdistill.workspace import whole
+from fastdistill.run.files import whole
+from fastdistill.run.progress import bar
 
 
 class Log:

@@ -21,9 +21,9 @@ from fastdistill.errors import UserError
 from fastdistill.train import checkpoint, optim, parallel
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
+from fastdistill.train.learning_rate import learning_rate
 from fastdistill.train.log import Log
 from fastdistill.train.method import Agrees, Keeps, Method
-from fastdistill.train.schedule import learning_rate
 from fastdistill.train.watch import Best, Evaluation, Observer
 
 # Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as many parts as a batch may have.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import UserError
-from fastdistill.grid import grid
+from fastdistill.run.grid import grid
 from fastdistill.train.log import Log
 
 

@@ -5,7 +5,6 @@ from collections import namedtuple
 
 import pytest
 
-from fastdistill import cli
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
 from fastdistill.distill.__main__ import main as distill_main
@@ -13,6 +12,7 @@ from fastdistill.distill.config import config_of
 from fastdistill.evaluate import EvaluateConfig
 from fastdistill.evaluate import main as evaluate_main
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.run import cli
 from fastdistill.sample import SampleConfig
 from fastdistill.sample import main as sample_main
 from tests.tiny import tiny_flux_pipeline

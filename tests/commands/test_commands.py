@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastdistill.compress import job, score, scoring
-from fastdistill.compress.choice import choose
-from fastdistill.compress.repairs import REPAIRS
+from fastdistill.compress import job, score
+from fastdistill.compress.choice.choose import choose
+from fastdistill.compress.importance import scoring
+from fastdistill.compress.repairs import ridge
 from fastdistill.data import trajectories
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import COMMANDS, interrupt
@@ -110,7 +111,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     assert "continues" in ended.message
     monkeypatch.setattr(Trainer, "_advance", whole_advance)
     # What is finished is not done again.
-    monkeypatch.setitem(REPAIRS, "ridge", lambda damage: pytest.fail("repaired again"))
+    monkeypatch.setattr(ridge, "repair", lambda damage: pytest.fail("repaired again"))
     monkeypatch.setattr(
         job, "calibrate", lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs)
     )

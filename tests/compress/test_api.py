@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 
 from fastdistill.compress import cut, repair, score, scorer, select
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId
-from fastdistill.models.features import block_ids
-from fastdistill.models.registry import anatomy_of
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import anatomy_of
+from fastdistill.models.families.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
 from tests import tiny_families as tiny
 from tests.tiny import mixing_transformer, tiny_flux_pipeline

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from fastdistill.compress import plan as plan_module
+from fastdistill.compress.choice.costs import flops, kinds, latency, sizes, workload
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.costs import flops, kinds, latency, sizes, workload
 from fastdistill.compress.plan import plan
 from fastdistill.compress.surgery import cut
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId, Workload
-from fastdistill.models.features import block_ids
-from fastdistill.models.registry import anatomy_of, family_of
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import anatomy_of, family_of
+from fastdistill.models.families.family import BlockId, Workload
 from fastdistill.models.skeleton import read_config
 from tests.tiny import tiny_flux_pipeline
 

@@ -8,9 +8,9 @@ import torch
 from fastdistill.compress.recovery import Recovery, RecoveryWeights, feature_loss
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.data.latents import LatentBatch
-from fastdistill.models.family import BlockId
-from fastdistill.models.features import block_ids
-from fastdistill.models.registry import family_of
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import BlockId
 from tests.tiny import mixing_transformer, tiny_inputs
 
 USELESS = BlockId(stack="single_transformer_blocks", index=1)

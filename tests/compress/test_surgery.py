@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from fastdistill.compress import cut
 from fastdistill.compress.surgery import boundary_map
 from fastdistill.errors import UserError
-from fastdistill.models.chroma import kept_rows, renumbered, row_embedding
-from fastdistill.models.family import BlockId
-from fastdistill.models.features import block_ids, skipped
-from fastdistill.models.registry import FAMILIES, anatomy_of, family_of
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import FAMILIES, anatomy_of, family_of
+from fastdistill.models.families.chroma import kept_rows, renumbered, row_embedding
+from fastdistill.models.families.family import BlockId
+from fastdistill.models.hooks import skipped
 from tests import tiny_families as tiny
 
 DOUBLE, SINGLE, BLOCKS = "transformer_blocks", "single_transformer_blocks", "transformer_blocks"

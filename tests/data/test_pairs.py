@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.data.pairs import PairPool, cached_shards
+from fastdistill.data.pairs import PairPool
+from fastdistill.data.shards import cached_shards
 from fastdistill.errors import UserError
 from tests.toy import generator
 

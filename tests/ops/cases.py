@@ -68,7 +68,7 @@ def _cases(dtypes: Sequence[torch.dtype], backends: Sequence[Backend], every_sam
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
     if case.device == "cuda":
         return [pytest.mark.gpu]
-    reason = why_not(case.op, case.backend, case.device, case.dtype)
+    reason = why_not(case.op.name, case.backend, case.device, case.dtype)
     return [pytest.mark.skip(reason=reason)] if reason else []
 
 

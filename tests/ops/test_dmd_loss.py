@@ -20,7 +20,7 @@ BACKENDS = ("eager", "native", "triton")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.why_not(OP, request.param, "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, request.param, "cpu", torch.float32):
         pytest.skip(reason)
     return str(request.param)
 
@@ -173,7 +173,7 @@ def test_messages_name_the_argument(change: dict[str, Any], error: type[Exceptio
 
 
 def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
-    if reason := backends.why_not(OP, "native", "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, "native", "cpu", torch.float32):
         pytest.skip(reason)
     op = torch.ops.fastdistill.dmd_loss.default
     x, noise, cond, uncond, fake = draw(5)

@@ -18,7 +18,7 @@ x = torch.zeros(2, 5, 8)
 
 @pytest.fixture(params=["eager", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.why_not(ops.OPERATORS["feature_kd_loss"], request.param, "cpu", torch.float32):
+    if reason := backends.why_not("feature_kd_loss", request.param, "cpu", torch.float32):
         pytest.skip(reason)
     return str(request.param)
 
@@ -54,7 +54,7 @@ def test_equal_features_have_no_distance(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_cosine_is_exact_where_features_almost_agree(name: str) -> None:
     """2 - 2 cos in float32 is off by 1e-7, here a hundredth of the value itself."""
-    if reason := backends.why_not(ops.OPERATORS["feature_kd_loss"], name, "cpu", torch.float32):  # type: ignore[arg-type]
+    if reason := backends.why_not("feature_kd_loss", name, "cpu", torch.float32):  # type: ignore[arg-type]
         pytest.skip(reason)
     t = 100 + torch.randn(1, 6, 300)
     s = (t * 1.02 * (1 + 3e-3 * torch.randn_like(t))).requires_grad_()
@@ -113,7 +113,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_chunks_with_a_remainder(kind: str) -> None:
-    if reason := backends.why_not(ops.OPERATORS["feature_kd_loss"], "native", "cpu", torch.float32):
+    if reason := backends.why_not("feature_kd_loss", "native", "cpu", torch.float32):
         pytest.skip(reason)
     s, t = (3 + torch.randn(3, 1031, 40) for _ in range(2))
     s.requires_grad_()

@@ -19,7 +19,7 @@ B, T, S, H, D = 2, 3, 6, 2, 16
 
 @pytest.fixture(params=["eager", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.why_not(OP, request.param, "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, request.param, "cpu", torch.float32):
         pytest.skip(reason)
     return str(request.param)
 

@@ -18,7 +18,7 @@ OP: Operator = ops.OPERATORS["qk_norm_rope"]
 
 @pytest.fixture(params=["eager", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.why_not(OP, request.param, "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, request.param, "cpu", torch.float32):
         pytest.skip(reason)
     return str(request.param)
 
@@ -116,7 +116,7 @@ def test_messages_name_the_argument(arguments: Any, error: type[Exception], mess
 
 
 def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
-    if reason := backends.why_not(OP, "native", "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, "native", "cpu", torch.float32):
         pytest.skip(reason)
     op = torch.ops.fastdistill.qk_norm_rope.default
     for change in (
@@ -132,7 +132,7 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
 
 def test_many_chunks_with_a_remainder() -> None:
     """Long enough that every thread sums several chunks; the weight's gradient is where that shows."""
-    if reason := backends.why_not(OP, "native", "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, "native", "cpu", torch.float32):
         pytest.skip(reason)
     q, k = (torch.randn(2, 1031, heads, 40, requires_grad=True) for heads in (3, 1))
     weights = [torch.randn(40, requires_grad=True) for _ in range(2)]

@@ -73,7 +73,7 @@ def test_norms_without_a_rotation() -> None:
 
 @pytest.fixture
 def interpreted() -> None:
-    if reason := backends.why_not(OP, "triton", "cpu", torch.float32):
+    if reason := backends.why_not(OP.name, "triton", "cpu", torch.float32):
         pytest.skip(reason)
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.data.latents import LatentBatch
-from fastdistill.models.family import BlockId
-from fastdistill.models.features import block_ids
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import BlockId
 from fastdistill.models.patch import patched
-from fastdistill.models.registry import family_of
 from fastdistill.train import parallel
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer

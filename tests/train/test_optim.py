@@ -9,7 +9,7 @@ from torch import nn
 from fastdistill.errors import UserError
 from fastdistill.train import optim
 from fastdistill.train.config import RoleConfig, TrainConfig
-from fastdistill.train.schedule import learning_rate
+from fastdistill.train.learning_rate import learning_rate
 from fastdistill.train.trainer import Trainer
 from tests.train.rivals import Rivals, batches, rivals_config, weights
 

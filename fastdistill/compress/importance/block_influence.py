@@ -7,8 +7,9 @@ from torch import nn
 
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, sums_over_chunks
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids, captured, captured_inputs
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import captured, captured_inputs
 from fastdistill.ops import block_statistics
 
 

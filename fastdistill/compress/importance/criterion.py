@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.models.family import BlockId, Conditioning, Family
+from fastdistill.models.families.family import BlockId, Conditioning, Family
 
 
 @dataclass(frozen=True, kw_only=True)

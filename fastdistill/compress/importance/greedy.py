@@ -13,8 +13,9 @@ from torch import nn
 from fastdistill.compress.importance.criterion import Material
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import one_out_errors, predictions
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids, skipped
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import skipped
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:

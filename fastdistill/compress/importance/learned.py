@@ -23,8 +23,9 @@ from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import predictions, time_weight, weighted_square
 from fastdistill.compress.importance.taylor import gated
 from fastdistill.errors import UserError
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block, block_ids, replaced
+from fastdistill.models.blocks import block, block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import replaced
 from fastdistill.train import checkpoint
 
 STEPS = 200

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids, one_out, skipped
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import one_out, skipped
 
 
 def time_weight(t: Tensor) -> Tensor:

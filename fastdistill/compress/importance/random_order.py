@@ -7,8 +7,8 @@ from torch import nn
 
 from fastdistill.compress.importance.criterion import Material
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Family
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:

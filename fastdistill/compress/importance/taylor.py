@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, sums_over_chunks
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block, block_ids, replaced
+from fastdistill.models.blocks import block, block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import replaced
 
 PROBES = 4
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastdistill.compress.importance.criterion import Material, SamplingRuns
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.models.family import BlockId, Family
-from fastdistill.models.features import block_ids, skipped
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.hooks import skipped
 
 STEPS = 4
 

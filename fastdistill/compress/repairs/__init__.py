@@ -1,12 +1,12 @@
-"""Repairs of a cut model without training. A new one is one file, one line in ``REPAIRS`` and its name in ``compress/config.py``."""
+"""Repairs of a cut model in closed form. A new one is a file and a line here."""
 
 from __future__ import annotations
 
-from fastdistill.compress.repairs import average, ridge, scale
-from fastdistill.compress.repairs.damage import Repair
+from typing import TYPE_CHECKING
 
-REPAIRS: dict[str, Repair] = {
-    "ridge": ridge.repair,
-    "scale": scale.repair,
-    "average": average.repair,
-}
+from fastdistill.lazy import Table
+
+if TYPE_CHECKING:
+    from fastdistill.compress.repairs.damage import Repair
+
+REPAIRS: Table[Repair] = Table(__name__, {"ridge": "ridge:repair", "scale": "scale:repair", "average": "average:repair"})

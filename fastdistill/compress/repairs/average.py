@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdistill.compress.repairs.damage import Damage
-from fastdistill.models.features import block, block_ids
+from fastdistill.models.blocks import block, block_ids
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastdistill.compress.surgery import boundary_map, cut
 from fastdistill.data.latents import LatentBatch, LatentPool
 from fastdistill.diffusion.process import RectifiedFlow, noise_like
-from fastdistill.models.family import BlockId, Conditioning, Family
-from fastdistill.models.features import block_ids
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families.family import BlockId, Conditioning, Family
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.compress.repairs.damage import Damage, Span
-from fastdistill.models.family import BlockId, Closing, Family
-from fastdistill.models.features import Streams, block, block_ids, captured, skipped
+from fastdistill.models.blocks import block, block_ids
+from fastdistill.models.families.family import BlockId, Closing, Family
+from fastdistill.models.hooks import Streams, captured, skipped
 
 
 @dataclass(frozen=True, kw_only=True)

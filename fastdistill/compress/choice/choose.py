@@ -1,0 +1,170 @@
+"""From the user's words and the scores to the blocks that go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fastdistill.compress.choice.budget import Budget, show
+from fastdistill.compress.choice.costs import Cost, Costs
+from fastdistill.compress.choice.solve import Choice, Interval, pareto, solve, within
+from fastdistill.compress.choice.verify import Additivity, Verified, additivity, best_of, to_verify, verify
+from fastdistill.errors import UserError
+from fastdistill.models.families.family import Anatomy, BlockId, Stack
+
+HELP = "a count such as 4, or blocks such as double:1,2 single:0,5-7"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What ``--drop-blocks`` or ``--budget`` asks for: that many blocks, or these, or as many as a budget needs."""
+
+    count: int | None = None
+    blocks: tuple[BlockId, ...] = ()
+    budget: Budget | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The blocks that go, and what they were chosen from.
+
+    Attributes:
+        dropped: in the order of the forward pass.
+        quantity: what was to be saved, ``blocks`` for a count or a list.
+        full: what the full model costs of it.
+        limit: what the smaller one may cost.
+        front: the Pareto front of the predictions over all sets, by what they save.
+        verified: sets whose joint error was measured; ``dropped`` is one of them.
+        additivity: of the output errors, over ``verified``.
+    """
+
+    dropped: list[BlockId]
+    quantity: str
+    full: int
+    limit: int
+    front: list[Choice]
+    verified: list[Verified]
+    additivity: Additivity
+
+
+def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
+    """Read ``["4"]`` or ``["double:1,2", "single:0,5-7"]``.
+
+    Raises:
+        UserError: anything else, with what is expected.
+    """
+    if len(words) == 1 and re.fullmatch(r"\d+", words[0]):
+        if (count := int(words[0])) == 0:
+            raise UserError(f"--drop-blocks 0 drops nothing; give {HELP}")
+        return Request(count=count)
+    stacks = {stack.short: stack.attribute for stack in anatomy.stacks} | {stack.attribute: stack.attribute for stack in anatomy.stacks}
+    blocks: list[BlockId] = []
+    for word in words:
+        name, colon, ranges = word.partition(":")
+        if not colon or name not in stacks or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", ranges):
+            raise UserError(f"cannot read --drop-blocks {word!r}; give {HELP}")
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            indices = range(int(first), int(last or first) + 1)
+            if not indices:
+                raise UserError(f"--drop-blocks {word!r}: the range {part} is empty; write it from low to high")
+            blocks += [BlockId(stack=stacks[name], index=index) for index in indices]
+    if len(set(blocks)) < len(blocks):
+        raise UserError(f"--drop-blocks {' '.join(words)} names a block twice")
+    return Request(blocks=tuple(blocks))
+
+
+def limit_of(budget: Budget, cost: Cost) -> int:
+    """What the smaller model may cost.
+
+    Raises:
+        UserError: no cut that leaves a block is small enough, or the full model is already.
+    """
+    limit, least = budget.limit(cost.total), cost.outside + min(cost.blocks.values())
+    full = f"the full model has {show(budget.quantity, cost.total)}"
+    if limit >= cost.total:
+        raise UserError(f"--budget {budget.quantity}: {show(budget.quantity, limit)} drops nothing, {full}; ask for less")
+    if limit < least:
+        raise UserError(
+            f"--budget {budget.quantity}: {show(budget.quantity, limit)} cannot be met by dropping blocks: {full}, and one block with what "
+            f"is outside the blocks takes {show(budget.quantity, least)} ({least / cost.total:.3f}); ask for no less than that"
+        )
+    return limit
+
+
+def choose(
+    request: Request,
+    costs: Costs,
+    scores: Mapping[BlockId, float],
+    *,
+    tied: Mapping[str, Sequence[Stack]] = MappingProxyType({}),
+    output_errors: Mapping[BlockId, float] | None = None,
+    joint: Callable[[tuple[int, ...]], float] | None = None,
+    intervals: Mapping[Interval, float] | None = None,
+    best: int = 1,
+) -> Selection:
+    """The blocks that go: those named, or the set with the least sum of scores, or of the ``best`` sets the one whose joint error is least.
+
+    Args:
+        costs: those of the quantity that the request is in, at least.
+        scores: of the single blocks by the criterion, in the order of the forward pass, and of ``intervals`` of them where there are any.
+        tied: stacks that have to lose equally many blocks, by their config field (:func:`fastdistill.models.hooks.tied`).
+        output_errors: the output error of each block alone, by which the joint ones are predicted; by default the scores.
+        joint: measures the output error without the blocks at these positions; without it nothing is verified.
+
+    Raises:
+        UserError: :func:`limit_of` does, or tied stacks allow nothing that meets the request.
+    """
+    blocks = list(scores)
+    quantity = request.budget.quantity if request.budget else "blocks"
+    cost = costs[quantity]
+    errors = [(output_errors or scores)[block_id] for block_id in blocks]
+
+    def meets(choice: Choice) -> bool:
+        # Asked for a number, a larger one is not the answer.
+        return choice.saved >= cost.total - limit if request.budget else choice.saved == cost.total - limit
+
+    if request.blocks:
+        positions = tuple(sorted(map(blocks.index, request.blocks)))
+        named = Choice(dropped=positions, saved=len(positions), error=sum(scores[blocks[position]] for position in positions))
+        limit, front, sets = cost.total - named.saved, [], [named]
+    else:
+        limit = limit_of(request.budget, cost) if request.budget else cost.total - (request.count or 0)
+        saves = [cost.blocks[block_id] for block_id in blocks]
+        ranges = [[_range(blocks, stack) for stack in stacks] for stacks in tied.values()]
+        choices = solve(list(scores.values()), saves, intervals, best=best, exact_cost=request.budget is None, tied=ranges)
+        front = pareto(choices)
+        sets = [choice for choice in within(choices, cost.total - limit) if meets(choice)]
+        if not sets:
+            raise UserError(nothing_meets(request, tied))
+        sets = to_verify(sets, front, best) if joint else sets[:1]
+    verified = verify(sets, errors, joint, meets) if joint else []
+    return Selection(
+        dropped=[blocks[position] for position in (best_of(verified) if verified else sets[0]).dropped],
+        quantity=quantity,
+        full=cost.total,
+        limit=limit,
+        front=front,
+        verified=verified,
+        additivity=additivity(verified),
+    )
+
+
+def _range(blocks: Sequence[BlockId], stack: Stack) -> range:
+    positions = [position for position, block_id in enumerate(blocks) if block_id.stack == stack.attribute]
+    return range(positions[0], positions[-1] + 1)
+
+
+def nothing_meets(request: Request, tied: Mapping[str, Sequence[Stack]]) -> str:
+    """Why there is no set of blocks that meets a request, and what to do."""
+    demand = "the budget cannot be met" if request.budget else f"no {request.count} blocks can go together"
+    shared = "; ".join(f"{' and '.join(stack.short for stack in stacks)} must lose equally many" for stacks in tied.values())
+    return f"{demand}: {shared or 'too many blocks have an infinite score, which keeps them'}; ask for another number, or for less"
+
+
+def spell(blocks: Sequence[BlockId], anatomy: Anatomy) -> str:
+    """The blocks as the user would type them: ``double:1,2 single:0``."""
+    indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in anatomy.stacks}
+    return " ".join(f"{stack.short}:{','.join(map(str, found))}" for stack, found in indices.items() if found)

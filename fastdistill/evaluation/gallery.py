@@ -1,0 +1,93 @@
+"""The pictures of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdistill.evaluation.suite import evaluate
+from fastdistill.models.patch import is_patched, patched
+from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.run.files import whole, write_json
+from fastdistill.run.grid import grid
+from fastdistill.run.progress import bar
+
+GRID_COLUMNS = 10
+
+
+class Gallery:
+    """Of each model a file in ``folder``; the one that is called ``reference`` is what the others are compared with."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prompts: Sequence[str],
+        sampling: SamplingDefaults,
+        *,
+        reference: str,
+        pictures: int,
+        seed: int,
+        batch: int,
+        console: Console,
+        shared: Path | None = None,
+    ) -> None:
+        """``pictures`` of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
+
+        Args:
+            shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share;
+                by default ``folder``.
+        """
+        count = max(pictures, GRID_COLUMNS)
+        self.prompts = [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
+        self.seeds = [seed + k for k in range(ceil(count / len(self.prompts)) if pictures else 1)]
+        self.measure = pictures > 0
+        self.folder, self.sampling, self.batch, self.console = folder, sampling, batch, console
+        self.reference, self.shared = reference, folder if shared is None else shared
+
+    def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
+        """The measurements of ``pipeline``, a JSON object; sampled as the gallery says, unless ``sampling`` says otherwise."""
+        measured = self._file(name).with_suffix(".json")
+        if self._is_reference(name) and measured.exists():
+            return dict(json.loads(measured.read_text()))
+        reference = None if name == self.reference else self._pictures(self.reference)
+        pictures = len(self.prompts) * len(self.seeds)
+        transformer = pipeline.transformer
+        # One that is in training may be patched already.
+        with nullcontext() if is_patched(transformer) else patched(transformer), bar(self.console, f"evaluate {name}", pictures) as tick:
+            result = evaluate(
+                pipeline, self.prompts, sampling or self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
+            )
+        metrics = result.metrics if self.measure else {}
+        self._file(name).parent.mkdir(parents=True, exist_ok=True)
+        with whole(self._file(name)) as partial:
+            save_file({"pictures": result.pictures.half()}, partial)
+        if self._is_reference(name):
+            write_json(measured, metrics)
+        return metrics
+
+    def grid(self, names: Sequence[str]) -> Image.Image:
+        """A row of pictures for each of ``names``, which have been evaluated."""
+        columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
+        pictures = torch.stack([self._pictures(name)[columns] for name in names])
+        return grid(pictures, names, [self.prompts[i] for i in columns])
+
+    def _pictures(self, name: str) -> Tensor:
+        return load_file(self._file(name))["pictures"].float()
+
+    def _file(self, name: str) -> Path:
+        folder = self.shared if self._is_reference(name) else self.folder
+        return folder / f"pictures-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+
+    def _is_reference(self, name: str) -> bool:
+        """Whether it is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
+        return name.split(",")[0] == self.reference

@@ -1,0 +1,65 @@
+"""Model families by the class of their transformer. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastdistill.errors import UserError
+from fastdistill.lazy import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastdistill.models.families.family import Anatomy, Family
+
+FAMILIES: Table[type[Anatomy]] = Table(
+    __name__,
+    {
+        "FluxTransformer2DModel": "flux:Flux",
+        "Flux2Transformer2DModel": "flux2:Flux2",
+        "Flux3Transformer2DModel": "flux3:Flux3",
+        "ChromaTransformer2DModel": "chroma:Chroma",
+        "SD3Transformer2DModel": "sd3:SD3",
+        "QwenImageTransformer2DModel": "qwen_image:QwenImage",
+        "ZImageTransformer2DModel": "z_image:ZImage",
+        "SanaTransformer2DModel": "sana:Sana",
+        "PixArtTransformer2DModel": "pixart:PixArt",
+    },
+)
+
+
+def anatomy_of(transformer: nn.Module) -> Anatomy:
+    """What cutting a diffusers transformer needs to know of it.
+
+    Raises:
+        UserError: the class is not supported.
+    """
+    return anatomy_named(type(transformer).__name__)
+
+
+def anatomy_named(name: str) -> Anatomy:
+    """The same by the name of the class.
+
+    Raises:
+        UserError: it is not supported.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"{name} is not a supported transformer; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]()
+
+
+def family_of(transformer: nn.Module) -> Family:
+    """The family of a diffusers transformer, if it can be sampled, scored and recovered.
+
+    Raises:
+        UserError: the class is not supported, or can only be cut.
+    """
+    from fastdistill.models.families.family import Family
+
+    anatomy = anatomy_of(transformer)
+    if not isinstance(anatomy, Family):
+        raise UserError(
+            f"{type(transformer).__name__} can only be cut, from Python: fastdistill.compress.cut(transformer, drop=...). "
+            "Calibration, scores and recovery know FluxTransformer2DModel"
+        )
+    return anatomy

@@ -1,0 +1,80 @@
+"""The output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastdistill.errors import UserError
+from fastdistill.run.files import write_json
+
+
+class Workspace:
+    """``output`` with its ``work`` folder, where every finished stage leaves its result for a run that is started again."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
+        """Claim ``output`` for a run with ``settings`` that ends by writing the file ``result``.
+
+        Raises:
+            UserError: the folder holds a finished run, another run, or other files.
+        """
+        self.output, self.work = output, output / "work"
+        recorded = self.work / "settings.json"
+        settings = json.loads(json.dumps(_flat(settings), default=str))
+        if (output / result).exists():
+            raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
+        if recorded.exists():
+            earlier = json.loads(recorded.read_text())
+            changed = sorted(name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name))
+            if changed:
+                names = ", ".join("--" + name.replace("_", "-") for name in changed)
+                raise UserError(f"{output} holds an interrupted run with another {names}; repeat its options, or choose another --output")
+            self.resumed = True
+            timed = self.work / "seconds.json"
+            self.seconds: dict[str, float] = json.loads(timed.read_text()) if timed.exists() else {}
+            return
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} exists and is not empty; choose another --output")
+        self.work.mkdir(parents=True)
+        write_json(recorded, settings)
+        self.resumed, self.seconds = False, {}
+
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value of stage ``name``: read if it is there, else made and written."""
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        return json.loads(path.read_text())
+
+    def folder(self, name: str) -> Path:
+        """A folder of its own in ``work``."""
+        path = self.work / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Adds the time inside to ``seconds[stage]``, over all runs of the command that it took."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+            write_json(self.work / "seconds.json", self.seconds)
+
+    def finish(self) -> None:
+        """Remove what only a restart would have needed."""
+        shutil.rmtree(self.work)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the options of a group among the others, as they are given."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,73 @@
+"""Calibration on pictures: what is sampled, what is noised, and that it is read again."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdistill.compress.importance.calibrate import calibrate
+from fastdistill.data.images import pixels, read_folder
+from fastdistill.models.families.flux import Flux
+from fastdistill.models.sampling import SamplingDefaults
+from tests.tiny import tiny_flux_pipeline
+
+CAPTIONS = ["a cat", "a dog", "a cat"]
+OPTIONS = {"pictures": 99, "steps": 4, "points": 3, "batch": 2}
+
+
+@pytest.fixture
+def images(tmp_path):
+    for index, caption in enumerate(CAPTIONS):
+        Image.new("RGB", (100, 80), (80 * index, 255, 0)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(caption)
+    return read_folder(tmp_path, 3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_flux_pipeline()
+    # As convolutions of some sizes choose by themselves; a file takes no other order than the plain one.
+    pipeline.vae.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+@pytest.fixture
+def calibrated(pipeline, images):
+    sampling = SamplingDefaults(height=64, width=48, max_sequence_length=8, true_cfg_scale=2.0)
+
+    def call(seed=0, **options):
+        return calibrate(pipeline, Flux(), ["unused"], sampling, images=images, seed=seed, **OPTIONS, **options)
+
+    return call
+
+
+def test_points_lie_between_the_pictures_latents_and_the_noise_of_the_runs(calibrated, pipeline, images):
+    found = calibrated()
+    x_0 = Flux().encode_pictures(pipeline, torch.stack([pixels(image, 64, 48) for image in images]))
+    # Two at a time and three at once may take different convolutions, with differences of 3e-5 on some machines.
+    torch.testing.assert_close(found.pool.latents, x_0, atol=2e-4, rtol=0)
+    t = found.points.t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(found.points.x_t, (1 - t) * x_0 + t * found.runs.noise, atol=2e-4, rtol=0)
+    # The pipeline's own times; nothing is scored at the end, where nothing is predicted.
+    assert len(found.runs.times) == 5
+    assert set(found.points.t.tolist()) <= set(found.runs.times[:-1].tolist())
+
+
+def test_captions_are_encoded_once_and_the_empty_prompt_is_last(calibrated, pipeline):
+    found = calibrated()
+    assert found.pool.prompts.tolist() == [0, 1, 0]
+    expected = Flux().encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
+    torch.testing.assert_close(found.pool.conditioning.prompt_embeds, expected.prompt_embeds)
+    torch.testing.assert_close(found.runs.conditioning.prompt_embeds[2], expected.prompt_embeds[0])
+    torch.testing.assert_close(found.runs.unconditional.prompt_embeds[0], expected.prompt_embeds[2])
+
+
+def test_the_same_seed_and_the_cache_give_the_same_points(calibrated, tmp_path, monkeypatch):
+    cache = tmp_path / "calibration.safetensors"
+    first, second = calibrated(cache=cache), calibrated()
+    assert torch.equal(first.points.x_t, second.points.x_t)
+    assert not torch.equal(first.points.x_t, calibrated(seed=1).points.x_t)
+    monkeypatch.setattr(Flux, "encode_pictures", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(Flux, "trajectory", lambda *args, **kwargs: pytest.fail("sampled again"))
+    third = calibrated(cache=cache)
+    assert torch.equal(first.points.x_t, third.points.x_t)
+    assert torch.equal(first.pool.latents, third.pool.latents)
