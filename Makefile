@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find c
 
 .PHONY: demo test bench bench-gpu bench-gpu-models lint format clean
 
-demo: $(VENV)/.installed  ## compress the embedded model and show where the pictures are
+demo: $(VENV)/.installed  ## compress the embedded model and show where the images are
 	$(BIN)/python -m fastdistill.compress --drop-blocks 4 --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Threads of several processes that share the cores would take each other's time by waiting actively.

@@ -13,13 +13,13 @@ WIDTH = 3072
 
 
 def positions(image: int) -> Tensor:
-    """Of the tokens of a square picture: 0, row, column."""
+    """Of the tokens of a square image: 0, row, column."""
     side = round(image**0.5)
     return torch.stack((torch.zeros(image), torch.arange(image) // side, torch.arange(image) % side), dim=1)
 
 
 def tables(text: int, image: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rotary tables of `text` tokens at the origin and a square picture of `image` tokens."""
+    """Rotary tables of `text` tokens at the origin and a square image of `image` tokens."""
     ids = torch.cat((torch.zeros(text, 3), positions(image)))
     cos, sin = FluxPosEmbed(theta=10000, axes_dim=[16, 56, 56])(ids.to(device))
     return cos, sin

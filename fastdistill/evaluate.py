@@ -25,14 +25,14 @@ class EvaluateConfig:
     model: str = "emoji"
     """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
     reference: str | None = None
-    """Another pipeline to compare with, picture by picture."""
+    """Another pipeline to compare with, image by image."""
     prompts: Path | None = None
     """Text file with one prompt a line; default: the model's own."""
     per_prompt: int = 4
-    """Pictures of each prompt and seed."""
+    """Images of each prompt and seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 64
-    """Pictures at once."""
+    """Images at once."""
     output: Path | None = None
     """JSON file to write as well as the table; it has the values of every seed."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -72,12 +72,12 @@ def main(config: EvaluateConfig) -> None:
 
     reference = None
     if config.reference:
-        reference = measured("reference", load(config.reference, config.device).pipeline).pictures
+        reference = measured("reference", load(config.reference, config.device).pipeline).images
     metrics = measured("evaluate", loaded.pipeline, reference).metrics
     if "caption_accuracy" in metrics:
         metrics["autoencoder_psnr"] = autoencoder_psnr(loaded.pipeline.vae)
-    pictures, seeds = metrics["pictures"], ", ".join(map(str, config.seeds))
-    table = Table(title=f"{config.model}: {pictures} pictures, seeds {seeds}, {metrics['steps']} steps", title_justify="left")
+    images, seeds = metrics["images"], ", ".join(map(str, config.seeds))
+    table = Table(title=f"{config.model}: {images} images, seeds {seeds}, {metrics['steps']} steps", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for label, (value,) in rows([metrics]):

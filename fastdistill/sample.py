@@ -1,4 +1,4 @@
-"""``python -m fastdistill.sample``: pictures of any FLUX pipeline, as one labelled grid."""
+"""``python -m fastdistill.sample``: images of any FLUX pipeline, as one labelled grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "pe
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Draw pictures of a FLUX pipeline with its own scheduler and write them as one labelled grid.
+    """Draw images of a FLUX pipeline with its own scheduler and write them as one labelled grid.
 
     Sampling options that are left out take the values of the model's fastdistill.json, else those of FLUX.1-dev.
     """
@@ -25,21 +25,21 @@ class SampleConfig:
     """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
     prompts: tuple[str, ...] = ()
     """What to draw; default: a few of the model's own prompts."""
-    pictures: int = 4
-    """Pictures of each prompt, from seeds SEED, SEED + 1 ..."""
+    per_prompt: int = 4
+    """Images of each prompt, from seeds SEED, SEED + 1 ..."""
     output: Path = Path("grid.png")
     """PNG file to write."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the file if it exists."""
     seed: int = 0
     batch: int = 64
-    """Pictures at once."""
+    """Images at once."""
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
     sampling: Sampling = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "pictures", "batch")
+        at_least(self, 1, "per_prompt", "batch")
 
 
 def main(config: SampleConfig) -> None:
@@ -57,13 +57,13 @@ def main(config: SampleConfig) -> None:
     sampling = loaded.sampling.replaced(config.sampling)
     known = [prompt for prompt in EMOJI_PROMPTS if prompt in loaded.prompts]
     prompts = config.prompts or tuple(known) or tuple(loaded.prompts[:4])
-    everything = [prompt for prompt in prompts for _ in range(config.pictures)]
-    seeds = [config.seed + i for _ in prompts for i in range(config.pictures)]
+    everything = [prompt for prompt in prompts for _ in range(config.per_prompt)]
+    seeds = [config.seed + i for _ in prompts for i in range(config.per_prompt)]
     console = Console(stderr=True, highlight=False)
     with patched(loaded.pipeline.transformer), bar(console, "sample", len(everything)) as tick:
-        pictures = sample(loaded.pipeline, everything, sampling, seeds=seeds, batch=config.batch, tick=tick)
-    rows = pictures.view(len(prompts), config.pictures, *pictures.shape[1:])
-    grid(rows, prompts, [f"seed {config.seed + i}" for i in range(config.pictures)]).save(config.output)
+        images = sample(loaded.pipeline, everything, sampling, seeds=seeds, batch=config.batch, tick=tick)
+    rows = images.view(len(prompts), config.per_prompt, *images.shape[1:])
+    grid(rows, prompts, [f"seed {config.seed + i}" for i in range(config.per_prompt)]).save(config.output)
     console.print(f"wrote {config.output}")
 
 

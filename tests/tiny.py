@@ -14,7 +14,7 @@ WIDTH = 16
 
 
 def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = False, num_layers: int = 2, num_single_layers: int = 3) -> FluxPipeline:
-    """2 double and 3 single blocks of width 32, 64-pixel pictures from 8x8x16 latents."""
+    """2 double and 3 single blocks of width 32, 64-pixel images from 8x8x16 latents."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         in_channels=64,

@@ -132,7 +132,7 @@ def tiny_z_image(layers: int = 2, **config: Any) -> ZImageTransformer2DModel:
 
 
 def z_image_inputs(batch: int = 2) -> dict[str, Any]:
-    """Pictures of two sizes, so that every sample has rotary tables of its own."""
+    """Images of two sizes, so that every sample has rotary tables of its own."""
     sizes = ((8, 12), (12, 8), (8, 8))
     return {
         "x": [torch.randn(16, 1, *sizes[i]) for i in range(batch)],
@@ -142,7 +142,7 @@ def z_image_inputs(batch: int = 2) -> dict[str, Any]:
 
 
 def omni_inputs(batch: int = 2) -> dict[str, Any]:
-    """A clean picture with its SigLIP features beside the one that is made, for a Z-Image with ``siglip_feat_dim=8``."""
+    """A clean image with its SigLIP features beside the one that is made, for a Z-Image with ``siglip_feat_dim=8``."""
     return {
         "x": [[torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 12)] for _ in range(batch)],
         "t": times(batch),

@@ -57,8 +57,8 @@ class Config:
     output: Path
     """Folder for the results; an interrupted run in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of calibration, scores, recovery and pictures. All of them at 1/3, the first at 1/4 and 1/2."""
-    pictures: int = 100
+    """Of calibration, scores, recovery and images. All of them at 1/3, the first at 1/4 and 1/2."""
+    images: int = 100
     """Per model that is measured."""
     sampling_steps: int = 14
     recovery_steps: int = 100
@@ -66,7 +66,7 @@ class Config:
     short_recoveries: tuple[int, ...] = (10, 30)
     """Steps, for what the command would drop: what is a repair worth where there is no time to train?"""
     batch: int = 64
-    calibration_pictures: int = 512
+    calibration_images: int = 512
     """The points of the first half score; those of the second measure output errors."""
     repair_points: int = 1024
     random_sets: int = 10
@@ -98,16 +98,16 @@ class Experiment:
 
     @cached_property
     def calibration(self) -> Calibration:
-        pictures = self.config.calibration_pictures
+        images = self.config.calibration_images
         with patched(self.teacher):
             return calibrate(
                 self.pipeline,
                 self.family,
                 self.prompts,
                 self.sampling,
-                pictures=pictures,
+                count=images,
                 steps=14,
-                points=pictures,
+                points=images,
                 batch=self.config.batch,
                 seed=self.seed,
                 cache=self.folder / "calibration.safetensors",
@@ -116,7 +116,7 @@ class Experiment:
 
     @cached_property
     def halves(self) -> list[CalibrationPoints]:
-        return list(self.calibration.points.chunks(self.config.calibration_pictures // 2))
+        return list(self.calibration.points.chunks(self.config.calibration_images // 2))
 
     @cached_property
     def scored_on(self) -> Tensor:
@@ -194,11 +194,11 @@ class Experiment:
         with patched(student):
             return output_error(student, self.family, self.halves[1], self.config.batch, self.held_out)
 
-    def pictures(self, transformer: Any) -> Tensor:
-        return self._evaluated(transformer, None).pictures
+    def images(self, transformer: Any) -> Tensor:
+        return self._evaluated(transformer, None).images
 
     def _evaluated(self, transformer: Any, reference: Tensor | None) -> Any:
-        count = self.config.pictures
+        count = self.config.images
         prompts = [self.prompts[i * len(self.prompts) // min(count, len(self.prompts))] for i in range(min(count, len(self.prompts)))]
         sampling = dataclasses.replace(self.sampling, num_inference_steps=self.config.sampling_steps)
         with swapped(self.pipeline, transformer), patched(transformer):
@@ -206,7 +206,7 @@ class Experiment:
 
     @cached_property
     def reference(self) -> Tensor:
-        return self.pictures(self.teacher)
+        return self.images(self.teacher)
 
     def measured(self, transformer: Any) -> dict[str, float]:
         metrics = self._evaluated(transformer, None if transformer is self.teacher else self.reference).metrics

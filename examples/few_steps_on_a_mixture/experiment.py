@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
+from figure import figure
 from mixture import FLOW, WIDTH, Batches, LabelFamily, Labels, Perceptron, mixture, teacher
-from picture import picture
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tables import tables
@@ -80,10 +80,10 @@ class Row:
 
 TRAIN: dict[str, Any] = {"learning_rate": 3e-3, "ema_decay": 0.99}
 # Ten times the default in the student: in two dimensions a smaller weight changes little.
-GAN = {"gan_weight": 0.05, "gan_fake_weight": 0.05}
+GAN = {"gan_weight": 0.05, "gan_critic_weight": 0.05}
 MATCHING = {"betas": (0.0, 0.99)}
 # A critic that keeps up with its student, in proportions as the command's.
-FOLLOWED = {"learning_rate": 1e-3, "roles": {"fake": RoleConfig(learning_rate=3e-3, ema_decay=None, betas=(0.0, 0.99))}, **MATCHING}
+FOLLOWED = {"learning_rate": 1e-3, "roles": {"critic": RoleConfig(learning_rate=3e-3, ema_decay=None, betas=(0.0, 0.99))}, **MATCHING}
 ROWS: dict[str, Row] = {
     "dmd2": Row(method="dmd2", options=GAN, train=MATCHING),
     "dmd2 without GAN": Row(method="dmd2", options={"gan_weight": 0.0}, train=MATCHING),
@@ -99,10 +99,10 @@ ROWS: dict[str, Row] = {
     "dmd2 at little noise": Row(method="dmd2", options=GAN | {"time_high": 0.3}, steps=(1,), train=MATCHING),
     "dmd2 without GAN at little noise": Row(method="dmd2", options={"gan_weight": 0.0, "time_high": 0.3}, steps=(1,), train=MATCHING),
     "dmd2 without GAN, critic told the step, which keeps up": Row(
-        method="dmd2", options={"gan_weight": 0.0, "fake_updates": 2, "critic_knows_step": True}, steps=(2, 4), train=FOLLOWED
+        method="dmd2", options={"gan_weight": 0.0, "critic_updates": 2, "critic_knows_step": True}, steps=(2, 4), train=FOLLOWED
     ),
-    "tdm": Row(method="tdm", options={"fake_updates": 2}, steps=(2, 4), train=FOLLOWED),
-    "tdm, critic of the score": Row(method="tdm", options={"fake_updates": 2, "critic_target": "score"}, steps=(2, 4), train=FOLLOWED),
+    "tdm": Row(method="tdm", options={"critic_updates": 2}, steps=(2, 4), train=FOLLOWED),
+    "tdm, critic of the score": Row(method="tdm", options={"critic_updates": 2, "critic_target": "score"}, steps=(2, 4), train=FOLLOWED),
     "dmd": Row(method="dmd", steps=(1,), train=MATCHING),
     "progressive": Row(method="progressive"),
     "consistency": Row(method="consistency"),
@@ -222,7 +222,7 @@ class Experiment:
                 torch.manual_seed(self.seed)
                 setup["discriminator"] = Discriminator(WIDTH, heads=1)
         if options.get("critic_knows_step"):
-            setup["fake"] = self.start().told()
+            setup["critic"] = self.start().told()
         method: Distillation = METHODS[row.method](OPTIONS[row.method](**options), **setup)
         return method
 
@@ -267,7 +267,7 @@ class Experiment:
         return {str(steps): self.kept(f"{_file(name)}-{steps}", partial(self.cell, name, steps)) for steps in ROWS[name].steps}
 
     def columns(self) -> dict[str, dict[int, Tensor]]:
-        """What the picture shows: samples by row and steps."""
+        """What the image shows: samples by row and steps."""
         found = {name: {steps: load_file(self._samples(name, steps))["samples"] for steps in row.steps} for name, row in ROWS.items()}
         return {"teacher": {steps: self.taught(steps) for steps in STEPS}, **found}
 
@@ -298,7 +298,7 @@ def main(config: Config) -> None:
         write_json(config.output / "results.json", results)
         (config.output / "report.md").write_text(tables(results), encoding="utf-8")
         if seed == config.seeds[0]:
-            picture(config.output / "mixture.png", experiment.drawn, experiment.columns(), experiment.labels)
+            figure(config.output / "mixture.png", experiment.drawn, experiment.columns(), experiment.labels)
     console.print(f"results: {config.output / 'results.json'}, tables: {config.output / 'report.md'}")
 
 

@@ -4,7 +4,7 @@
 
 Every cell is one run of `python -m fastdistill.distill`, whose command its distill.json repeats: each method in 4 steps with three seeds,
 in 1 and 2 with one; a student that was cut by a third and recovered first; and a guidance-distilled sibling in the teacher's 28 steps. All
-get an equal budget, counted in passes of the transformer over a batch of 64 pictures, a backward pass as two; how many training steps
+get an equal budget, counted in passes of the transformer over a batch of 64 images, a backward pass as two; how many training steps
 that is depends on the method. OUTPUT/results.json and OUTPUT/tables.md hold what is finished; an interrupted experiment goes on from there.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from picture import picture
+from figure import figure
 from rich.console import Console
 from tables import tables
 
@@ -42,9 +42,9 @@ class Config:
     """Of everything. All of them in 4 steps, the first in 1 and 2."""
     budget: int = 1000
     """Passes of the transformer over a batch, for each student."""
-    pictures: int = 1024
+    images: int = 1024
     """That the teacher draws for each seed; all methods train on the same."""
-    evaluate_pictures: int = 200
+    evaluate_images: int = 200
     workers: int = 2
     """Runs at a time, each on one thread."""
 
@@ -120,8 +120,8 @@ def command(config: Config, cell: Cell) -> list[str]:
     options = [
         *("--method", cell.method, "--steps", cell.steps, "--seed", cell.seed, "--training-steps", training_steps),
         # Eight measurements on the way, whatever the method.
-        *("--watch-every", max(1, training_steps // 8), "--evaluate-pictures", config.evaluate_pictures),
-        *("--pictures", config.pictures, "--pictures-folder", config.output / f"{drawn_for(cell)}-seed{cell.seed}"),
+        *("--watch-every", max(1, training_steps // 8), "--evaluate-images", config.evaluate_images),
+        *("--num-images", config.images, "--teacher-cache", config.output / f"{drawn_for(cell)}-seed{cell.seed}"),
         *(("--student", cut_model(config, cell.seed)) if cell.cut else ()),
         *("--output", config.output / cell.name),
     ]
@@ -129,8 +129,8 @@ def command(config: Config, cell: Cell) -> list[str]:
 
 
 def drawn_for(cell: Cell) -> str:
-    """Which of the teacher's pictures: for guidance distillation each has a guidance scale of its own."""
-    return "pictures-of-every-guidance" if cell.method == "guidance" else "pictures"
+    """Which of the teacher's images: for guidance distillation each has a guidance scale of its own."""
+    return "images-of-every-guidance" if cell.method == "guidance" else "images"
 
 
 def cut_model(config: Config, seed: int) -> Path:
@@ -157,7 +157,7 @@ class Results:
 
     def __init__(self, config: Config) -> None:
         self.config, self.path, self.lock = config, config.output / "results.json", threading.Lock()
-        self.facts = {"budget": config.budget, "batch": 64, "pictures": config.pictures, "evaluated": config.evaluate_pictures}
+        self.facts = {"budget": config.budget, "batch": 64, "images": config.images, "evaluated": config.evaluate_images}
         earlier = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}, **self.facts}
         changed = [f"{name} {earlier[name]}" for name, value in self.facts.items() if earlier[name] != value]
         if changed:
@@ -185,7 +185,7 @@ def main(config: Config) -> None:
     left = [cell for cell in planned if cell.name not in results.runs]
 
     def cut(seed: int) -> None:
-        compress = [sys.executable, "-m", "fastdistill.compress", "--drop-blocks", str(CUT_BLOCKS), "--evaluate-pictures", "0"]
+        compress = [sys.executable, "-m", "fastdistill.compress", "--drop-blocks", str(CUT_BLOCKS), "--evaluate-images", "0"]
         run(config, [*compress, "--seed", str(seed), "--output", str(cut_model(config, seed).parent)], "compress.json", console)
 
     def distil(cell: Cell) -> None:
@@ -200,7 +200,7 @@ def main(config: Config) -> None:
     for steps in (1, 4):
         students = [cell for cell in planned if (cell.steps, cell.seed) == (steps, config.seeds[0])]
         found = {cell.label: folder for cell in students if (folder := config.output / cell.name / "model").exists()}
-        picture(found, steps).save(config.output / f"steps{steps}.png")
+        figure(found, steps).save(config.output / f"steps{steps}.png")
     console.print(f"wrote {config.output / 'tables.md'}")
 
 

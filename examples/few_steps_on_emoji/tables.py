@@ -13,9 +13,9 @@ from fastdistill.evaluation.statistics import over_seeds
 TABLES = """\
 # Few-step students of the emoji FLUX
 
-Each student had {{ facts.budget }} passes of the transformer over a batch of {{ facts.batch }} pictures, a backward pass counted as two, \
-and of the teacher's pictures, if its method takes any, {{ facts.pictures }}. Measured on {{ facts.evaluated }} pictures of each \
-seed, mean ± standard deviation over the seeds that are named. A call is one evaluation of the transformer for one picture.
+Each student had {{ facts.budget }} passes of the transformer over a batch of {{ facts.batch }} images, a backward pass counted as two, \
+and of the teacher's images, if its method takes any, {{ facts.images }}. Measured on {{ facts.evaluated }} images of each \
+seed, mean ± standard deviation over the seeds that are named. A call is one evaluation of the transformer for one image.
 {% for steps, rows in groups %}
 ## {{ steps }} step{{ "s" if steps > 1 }}
 
@@ -28,7 +28,7 @@ seed, mean ± standard deviation over the seeds that are named. A call is one ev
 
 METRICS = {
     "frechet_distance": ("Frechet distance", "{:.2f}"),
-    "frechet_distance_to_reference": ("to the teacher's pictures", "{:.2f}"),
+    "frechet_distance_to_reference": ("to the teacher's images", "{:.2f}"),
     "background_total_variation": ("background total variation", "{:.3f}"),
     "background_purity": ("background purity", "{:.1%}"),
     "caption_accuracy": ("caption accuracy", "{:.1%}"),

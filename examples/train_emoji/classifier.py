@@ -3,7 +3,7 @@
     python examples/train_emoji/classifier.py --run runs/emoji/classifier
 
 Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are blurred and noised a little, as an
-autoencoder does, so that what is judged is the picture and not its sharpness.
+autoencoder does, so that what is judged is the image and not its sharpness.
 """
 
 from __future__ import annotations

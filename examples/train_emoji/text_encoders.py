@@ -1,9 +1,9 @@
-"""Step 2 of the emoji FLUX: tokenizers and tiny CLIP and T5 text encoders, trained to predict the picture's latents from its caption.
+"""Step 2 of the emoji FLUX: tokenizers and tiny CLIP and T5 text encoders, trained to predict the image's latents from its caption.
 
     python examples/train_emoji/text_encoders.py --run runs/emoji
 
-Takes a minute. Needs ``<run>/autoencoder/vae`` and writes ``<run>/text``. As CLIP and T5 do for FLUX, the encoders come to the flow
-model already trained, on a task that makes their embeddings say what the picture looks like.
+Takes a minute. TrainingData ``<run>/autoencoder/vae`` and writes ``<run>/text``. As CLIP and T5 do for FLUX, the encoders come to the flow
+model already trained, on a task that makes their embeddings say what the image looks like.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(run: Path, steps: int = 1200, seed: int = 0) -> None:
     data = Emoji()
     vae = AutoencoderKL.from_pretrained(run / "autoencoder" / "vae")
     torch.manual_seed(seed)
-    # The empty caption, used for guidance, stands for the mean of all pictures.
+    # The empty caption, used for guidance, stands for the mean of all images.
     target = mean_latents(vae, data)
     target = torch.cat([target, target.mean(dim=0, keepdim=True)])
     captions = [*data.captions, ""]

@@ -3,7 +3,7 @@
     python examples/train_emoji/transformer.py --run runs/emoji
 
 Hours on two cores, minutes on a GPU; run it again to resume, and with ``--assemble-only`` to write the pipeline of the newest
-checkpoint. Needs ``<run>/autoencoder/vae`` and ``<run>/text``; writes ``<run>/pipeline``.
+checkpoint. TrainingData ``<run>/autoencoder/vae`` and ``<run>/text``; writes ``<run>/pipeline``.
 """
 
 from __future__ import annotations

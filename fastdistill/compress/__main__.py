@@ -35,7 +35,7 @@ def main(config: CompressConfig) -> None:
     asked = "-".join(config.drop_blocks) or config.budget or ""
     output = config.output or Path("runs") / f"compress-{Path(config.model).name}-{asked.translate(str.maketrans('', '', ':='))}"
     prompts = read_prompts(config.prompts) if config.prompts else None
-    images = read_folder(config.images, config.calibration_pictures) if config.images else []
+    images = read_folder(config.images, config.calibration_images) if config.images else []
     console.print(f"loading {config.model}")
     loaded = load(config.model, config.device)
     prompts = prompts or loaded.prompts
@@ -50,7 +50,7 @@ def main(config: CompressConfig) -> None:
         prompts,
         sampling,
         reference="full",
-        pictures=config.evaluate_pictures,
+        count=config.evaluate_images,
         seed=config.seed,
         batch=config.batch,
         console=console,

@@ -72,8 +72,8 @@ def calibration(
 
     Args:
         pipeline: a diffusers pipeline of a family that can be scored; left as it is.
-        prompts: to sample from; ``points`` pictures are drawn, in ``steps`` steps each.
-        images: a folder of pictures to take instead, with their captions in ``.txt`` files beside them.
+        prompts: to sample from; ``points`` images are drawn, in ``steps`` steps each.
+        images: a folder of images to take instead, with their captions in ``.txt`` files beside them.
         points: at how many points blocks are scored; the command's 256 give steadier scores for four times the time.
         batch: samples per forward pass.
         console: a rich console to show progress on.
@@ -90,22 +90,22 @@ def calibration(
     check_finite(network, type(network).__name__)
     if isinstance(prompts, str) or not prompts:
         raise UserError("prompts must be a list of at least one")
-    pictures = read_folder(Path(images), points) if images is not None else []
+    given = read_folder(Path(images), points) if images is not None else []
     folder = getattr(pipeline, "name_or_path", None)
     sampling = dataclasses.replace(SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults(), **call)
     console = console or Console(quiet=True)
-    with bar(console, "calibrate", len(pictures) or points) as tick, patched(network):
+    with bar(console, "calibrate", len(given) or points) as tick, patched(network):
         return calibrate(
             pipeline,
             family,
             prompts,
             sampling,
-            pictures=points,
+            count=points,
             steps=steps,
             points=points,
             batch=batch,
             seed=seed,
-            images=pictures,
+            images=given,
             tick=tick,
         )
 
@@ -194,7 +194,7 @@ def repair(
         pipeline: with the full transformer, of a family that can be scored; left as it is.
         smaller: what :func:`cut` made of that transformer by dropping ``drop``.
         kind: one of those of ``python -m fastdistill.compress --repair``.
-        repair_points: noised pictures that it is fitted to; together some thirty tokens for each input of the last layer of a block.
+        repair_points: noised images that it is fitted to; together some thirty tokens for each input of the last layer of a block.
         options: of :func:`calibration`, which also says what else is raised.
 
     Raises:

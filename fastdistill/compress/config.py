@@ -51,16 +51,16 @@ class CompressConfig:
     verify: int = 6
     """Of the best sets by the sum of scores, how many are tried by real forward passes; the best of these is cut."""
     latency_batch: int = 1
-    """Pictures at once when latency is measured; it is measured at the size to sample at."""
+    """Images at once when latency is measured; it is measured at the size to sample at."""
     latency_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights when latency is measured; default: as the model is loaded, float32 on a CPU and bfloat16 on a GPU."""
     prompts: Path | None = None
     """Text file with one calibration prompt a line; default: the model's own prompts.txt, else a small general list."""
     images: Path | None = None
-    """Folder of jpg, png or webp pictures to score and recover on instead of pictures that the full model draws, scaled and cropped to
+    """Folder of jpg, png or webp images to score and recover on instead of images that the full model draws, scaled and cropped to
     the size to sample at. Their captions are in .txt files of the same names, or there are none."""
-    calibration_pictures: int = 400
-    """Pictures sampled from the full model, or taken from --images at most, to score and recover on."""
+    calibration_images: int = 400
+    """Images sampled from the full model, or taken from --images at most, to score and recover on."""
     calibration_steps: int = 14
     """Sampling steps of each; fewer than for display, as the latents only have to be plausible."""
     calibration_points: int = 256
@@ -70,10 +70,10 @@ class CompressConfig:
     """How the cut is mended before any training, in closed form: the last layer ahead of each gap is fitted anew to the full model
     (ridge), or scaled (scale); or kept and dropped blocks are averaged (average)."""
     repair_points: int = 1024
-    """Noised pictures that it is fitted to. Together they should have some thirty tokens for each input of that layer: 1024 for the
+    """Noised images that it is fitted to. Together they should have some thirty tokens for each input of that layer: 1024 for the
     emoji model, 256 for FLUX.1-dev at 512 pixels."""
 
-    steps: int = 400
+    recovery_steps: int = 400
     """Recovery steps; 0 cuts only."""
     batch: int = 64
     """Samples per forward pass; 1 to 4 for a model of FLUX.1-dev's size."""
@@ -81,11 +81,11 @@ class CompressConfig:
     """Peak learning rate of AdamW; cosine decay to zero."""
     ema_decay: float = 0.98
     """Decay of the averaged weights, which are what is saved."""
-    l_task: float = 1.0
+    task_weight: float = 1.0
     """Weight of the flow-matching loss."""
-    l_out: float = 1.0
+    output_weight: float = 1.0
     """Weight of the error to the full model's output (OutKD)."""
-    l_feat: float = 0.1
+    feature_weight: float = 0.1
     """Weight of the relative error to the full model's block outputs (FeatKD)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, far less memory."""
@@ -96,8 +96,8 @@ class CompressConfig:
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
 
-    evaluate_pictures: int = 200
-    """Pictures of each of the three models to measure; 0 skips the measurement."""
+    evaluate_images: int = 200
+    """Images of each of the three models to measure; 0 skips the measurement."""
     sampling: Sampling = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class CompressConfig:
             self,
             1,
             "repair_points",
-            "calibration_pictures",
+            "calibration_images",
             "calibration_steps",
             "calibration_points",
             "batch",
@@ -116,13 +116,16 @@ class CompressConfig:
             "longest_run",
             "latency_batch",
         )
-        at_least(self, 0, "steps", "evaluate_pictures", "l_task", "l_out", "l_feat")
-        if self.steps and not (self.l_task or self.l_out or self.l_feat):
-            raise UserError("with --l-task, --l-out and --l-feat all zero there is nothing to recover by; set one, or --steps 0")
+        at_least(self, 0, "recovery_steps", "evaluate_images", "task_weight", "output_weight", "feature_weight")
+        if self.recovery_steps and not (self.task_weight or self.output_weight or self.feature_weight):
+            raise UserError(
+                "with --task-weight, --output-weight and --feature-weight all zero there is nothing to recover by; "
+                "set one, or --recovery-steps 0"
+            )
 
     def stages(self) -> tuple[str, ...]:
         """The models on the way, by what is done to them."""
-        return ("full", "cut", *(["repaired"] if self.repair != "none" else []), *(["recovered"] if self.steps else []))
+        return ("full", "cut", *(["repaired"] if self.repair != "none" else []), *(["recovered"] if self.recovery_steps else []))
 
     def parsed_budget(self) -> Budget | None:
         return parse_budget(self.budget) if self.budget else None

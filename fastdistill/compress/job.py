@@ -90,10 +90,10 @@ def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
         if budget.quantity in static:
             left = size * limit_of(budget, static[budget.quantity]) // static[budget.quantity].total
     # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, the repaired model, the result.
-    require_disk(output, size * 4 * (9 if config.steps else 2))
-    if config.steps:
+    require_disk(output, size * 4 * (9 if config.recovery_steps else 2))
+    if config.recovery_steps:
         what = "recovery, beside the full model (float32 weights, gradients, two Adam moments and averaged weights),"
-        require_memory(pipeline.device, left * 20, what, "drop more blocks, or give --steps 0 to cut without recovery")
+        require_memory(pipeline.device, left * 20, what, "drop more blocks, or give --recovery-steps 0 to cut without recovery")
     return request
 
 
@@ -164,13 +164,13 @@ def compress(
         console.print(f"repaired by {config.repair}: output error {errors['repaired']:.3f}")
         with clock("evaluate"), swapped(pipeline, student):
             evaluation["repaired"] = workspace.cached("evaluation-repaired", lambda: evaluate(pipeline, "repaired"))
-    if config.steps:
+    if config.recovery_steps:
         with clock("recover"):
             _recover(config, damage, workspace.work / "recovery")
     student.to(_save_dtype(config))
     save(pipeline, student, workspace.output / "model", sampling, prompts)
     saved = sum(parameter.numel() for parameter in student.parameters())
-    if config.steps:
+    if config.recovery_steps:
         student.to(teacher.dtype)
         errors["recovered"] = workspace.cached("error-recovered", lambda: scorer.output_error(student))
         console.print(f"recovered: output error {errors['recovered']:.3f}")
@@ -202,13 +202,13 @@ def _calibrate(
     workspace: Workspace,
     console: Console,
 ) -> Calibration:
-    with bar(console, "calibrate", len(images) or config.calibration_pictures) as tick:
+    with bar(console, "calibrate", len(images) or config.calibration_images) as tick:
         return calibrate(
             pipeline,
             family,
             prompts,
             sampling,
-            pictures=config.calibration_pictures,
+            count=config.calibration_images,
             steps=config.calibration_steps,
             points=config.calibration_points,
             batch=config.batch,
@@ -305,11 +305,11 @@ def _recover(config: CompressConfig, damage: Damage, run: Path) -> None:
     student: Any = damage.student.float().train()
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    weights = RecoveryWeights(task=config.l_task, out=config.l_out, feat=config.l_feat)
+    weights = RecoveryWeights(task=config.task_weight, out=config.output_weight, feat=config.feature_weight)
     train = TrainConfig(
-        steps=config.steps,
+        steps=config.recovery_steps,
         learning_rate=config.learning_rate,
-        warmup_steps=min(20, config.steps),
+        warmup_steps=min(20, config.recovery_steps),
         ema_decay=config.ema_decay,
         precision=config.precision,
         seed=config.seed,

@@ -29,7 +29,7 @@ REPORT = """\
 {% if measured %}
 ## Quality
 
-{{ evaluation.full.pictures }} pictures of each model from the same prompts and noise, {{ evaluation.full.steps }} steps, \
+{{ evaluation.full.images }} images of each model from the same prompts and noise, {{ evaluation.full.steps }} steps, \
 seed {{ evaluation.full.seeds|join(", ") }}. The reference is the full model.
 
 | | {{ evaluation|join(" | ") }} |
@@ -84,10 +84,10 @@ criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. With
 {% endfor %}
 ## How
 
-Recovery: {{ config.steps }} steps of {{ config.batch }} on \
-{% if images %}{{ images }} pictures of {{ config.images }}{% else %}{{ config.calibration_pictures }} pictures that the full model drew \
-of {{ prompts }} prompts{% endif %}, L = {{ config.l_task }} L_task + {{ config.l_out }} L_OutKD + {{ config.l_feat }} L_FeatKD, learning \
-rate {{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
+Recovery: {{ config.recovery_steps }} steps of {{ config.batch }} on \
+{% if images %}{{ images }} images of {{ config.images }}{% else %}{{ config.calibration_images }} images that the full model drew \
+of {{ prompts }} prompts{% endif %}, L = {{ config.task_weight }} L_task + {{ config.output_weight }} L_OutKD + \
+{{ config.feature_weight }} L_FeatKD, learning rate {{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
 
 """
 
@@ -102,7 +102,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions.
 
-    ``images`` is the number of pictures from a folder that were calibrated on, 0 if the full model drew them.
+    ``images`` is the number of images from a folder that were calibrated on, 0 if the full model drew them.
     """
     scores = outcome.scores
     spelled = {block_id: spell([block_id], outcome.family) for block_id in outcome.blocks}

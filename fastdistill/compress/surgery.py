@@ -19,7 +19,7 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
     """A new transformer without the dropped blocks; the kept ones are re-indexed without gaps and copied bit by bit.
 
     It computes what the whole transformer computes with these blocks skipped, and is a model of the same class with a smaller config:
-    ``save_pretrained`` and stock ``from_pretrained`` work. What depends on a block's place follows (:meth:`Anatomy.follow`).
+    ``save_pretrained`` and stock ``from_pretrained`` work. What depends on a block's place follows (:meth:`Anatomy.adapt_to_cut`).
 
     Args:
         transformer: a diffusers transformer of a supported family; it is left as it is.
@@ -48,7 +48,7 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
         for name, tensor in transformer.state_dict().items()
         if (new_name := _new_name(name, kept)) is not None
     }
-    anatomy.follow(transformer, kept, config, state)
+    anatomy.adapt_to_cut(transformer, kept, config, state)
     # Initialising billions of weights only to overwrite them takes minutes. What is no parameter is built as it will be when stock
     # diffusers, which does the same, loads the result: Qwen-Image's rotary tables, Chroma's row numbers.
     with init_empty_weights():

@@ -1,10 +1,10 @@
 """The emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
 
-A draw of caption ``c`` is the picture of ``c`` scaled by ``s ~ U(0.85, 1)``, moved by up to two pixels along each axis and laid over
+A draw of caption ``c`` is the image of ``c`` scaled by ``s ~ U(0.85, 1)``, moved by up to two pixels along each axis and laid over
 a background colour that is uniform over eight. The caption does not name the colour, so ``p(colour | caption)`` has eight equal
 modes: a model that samples in too few steps, or has collapsed, shows it as a measurable loss of diversity.
 
-``python -m fastdistill.data.emoji`` renders the pictures from the installed Noto Color Emoji font into the sheet that the package ships.
+``python -m fastdistill.data.emoji`` renders the images from the installed Noto Color Emoji font into the sheet that the package ships.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BACKGROUNDS = {
 
 
 def assets() -> Path:
-    """The folder of the embedded emoji model and its pictures."""
+    """The folder of the embedded emoji model and its images."""
     return Path(str(resources.files("fastdistill"))) / "assets" / "emoji"
 
 
@@ -64,7 +64,7 @@ class Draws:
 
 
 class Emoji:
-    """The pictures and captions of the testbed, and its sampler."""
+    """The images and captions of the testbed, and its sampler."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or assets()
@@ -118,7 +118,7 @@ def render(font_path: Path, folder: Path) -> None:
         ImageDraw.Draw(glyph).text((12, 12), character, font=font, embedded_color=True)
         box = glyph.getbbox()
         if box is None:
-            raise ValueError(f"{font_path} has no picture of {captions[index]!r}")
+            raise ValueError(f"{font_path} has no image of {captions[index]!r}")
         glyph = glyph.crop(box)
         # The margin of four pixels keeps every draw inside the frame: its shift is at most two, its scale at most one.
         ratio = (SIZE - 8) / max(glyph.size)

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions, as trainers take it: ``name.txt`` beside ``name.jpg``."""
+"""A folder of images with captions, as trainers take it: ``name.txt`` beside ``name.jpg``."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, kw_only=True)
 class Captioned:
-    """A picture's file and what it shows; the empty prompt if the folder has no captions."""
+    """An image's file and what it shows; the empty prompt if the folder has no captions."""
 
     path: Path
     caption: str
 
 
 def read_folder(folder: Path, at_most: int) -> list[Captioned]:
-    """The pictures of ``folder`` in the order of their names, or ``at_most`` of them, spread evenly.
+    """The images of ``folder`` in the order of their names, or ``at_most`` of them, spread evenly.
 
     Every one of these is opened and decoded, so that none fails in the middle of long work.
 
     Raises:
-        UserError: no such folder, no picture in it, one that is none, captions for some only, or a caption that is no text.
+        UserError: no such folder, no image in it, one that is none, captions for some only, or a caption that is no text.
     """
     if not folder.is_dir():
         raise UserError(
@@ -37,11 +37,11 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
         )
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise UserError(f"{folder} holds no picture; it needs {', '.join(SUFFIXES)} files, not in folders of their own")
+        raise UserError(f"{folder} holds no image; it needs {', '.join(SUFFIXES)} files, not in folders of their own")
     bare = [path for path in paths if not path.with_suffix(".txt").is_file()]
     if 0 < len(bare) < len(paths):
         raise UserError(
-            f"{bare[0]} and {len(bare) - 1} more of {len(paths)} pictures have no caption; write it to {bare[0].with_suffix('.txt').name}, "
+            f"{bare[0]} and {len(bare) - 1} more of {len(paths)} images have no caption; write it to {bare[0].with_suffix('.txt').name}, "
             "or remove all captions to use the empty prompt"
         )
     count = min(at_most, len(paths))
@@ -53,17 +53,17 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
 
 def pixels(image: Captioned, height: int, width: int) -> Tensor:
     """(3, height, width) in [-1, 1]: scaled until the shorter side fits, and the centre of it, as diffusers' training scripts do."""
-    picture = ImageOps.fit(_open(image.path), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    fitted = ImageOps.fit(_open(image.path), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as image:
             # A camera says which side is up in a tag.
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise on damaged files
-        raise UserError(f"{path} cannot be read as a picture ({error}); replace or remove it") from error
+        raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
 
 
 def _caption(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A model's own pictures, with where they began and a state on the way; or given pictures in their place.
+"""A model's own images, with where they began and a state on the way; or given images in their place.
 
 No data set is needed to compress or distil a model: the pipeline samples prompts as a user would, with its own scheduler and guidance.
 """
@@ -24,7 +24,7 @@ from fastdistill.run.files import whole
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectories:
-    """Of each of N pictures: noise, end, and one state on the way, (N, C, H, W)."""
+    """Of each of N images: noise, end, and one state on the way, (N, C, H, W)."""
 
     noise: Tensor
     latents: Tensor
@@ -32,11 +32,11 @@ class Trajectories:
     t: Tensor
     """Of ``x_t`` (N,), float32."""
     state_prompts: Tensor
-    """Of ``x_t`` (N,): that of the picture, or for one in ten the empty one, as guidance evaluates it too."""
+    """Of ``x_t`` (N,): that of the image, or for one in ten the empty one, as guidance evaluates it too."""
     times: Tensor
     """The pipeline's schedule (K + 1,), falling, float32."""
     prompts: Tensor
-    """Of each picture (N,), a row of ``conditioning``."""
+    """Of each image (N,), a row of ``conditioning``."""
     conditioning: Conditioning
     """Of every prompt; the last row is the empty one."""
 
@@ -50,7 +50,7 @@ def trajectories(
     prompts: Sequence[str],
     sampling: SamplingDefaults,
     *,
-    pictures: int,
+    count: int,
     steps: int,
     batch: int,
     generator: torch.Generator,
@@ -58,7 +58,7 @@ def trajectories(
     cache: Path | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Trajectories:
-    """Sample ``pictures`` spread evenly over the prompts in ``steps`` steps, or read them from ``cache`` if it is there.
+    """Sample ``count`` images spread evenly over the prompts in ``steps`` steps, or read them from ``cache`` if it is there.
 
     The state of each is that of a step chosen with equal odds. With ``images`` these and their captions stand in for the ends and the
     prompts, and a state is ``(1 - t) x_0 + t noise`` at the time of the chosen step.
@@ -67,15 +67,15 @@ def trajectories(
         prompts = list(dict.fromkeys(image.caption for image in images))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         which = torch.tensor([row_of[image.caption] for image in images])
-        pictures = len(images)
+        count = len(images)
     else:
-        which = torch.arange(pictures) % len(prompts)
+        which = torch.arange(count) % len(prompts)
     conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, batch)
     device = conditioning.prompt_embeds.device
-    chosen_step = torch.randint(steps, (pictures,), generator=generator)
-    unprompted = torch.rand(pictures, generator=generator) < 0.1
+    chosen_step = torch.randint(steps, (count,), generator=generator)
+    unprompted = torch.rand(count, generator=generator) < 0.1
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    noise = torch.randn(pictures, *shape, generator=generator)
+    noise = torch.randn(count, *shape, generator=generator)
 
     def sample(rows: Tensor) -> tuple[list[Tensor], Tensor]:
         return family.trajectory(
@@ -95,7 +95,7 @@ def trajectories(
 
     def encoded(rows: Tensor) -> dict[str, Tensor]:
         height, width = (side * pipeline.vae_scale_factor for side in shape[1:])
-        x_0 = family.encode_pictures(pipeline, torch.stack([pixels(images[row], height, width) for row in rows.tolist()])).float().cpu()
+        x_0 = family.encode_images(pipeline, torch.stack([pixels(images[row], height, width) for row in rows.tolist()])).float().cpu()
         x_t = RectifiedFlow().add_noise(x_0, noise[rows], times[chosen_step[rows]])
         return {"x_t": x_t.to(conditioning.prompt_embeds.dtype), "latents": x_0.to(conditioning.prompt_embeds.dtype), "times": times}
 
@@ -103,10 +103,10 @@ def trajectories(
         tensors = load_file(cache)
     else:
         if images:
-            # The schedule may depend on the size of the pictures; the pipeline knows it once it has sampled one.
+            # The schedule may depend on the size of the images; the pipeline knows it once it has sampled one.
             times = sample(torch.zeros(1, dtype=torch.long))[1].float().cpu()
         parts = []
-        for rows in torch.arange(pictures).split(batch):
+        for rows in torch.arange(count).split(batch):
             parts.append(encoded(rows) if images else sampled(rows))
             tick(len(rows))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {"times": parts[0]["times"]}

@@ -62,14 +62,14 @@ class Shifted:
 def shifted(t: Tensor, shift: float) -> Tensor:
     """``t' = s t / (1 + (s - 1) t)``, towards noise for ``s > 1`` (Esser et al. 2024, equation 23).
 
-    On rectified flow it divides the signal-to-noise ratio ``((1 - t) / t)^2`` by ``s^2``, which is what a picture of ``s^2`` times as many
+    On rectified flow it divides the signal-to-noise ratio ``((1 - t) / t)^2`` by ``s^2``, which is what an image of ``s^2`` times as many
     pixels needs to be equally uncertain. diffusers' ``mu`` is ``log(s)``.
     """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flux_shift(image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tuple[float, float] = (0.5, 1.15)) -> float:
-    """The shift that ``FluxPipeline`` gives a picture of ``image_tokens`` tokens: ``exp(mu)``, ``mu`` linear in them.
+    """The shift that ``FluxPipeline`` gives an image of ``image_tokens`` tokens: ``exp(mu)``, ``mu`` linear in them.
 
     0.5 at 256 tokens (256 pixels squared) and 1.15 at 4096 (1024 pixels squared), the defaults of ``calculate_shift`` in diffusers.
     """

@@ -13,7 +13,7 @@ from fastdistill.run.cli import run
 PROGRAM = "python -m fastdistill.distill"
 RESULT = "distill.json"
 WATCH_SEEDS = 1000
-"""Added to the seed of the run for pictures that choose the weights: those of the report have no part in the choice."""
+"""Added to the seed of the run for images that choose the weights: those of the report have no part in the choice."""
 
 
 def main(config: DistillConfig) -> None:
@@ -38,7 +38,7 @@ def main(config: DistillConfig) -> None:
     console = Console(stderr=True, highlight=False)
     output = config.output or Path("runs") / f"distill-{Path(config.model).name}-{config.method}-{config.steps}"
     prompts = read_prompts(config.prompts) if config.prompts else None
-    images = read_folder(config.images, config.pictures) if config.images else []
+    images = read_folder(config.images, config.num_images) if config.images else []
     console.print(f"loading {config.model}")
     loaded = load(config.model, config.device)
     student = load(config.student, config.device).pipeline.transformer if config.student else None
@@ -49,15 +49,15 @@ def main(config: DistillConfig) -> None:
     if workspace.resumed:
         console.print(f"continuing the interrupted run in {output}")
 
-    def gallery_in(folder: Path, pictures: int, seed: int) -> Gallery:
-        measured = {"model": config.model, "prompts": prompts, "sampling": asdict(sampling), "pictures": pictures, "seed": seed}
-        shared = config.pictures_folder and config.pictures_folder / f"measured-{digest(measured)}"
+    def gallery_in(folder: Path, count: int, seed: int) -> Gallery:
+        measured = {"model": config.model, "prompts": prompts, "sampling": asdict(sampling), "images": count, "seed": seed}
+        shared = config.teacher_cache and config.teacher_cache / f"measured-{digest(measured)}"
         return Gallery(
-            folder, prompts, sampling, reference="teacher", pictures=pictures, seed=seed, batch=config.batch, console=console, shared=shared
+            folder, prompts, sampling, reference="teacher", count=count, seed=seed, batch=config.batch, console=console, shared=shared
         )
 
-    gallery = gallery_in(workspace.work, config.evaluate_pictures, config.seed)
-    watched = gallery_in(workspace.folder("watch"), config.watch_pictures, config.seed + WATCH_SEEDS)
+    gallery = gallery_in(workspace.work, config.evaluate_images, config.seed)
+    watched = gallery_in(workspace.folder("watch"), config.watch_images, config.seed + WATCH_SEEDS)
     outcome = distill(config, loaded.pipeline, student, prompts, images, sampling, workspace, gallery.evaluate, watched.evaluate, console)
     gallery.grid(list(outcome.evaluation)).save(output / "grid.png")
     draw_curves(output / "metrics.jsonl", output / "curves.png", outcome.watched)
@@ -65,13 +65,13 @@ def main(config: DistillConfig) -> None:
     drawn = SamplingDefaults.load(output / "model")
     record = manifest(config, outcome, sampling, drawn, prompts=prompts, images=len(images), command=command)
     measured = rows(list(outcome.evaluation.values()))
-    text = report(record, measured, example=prompts[0], output=output, needs=config.options.needs)
+    text = report(record, measured, example=prompts[0], output=output, training_data=config.options.training_data)
     (output / "report.md").write_text(text, encoding="utf-8")
     # Beside the weights, too, as they travel alone; diffusers ignores it there.
     write_json(output / "model" / RESULT, record)
     write_json(output / RESULT, record)
     workspace.finish()
-    console.print(f"{record['calls']['teacher']} -> {record['calls']['student']} calls of the network for a picture")
+    console.print(f"{record['calls']['teacher']} -> {record['calls']['student']} calls of the network for an image")
     summarise(record["evaluation"], output, console)
 
 

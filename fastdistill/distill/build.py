@@ -39,7 +39,7 @@ def build(
         UserError: teacher and student, or one of them and the method, do not go together.
     """
     method = METHODS[config.method]
-    fitted = config.options.fitted(config.steps, config.training_steps)
+    fitted = config.options.resolved(config.steps, config.training_steps)
     options = dataclasses.replace(fitted, true_cfg_scale=sampling.true_cfg_scale, guidance_scale=sampling.guidance_scale)
     if student is not None:
         _check_interface(teacher, student)

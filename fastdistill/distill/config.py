@@ -38,7 +38,7 @@ class DistillConfig:
     steps: int
     """Sampling steps of the student."""
     dry_run: bool = False
-    """Only print the resolved settings and the memory that training needs. Needs no weights: --model may be a config.json."""
+    """Only print the resolved settings and the memory that training needs. TrainingData no weights: --model may be a config.json."""
     model: str = "emoji"
     """The teacher, a folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
     student: str | None = None
@@ -46,28 +46,28 @@ class DistillConfig:
     output: Path | None = None
     """Folder to write to, new or empty; default runs/distill-<model>-<method>-<steps>."""
     seed: int = 0
-    """Seed of pictures, training and evaluation."""
+    """Seed of images, training and evaluation."""
 
     prompts: Path | None = None
     """Text file with one prompt a line to train on; default: the model's own prompts.txt, else a small general list."""
     images: Path | None = None
-    """Folder of jpg, png or webp pictures to train on instead of pictures that the teacher draws, scaled and cropped to the size to sample
+    """Folder of jpg, png or webp images to train on instead of images that the teacher draws, scaled and cropped to the size to sample
     at. Their captions are in .txt files of the same names, or there are none."""
-    pictures: int = 1024
-    """Pictures that the teacher draws to train on, or that are taken from --images at most."""
-    pictures_folder: Path | None = None
+    num_images: int = 1024
+    """Images that the teacher draws to train on, or that are taken from --images at most."""
+    teacher_cache: Path | None = None
     """Where to keep what the teacher draws and how it is measured, for other runs with the same teacher, prompts and seed to take it from;
     default: with the run, until that is finished."""
-    picture_steps: int | None = None
+    image_steps: int | None = None
     """Sampling steps of each; default: those of the teacher."""
     shift: float | None = None
     """Moves the student's times towards noise if above 1; default: the shift of the teacher's scheduler, of a dynamic one at the size to
     sample at."""
 
     training_steps: int = 300
-    """Updates; in tdm and dmd2 those of the critic, of which the student has one in --fake-updates."""
+    """Updates; in tdm and dmd2 those of the critic, of which the student has one in --critic-updates."""
     batch: int = 64
-    """Samples of an update, and pictures at once otherwise."""
+    """Samples of an update, and images at once otherwise."""
     micro_batches: int = 1
     """Equal parts of a batch that are in memory one at a time."""
     learning_rate: float = 5e-4
@@ -86,25 +86,25 @@ class DistillConfig:
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the saved transformer."""
     tensorboard: bool = False
-    """Curves and pictures for TensorBoard, too, in OUTPUT/tensorboard."""
+    """Curves and images for TensorBoard, too, in OUTPUT/tensorboard."""
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
 
     watch_every: int = 50
     """Training steps between measurements of the student, by which the best weights are kept; 0: the last are the result."""
-    watch_pictures: int = 100
-    """Pictures of each such measurement, from other noise than those of the report."""
+    watch_images: int = 100
+    """Images of each such measurement, from other noise than those of the report."""
     patience: int | None = None
     """Stop after so many measurements in a row without a better one."""
-    evaluate_pictures: int = 200
-    """Pictures of teacher and student to measure in the end; 0 skips it."""
+    evaluate_images: int = 200
+    """Images of teacher and student to measure in the end; 0 skips it."""
     sampling: Sampling = field(default_factory=SamplingOptions)
     """How the teacher is sampled, and with which guidance it teaches."""
     options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(default_factory=MethodOptions)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "pictures", "picture_steps", "training_steps", "batch", "micro_batches", "watch_pictures", "patience")
-        at_least(self, 0, "watch_every", "evaluate_pictures")
+        at_least(self, 1, "num_images", "image_steps", "training_steps", "batch", "micro_batches", "watch_images", "patience")
+        at_least(self, 0, "watch_every", "evaluate_images")
         for name in ("learning_rate", "shift"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -115,15 +115,15 @@ class DistillConfig:
             raise UserError(f"a batch of {self.batch} cannot be cut into {self.micro_batches} equal parts: change --micro-batches")
         if self.patience is not None and not self.watch_every:
             raise UserError("--patience counts measurements: give --watch-every, too")
-        if self.images and self.options.needs == "pairs":
+        if self.images and self.options.training_data == "pairs":
             raise UserError(f"{self.method} trains on pairs of noise and what the teacher draws from it: leave out --images")
-        if self.images and self.options.needs == "prompts":
-            raise UserError(f"{self.method} with these options trains on prompts and no pictures: leave out --images, or give --prompts")
-        self.options.fitted(self.steps, self.training_steps)
+        if self.images and self.options.training_data == "prompts":
+            raise UserError(f"{self.method} with these options trains on prompts and no images: leave out --images, or give --prompts")
+        self.options.resolved(self.steps, self.training_steps)
 
     def settings(self) -> dict[str, Any]:
         """What a run's results depend on, to tell it from others."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("output", "pictures_folder")}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("output", "teacher_cache")}
 
 
 TRAINING: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 """Defaults that a method has of its own, found on the emoji FLUX."""
 
 # A critic that keeps up with its student.
-FOLLOWED: dict[str, Any] = {"fake_learning_rate": 4e-4, "fake_updates": 2}
+FOLLOWED: dict[str, Any] = {"critic_learning_rate": 4e-4, "critic_updates": 2}
 OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"tdm": FOLLOWED, "dmd2": {**FOLLOWED, "critic_knows_step": True}}
 """Where the command departs from the paper: see docs/distillation.md for the evidence."""
 

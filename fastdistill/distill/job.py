@@ -23,7 +23,7 @@ from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.methods.distillation import Distillation
 from fastdistill.distill.methods.teacher_pairs import teacher_pairs
 from fastdistill.distill.options import PairOptions
-from fastdistill.distill.pictures import Rows
+from fastdistill.distill.sample_rows import Rows
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.guidance_embedder import embeds_guidance
@@ -41,7 +41,7 @@ from fastdistill.train.watch import Evaluation, SampleGrid
 Evaluate = Callable[[Any, str, SamplingDefaults], dict[str, Any]]
 """``(pipeline, name, sampling) -> measurements``, a JSON object."""
 WATCHED = ("frechet_distance_to_reference", "frechet_distance", "background_total_variation", "background_purity", "caption_accuracy")
-"""The first decides. It is there for every model; and pictures of the same prompts and noise differ less by chance than from fresh ones."""
+"""The first decides. It is there for every model; and images of the same prompts and noise differ less by chance than from fresh ones."""
 GRID_PICTURES = 8
 
 
@@ -52,7 +52,7 @@ class Outcome:
     evaluation: dict[str, dict[str, Any]]
     """By model: the teacher, the teacher in as many steps as the student if that is another number, the student."""
     calls: dict[str, int]
-    """Of a network for one picture, by model."""
+    """Of a network for one image, by model."""
     parameters: dict[str, int]
     shift: float
     watched: dict[str, dict[str, Any]]
@@ -77,7 +77,7 @@ def validate(config: DistillConfig, pipeline: Any, student: Any | None, sampling
     """
     memory, disk = requirements(config, pipeline.transformer, student, sampling)
     shape = family_of(pipeline.transformer).latent_shape(pipeline, sampling.height, sampling.width)
-    require_disk(output, disk + 2 * config.pictures * prod(shape) * torch.float32.itemsize)
+    require_disk(output, disk + 2 * config.num_images * prod(shape) * torch.float32.itemsize)
     remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
     require_memory(pipeline.device, memory, f"{config.method}, beside the teacher and without activations,", remedy)
 
@@ -118,7 +118,7 @@ def distill(
         name = f"teacher, {config.steps} step{'s' if config.steps > 1 else ''}"
         teachers[name] = dataclasses.replace(sampling, num_inference_steps=config.steps)
 
-    with clock("pictures"), patched(teacher):
+    with clock("images"), patched(teacher):
         conditioning, batches = _batches(config, method, pipeline, prompts, images, sampling, workspace, console)
 
     def measured(stage: str, measure: Evaluate) -> dict[str, dict[str, Any]]:
@@ -176,20 +176,20 @@ def _batches(
     """The conditioning of every prompt, and what a step is trained on."""
     teacher = pipeline.transformer
     family = family_of(teacher)
-    steps = config.picture_steps or sampling.num_inference_steps
-    if images and config.options.needs == "pictures":
-        with bar(console, "encode pictures", len(images)) as tick:
+    steps = config.image_steps or sampling.num_inference_steps
+    if images and config.options.training_data == "images":
+        with bar(console, "encode images", len(images)) as tick:
             encoded = trajectories(
                 pipeline,
                 family,
                 prompts,
                 sampling,
-                pictures=len(images),
+                count=len(images),
                 steps=steps,
                 batch=config.batch,
                 generator=torch.Generator().manual_seed(config.seed),
                 images=images,
-                cache=workspace.work / "pictures.safetensors",
+                cache=workspace.work / "images.safetensors",
                 tick=tick,
             )
         # The student is not sampled with the empty prompt.
@@ -197,15 +197,15 @@ def _batches(
         return encoded.conditioning[:-1], lambda step, rng: pool.batch(config.batch, rng)
     conditioning = encode_prompts(prompts, pipeline, family, sampling, config.batch)
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    if config.options.needs == "prompts":
+    if config.options.training_data == "prompts":
         blank = torch.zeros(()).expand(len(conditioning), *shape)
         pool = LatentPool(latents=blank, prompts=torch.arange(len(conditioning)), conditioning=conditioning, dropout=0.0)
         return conditioning, lambda step, rng: pool.batch(config.batch, rng)
-    with bar(console, "let the teacher draw", config.pictures) as tick:
+    with bar(console, "let the teacher draw", config.num_images) as tick:
         pairs = teacher_pairs(
             method,
-            config.pictures_folder or workspace.work / "pairs",
-            PairOptions(count=config.pictures, steps=steps, batch=config.batch),
+            config.teacher_cache or workspace.work / "pairs",
+            PairOptions(count=config.num_images, steps=steps, batch=config.batch),
             conditioning=conditioning,
             shape=shape,
             seed=config.seed,
@@ -226,7 +226,7 @@ def _observing(
     conditioning: Conditioning,
     watch: Evaluate,
 ) -> dict[str, Any]:
-    """The trainer's evaluation of the student, and its grid of pictures."""
+    """The trainer's evaluation of the student, and its grid of images."""
     teacher, student = pipeline.transformer, method.networks["student"]
     family = family_of(teacher)
 
@@ -245,13 +245,13 @@ def _observing(
     noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(config.seed)).to(conditioning.prompt_embeds)
     draw = Rows(method, pipeline, family, scheduler, sampling, drawn, conditioning[rows.to(noise.device)], noise)
 
-    def pictures() -> Mapping[str, torch.Tensor]:
+    def images() -> Mapping[str, torch.Tensor]:
         with mixed():
             return draw()
 
     return {
         "evaluation": Evaluation(evaluate=measure, every=config.watch_every, monitor=WATCHED[0], patience=config.patience),
-        "observers": [SampleGrid(every=config.watch_every, draw=pictures)],
+        "observers": [SampleGrid(every=config.watch_every, draw=images)],
     }
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from fastdistill.errors import UserError
 from fastdistill.run.options import at_least
 
-Needs = Literal["pairs", "pictures", "prompts"]
+TrainingData = Literal["pairs", "images", "prompts"]
 ValueT = TypeVar("ValueT")
 Known = Annotated[ValueT, tyro.conf.Fixed, tyro.conf.Suppress]
 """No flag of the command, which knows it from other options."""
@@ -35,9 +35,9 @@ class MethodOptions:
             raise UserError(f"--guidance-range goes from low to high, got {self.guidance_range[0]:g} to {self.guidance_range[1]:g}")
 
     @property
-    def needs(self) -> Needs:
-        """What to train on: pairs of noise and the teacher's picture from it, pictures of any origin, or nothing but prompts."""
-        return "pictures"
+    def training_data(self) -> TrainingData:
+        """What to train on: pairs of noise and the teacher's image from it, images of any origin, or nothing but prompts."""
+        return "images"
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
@@ -49,7 +49,7 @@ class MethodOptions:
         if steps < 1:
             raise UserError(f"a student is sampled in at least one step, got {steps}")
 
-    def fitted(self, steps: int, training_steps: int) -> Self:
+    def resolved(self, steps: int, training_steps: int) -> Self:
         """These for a student of ``steps`` that is trained for ``training_steps``."""
         self.check_steps(steps)
         return self
@@ -87,20 +87,20 @@ class MatchingOptions(MethodOptions):
     """Moves the times towards noise if above 1."""
     normaliser: Literal["sample", "batch", "none"] = "sample"
     """The mean that divides the difference of the scores: over each sample, over the batch, or none."""
-    fake_learning_rate: float | None = None
+    critic_learning_rate: float | None = None
     """Of the critic, and of the discriminator that reads its features; default: the student's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.time_low < self.time_high <= 1:
             raise UserError(f"--time-low and --time-high: 0 <= low < high <= 1, got {self.time_low:g} and {self.time_high:g}")
-        if self.fake_learning_rate is not None and self.fake_learning_rate <= 0:
-            raise UserError(f"--fake-learning-rate must be positive, got {self.fake_learning_rate:g}")
+        if self.critic_learning_rate is not None and self.critic_learning_rate <= 0:
+            raise UserError(f"--critic-learning-rate must be positive, got {self.critic_learning_rate:g}")
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
-        rate = self.fake_learning_rate
-        return {} if rate is None else {"fake": rate, "discriminator": rate}
+        rate = self.critic_learning_rate
+        return {} if rate is None else {"critic": rate, "discriminator": rate}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +110,14 @@ class DMDOptions(MatchingOptions):
     regression_weight: float = 0.25
     """Of the distance to the teacher's sample from the same noise."""
     regression_loss: Literal["mse", "pseudo_huber"] = "mse"
-    """That distance, in the latent space; the paper's is LPIPS between pictures."""
+    """That distance, in the latent space; the paper's is LPIPS between images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "regression_weight")
 
     @property
-    def needs(self) -> Needs:
+    def training_data(self) -> TrainingData:
         return "pairs"
 
     def check_steps(self, steps: int) -> None:
@@ -129,7 +129,7 @@ class DMDOptions(MatchingOptions):
 class RolloutOptions(MatchingOptions):
     """Distribution matching where the few-step student samples, of DMD2 and TDM."""
 
-    fake_updates: int = 5
+    critic_updates: int = 5
     """Updates of the critic for each of the student (the two time scales)."""
     backward_simulation: float = 1.0
     """How often the student trains on the states that its own sampling visits, instead of noised data: 1 is DMD2, 0.5 SenseFlow."""
@@ -142,15 +142,15 @@ class RolloutOptions(MatchingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "fake_updates")
+        at_least(self, 1, "critic_updates")
         if not 0 <= self.backward_simulation <= 1:
             raise UserError(f"--backward-simulation is a probability, got {self.backward_simulation:g}")
         if self.ida_decay is not None and not 0 <= self.ida_decay <= 1:
             raise UserError(f"--ida-decay is between 0 and 1, got {self.ida_decay:g}")
 
     @property
-    def needs(self) -> Needs:
-        return "pictures" if self.backward_simulation < 1 else "prompts"
+    def training_data(self) -> TrainingData:
+        return "images" if self.backward_simulation < 1 else "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class DMD2Options(RolloutOptions):
     only, as in the paper, all of them together."""
     gan_weight: float = 5e-3
     """Of the adversarial loss in the student's; 0: no GAN, and no data is needed."""
-    gan_fake_weight: float = 1e-2
+    gan_critic_weight: float = 1e-2
     """Of the discriminator's loss in that of the critic, whose features it reads."""
     gan_loss: Literal["non_saturating", "hinge"] = "non_saturating"
     gan_depths: tuple[float, ...] = (0.5,)
@@ -172,21 +172,21 @@ class DMD2Options(RolloutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "gan_weight", "gan_fake_weight", "isg_weight")
+        at_least(self, 0, "gan_weight", "gan_critic_weight", "isg_weight")
         if self.critic_knows_step and self.guidance_range is not None:
             raise UserError("--critic-knows-step uses the critic's input for guidance: give one scale, or --no-critic-knows-step")
         if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):
             raise UserError(f"--gan-depths are between 0, the first block, and 1, the last, got {self.gan_depths}")
 
     @property
-    def needs(self) -> Needs:
-        return "pictures" if self.gan_weight else super().needs
+    def training_data(self) -> TrainingData:
+        return "images" if self.gan_weight else super().training_data
 
 
 @dataclass(frozen=True, kw_only=True)
 class TDMOptions(RolloutOptions):
     """Match the teacher's distribution at every step of the student's way from noise to data, where the scores are compared at times
-    between those of the step; they are counted from 0, its end, to 1, its start. Needs no data."""
+    between those of the step; they are counted from 0, its end, to 1, its start. TrainingData no data."""
 
     critic_target: Literal["x_0", "score"] = "x_0"
     """What the critic learns: the mean of the student's x_0, which varies little (TDM), or the score of its states, which is exact in the
@@ -267,7 +267,7 @@ class ProgressiveOptions(MethodOptions):
         super().check_steps(steps)
         self.phases(steps)
 
-    def fitted(self, steps: int, training_steps: int) -> Self:
+    def resolved(self, steps: int, training_steps: int) -> Self:
         phases = self.phases(steps)
         if training_steps < phases:
             raise UserError(f"{self.teacher_steps} steps are halved {phases} times: give at least as many --training-steps")
@@ -306,10 +306,10 @@ class ReflowOptions(MethodOptions):
         at_least(self, 0, "straighten")
 
     @property
-    def needs(self) -> Needs:
+    def training_data(self) -> TrainingData:
         return "pairs"
 
-    def fitted(self, steps: int, training_steps: int) -> Self:
+    def resolved(self, steps: int, training_steps: int) -> Self:
         self.check_steps(steps)
         return replace(self, straighten=training_steps // 2) if self.straighten is None else self
 

@@ -17,7 +17,7 @@ from fastdistill.run.versions import CLOSING, versions
 REPORT = """\
 # {{ config.model }} in {{ config.steps }} step{{ "s" if config.steps > 1 }}, by {{ config.method }}
 
-{{ calls.teacher }} calls of the network for a picture before, {{ calls.student }} after; \
+{{ calls.teacher }} calls of the network for an image before, {{ calls.student }} after; \
 {{ "{:.2f}".format(parameters.teacher / 1e6) }} M parameters in the teacher's transformer, \
 {{ "{:.2f}".format(parameters.student / 1e6) }} M in the student's. `model/` is a stock diffusers pipeline:
 
@@ -30,7 +30,7 @@ height={{ sampling.height }}, width={{ sampling.width }}, max_sequence_length={{
 {% if measured %}
 ## Quality
 
-{{ evaluation.teacher.pictures }} pictures of each from the same prompts and noise, seed {{ evaluation.teacher.seeds|join(", ") }}. The \
+{{ evaluation.teacher.images }} images of each from the same prompts and noise, seed {{ evaluation.teacher.seeds|join(", ") }}. The \
 reference is the teacher in {{ evaluation.teacher.steps }} steps.
 
 | | {{ evaluation|join(" | ") }} |
@@ -45,12 +45,12 @@ reference is the teacher in {{ evaluation.teacher.steps }} steps.
 {{ config.training_steps }} steps of {{ config.batch }} on {{ material }}; the teacher is guided by true_cfg_scale \
 {{ teacher_sampling.true_cfg_scale }}, the times' shift is {{ "{:.3g}".format(shift) }}, seed {{ config.seed }}.\
 {% if chosen %} The weights are those of step {{ chosen.step }}, which of all that were measured had the best {{ chosen.monitor }}, \
-{{ "{:.2f}".format(chosen.value) }} ({{ config.watch_pictures }} pictures from other noise).{% else %} The weights are the averaged ones \
+{{ "{:.2f}".format(chosen.value) }} ({{ config.watch_images }} images from other noise).{% else %} The weights are the averaged ones \
 after the last step.{% endif %}
 
 ![what was measured while training, and the losses](curves.png)
 
-Pictures on the way: `samples/`. All values: `metrics.jsonl`; everything else: `distill.json`.
+Images on the way: `samples/`. All values: `metrics.jsonl`; everything else: `distill.json`.
 
 """
 
@@ -69,7 +69,7 @@ def manifest(
 
     Args:
         sampling: of the student.
-        images: the number of pictures from a folder that were trained on, 0 if the teacher drew them.
+        images: the number of images from a folder that were trained on, 0 if the teacher drew them.
     """
     return {
         "format": 1,
@@ -84,15 +84,17 @@ def manifest(
     }
 
 
-def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str]]], *, example: str, output: Path, needs: str) -> str:
+def report(
+    record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str]]], *, example: str, output: Path, training_data: str
+) -> str:
     """``report.md`` from a :func:`manifest` and, by row, the label and the texts of each model of its evaluation."""
     config = record["config"]
     material = {
-        "prompts": f"{record['prompts']} prompts and no pictures",
-        "pictures": f"{config['pictures']} pictures that the teacher drew",
-        "pairs": f"{config['pictures']} pairs of noise and what the teacher drew from it",
-    }[needs]
+        "prompts": f"{record['prompts']} prompts and no images",
+        "images": f"{config['num_images']} images that the teacher drew",
+        "pairs": f"{config['num_images']} pairs of noise and what the teacher drew from it",
+    }[training_data]
     if record["images"]:
-        material = f"{record['images']} pictures of {config['images']}"
+        material = f"{record['images']} images of {config['images']}"
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT + CLOSING)
     return template.render(**{**record, "measured": measured, "material": material, "example": example, "output": output})

@@ -1,4 +1,4 @@
-"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds, and each picture in one of them?"""
+"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds, and each image in one of them?"""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BORDER_PIXELS = 2
 
 
 def backgrounds(pixels: Tensor) -> Tensor:
-    """The background index of each picture (N, 3, H, W) in [-1, 1]: the colour nearest in RGB to the median of its border."""
+    """The background index of each image (N, 3, H, W) in [-1, 1]: the colour nearest in RGB to the median of its border."""
     return _nearest(_border(pixels).median(dim=-1).values)
 
 
 def purity(pixels: Tensor) -> float:
-    """The share of the border pixels of ``pixels`` (N, 3, H, W) whose nearest colour is that of their picture.
+    """The share of the border pixels of ``pixels`` (N, 3, H, W) whose nearest colour is that of their image.
 
     A few-step student that averages over the modes paints patches of several colours, or one between them.
     """

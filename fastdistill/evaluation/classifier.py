@@ -1,4 +1,4 @@
-"""The classifier that reads the caption off an emoji picture, trained by ``examples/train_emoji/classifier.py``."""
+"""The classifier that reads the caption off an emoji image, trained by ``examples/train_emoji/classifier.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "classifier.safetensors"
 
 
 class Classifier(nn.Module):
-    """(B, 3, 64, 64) pixels in [-1, 1] to (B, captions) logits. The picture's place and scale vary little, so no pooling: 4x4 cells."""
+    """(B, 3, 64, 64) pixels in [-1, 1] to (B, captions) logits. The image's place and scale vary little, so no pooling: 4x4 cells."""
 
     def __init__(self, captions: int, width: int = 24) -> None:
         super().__init__()
@@ -42,5 +42,5 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def predict(network: Classifier, pixels: Tensor, batch: int = 256) -> Tensor:
-    """The caption index of every picture, (N,)."""
+    """The caption index of every image, (N,)."""
     return torch.cat([network(chunk).argmax(dim=1) for chunk in pixels.split(batch)])

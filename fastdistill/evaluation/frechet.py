@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of pictures in the autoencoder's latent space.
+"""Frechet distance between two sets of images in the autoencoder's latent space.
 
 ``d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))`` (Dowson & Landau 1982; Heusel et al. 2017, equation 6). The features are the
 posterior means in the transformer's scale, averaged over the cells of a 4 x 4 grid. No network trained on photographs is involved. As
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GRID = 4
-"""Cells along each side, whatever the size of the pictures: a covariance of more features than there are pictures says little."""
+"""Cells along each side, whatever the size of the images: a covariance of more features than there are images says little."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The pictures of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
+"""The images of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class Gallery:
         sampling: SamplingDefaults,
         *,
         reference: str,
-        pictures: int,
+        count: int,
         seed: int,
         batch: int,
         console: Console,
         shared: Path | None = None,
     ) -> None:
-        """``pictures`` of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
+        """``count`` images of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
 
         Args:
             shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share;
                 by default ``folder``.
         """
-        count = max(pictures, GRID_COLUMNS)
-        self.prompts = [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
-        self.seeds = [seed + k for k in range(ceil(count / len(self.prompts)) if pictures else 1)]
-        self.measure = pictures > 0
+        shown = max(count, GRID_COLUMNS)
+        self.prompts = [prompts[i * len(prompts) // min(shown, len(prompts))] for i in range(min(shown, len(prompts)))]
+        self.seeds = [seed + k for k in range(ceil(shown / len(self.prompts)) if count else 1)]
+        self.measure = count > 0
         self.folder, self.sampling, self.batch, self.console = folder, sampling, batch, console
         self.reference, self.shared = reference, folder if shared is None else shared
 
@@ -59,34 +59,34 @@ class Gallery:
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
-        reference = None if name == self.reference else self._pictures(self.reference)
-        pictures = len(self.prompts) * len(self.seeds)
+        reference = None if name == self.reference else self._images(self.reference)
+        images = len(self.prompts) * len(self.seeds)
         transformer = pipeline.transformer
         # One that is in training may be patched already.
-        with nullcontext() if is_patched(transformer) else patched(transformer), bar(self.console, f"evaluate {name}", pictures) as tick:
+        with nullcontext() if is_patched(transformer) else patched(transformer), bar(self.console, f"evaluate {name}", images) as tick:
             result = evaluate(
                 pipeline, self.prompts, sampling or self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
             )
         metrics = result.metrics if self.measure else {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
         with whole(self._file(name)) as partial:
-            save_file({"pictures": result.pictures.half()}, partial)
+            save_file({"images": result.images.half()}, partial)
         if self._is_reference(name):
             write_json(measured, metrics)
         return metrics
 
     def grid(self, names: Sequence[str]) -> Image.Image:
-        """A row of pictures for each of ``names``, which have been evaluated."""
+        """A row of images for each of ``names``, which have been evaluated."""
         columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
-        pictures = torch.stack([self._pictures(name)[columns] for name in names])
-        return grid(pictures, names, [self.prompts[i] for i in columns])
+        images = torch.stack([self._images(name)[columns] for name in names])
+        return grid(images, names, [self.prompts[i] for i in columns])
 
-    def _pictures(self, name: str) -> Tensor:
-        return load_file(self._file(name))["pictures"].float()
+    def _images(self, name: str) -> Tensor:
+        return load_file(self._file(name))["images"].float()
 
     def _file(self, name: str) -> Path:
         folder = self.shared if self._is_reference(name) else self.folder
-        return folder / f"pictures-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+        return folder / f"images-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
     def _is_reference(self, name: str) -> bool:
         """Whether it is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""

@@ -1,11 +1,11 @@
-"""Peak signal-to-noise ratio between pictures, such as those of two models from the same noise."""
+"""Peak signal-to-noise ratio between images, such as those of two models from the same noise."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """``-10 log10(mean squared error)`` in dB of each picture, (N,), for pixels in [-1, 1] (peak to peak 2); identical ones give inf."""
-    error = ((pictures.double().clamp(-1, 1) - reference.double().clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """``-10 log10(mean squared error)`` in dB of each image, (N,), for pixels in [-1, 1] (peak to peak 2); identical ones give inf."""
+    error = ((images.double().clamp(-1, 1) - reference.double().clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
     return -10 * error.log10()

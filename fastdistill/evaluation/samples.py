@@ -1,6 +1,6 @@
 """How far samples are from a distribution: distances between two sets of vectors, and what becomes of the modes of a mixture.
 
-Pictures need features before such distances mean something; vectors of few dimensions do not, and a mixture's modes are known.
+Images need features before such distances mean something; vectors of few dimensions do not, and a mixture's modes are known.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ SEED_STRIDE = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Measurements as JSON, and the pictures they were taken from, (seeds * N, 3, H, W)."""
+    """Measurements as JSON, and the images they were taken from, (seeds * N, 3, H, W)."""
 
     metrics: dict[str, Any]
-    pictures: Tensor
+    images: Tensor
 
 
 def evaluate(
@@ -41,10 +41,10 @@ def evaluate(
 ) -> Evaluated:
     """Sample every prompt once for each seed and measure. Where all prompts are emoji captions, the truth is known and used.
 
-    ``reference`` holds another model's pictures of the same prompts and seeds, from :attr:`Evaluated.pictures`.
+    ``reference`` holds another model's images of the same prompts and seeds, from :attr:`Evaluated.images`.
     """
     began = time.perf_counter()
-    pictures = torch.cat(
+    images = torch.cat(
         [
             sample(pipeline, prompts, sampling, seeds=[seed * SEED_STRIDE + i for i in range(len(prompts))], batch=batch, tick=tick)
             for seed in seeds
@@ -52,31 +52,31 @@ def evaluate(
     )
     metrics: dict[str, Any] = {
         "transformer_parameters": pipeline.transformer.num_parameters(),
-        "pictures": len(pictures),
+        "images": len(images),
         "seeds": list(seeds),
         "steps": sampling.num_inference_steps,
-        "seconds_per_picture": (time.perf_counter() - began) / len(pictures),
+        "seconds_per_image": (time.perf_counter() - began) / len(images),
     }
     data = Emoji()
     known = {caption: index for index, caption in enumerate(data.captions)}
     if all(prompt in known for prompt in prompts):
         truth = torch.tensor([known[prompt] for prompt in prompts])
-        metrics |= _against_truth(pipeline, data, pictures, truth, len(seeds))
+        metrics |= _against_truth(pipeline, data, images, truth, len(seeds))
     if reference is not None:
-        # Identical pictures have no finite ratio.
-        values = psnr(pictures, reference)
+        # Identical images have no finite ratio.
+        values = psnr(images, reference)
         finite = values[values.isfinite()]
         metrics["psnr_to_reference"] = float(finite.mean()) if len(finite) else None
         if len(finite) == len(values):
             metrics |= _over_seeds("psnr_to_reference", [float(part.mean()) for part in values.view(len(seeds), -1)])
-        if len(pictures) > 1:
-            found, wanted = (features(pipeline.vae, each) for each in (pictures, reference))
+        if len(images) > 1:
+            found, wanted = (features(pipeline.vae, each) for each in (images, reference))
             metrics["frechet_distance_to_reference"] = frechet_distance(found, wanted)
-    return Evaluated(metrics=metrics, pictures=pictures)
+    return Evaluated(metrics=metrics, images=images)
 
 
-def _against_truth(pipeline: Any, data: Emoji, pictures: Tensor, truth: Tensor, seeds: int) -> dict[str, Any]:
-    pixels = torch.nn.functional.interpolate(pictures, size=(64, 64)) if pictures.shape[-1] != 64 else pictures
+def _against_truth(pipeline: Any, data: Emoji, images: Tensor, truth: Tensor, seeds: int) -> dict[str, Any]:
+    pixels = torch.nn.functional.interpolate(images, size=(64, 64)) if images.shape[-1] != 64 else images
     right = predict(Classifier.load(len(data)), pixels).view(seeds, -1) == truth
     colours = backgrounds(pixels)
     draws = [data.draw(truth.repeat(seeds), torch.Generator().manual_seed(seed)).pixels for seed in (4, 7)]
@@ -95,8 +95,8 @@ def _against_truth(pipeline: Any, data: Emoji, pictures: Tensor, truth: Tensor, 
 
 
 def _frechet_distances(vae: Any, pixels: Tensor, draws: Sequence[Tensor], seeds: int) -> dict[str, Any]:
-    """To fresh draws of the same captions; beside it the distance between two sets of draws, which is all that so few pictures can show."""
-    sampled, real, again = (features(vae, pictures) for pictures in (pixels, *draws))
+    """To fresh draws of the same captions; beside it the distance between two sets of draws, which is all that so few images can show."""
+    sampled, real, again = (features(vae, images) for images in (pixels, *draws))
     parts = zip(sampled.chunk(seeds), real.chunk(seeds), strict=True)
     return {
         "frechet_distance": frechet_distance(sampled, real),
@@ -106,7 +106,7 @@ def _frechet_distances(vae: Any, pixels: Tensor, draws: Sequence[Tensor], seeds:
 
 
 def _over_seeds(name: str, values: list[float]) -> dict[str, Any]:
-    """The value of each seed and how far they lie apart. A distance of few pictures is biased upwards, so these may lie above the whole."""
+    """The value of each seed and how far they lie apart. A distance of few images is biased upwards, so these may lie above the whole."""
     return {f"{name}_by_seed": values, f"{name}_spread": spread(values)} if len(values) > 1 else {}
 
 

@@ -36,7 +36,7 @@ METRICS = (
     Row("psnr_to_reference", "PSNR to the reference at the same noise, dB", "{:.1f}"),
     Row("psnr_to_reference_spread", "  standard deviation over seeds", "{:.2f}"),
     Row("autoencoder_psnr", "PSNR of the autoencoder, dB", "{:.1f}"),
-    Row("seconds_per_picture", "seconds a picture", "{:.3f}"),
+    Row("seconds_per_image", "seconds an image", "{:.3f}"),
 )
 
 
@@ -57,4 +57,4 @@ def summarise(evaluation: Mapping[str, Mapping[str, Any]], output: Path, console
         if headline and all(value is not None for value in values.values()):
             line = f"{label}: " + "; ".join(f"{name} {form.format(value)}" for name, value in values.items())
             console.print(line, soft_wrap=True)
-    console.print(f"model:    {output / 'model'}\npictures: {output / 'grid.png'}\nreport:   {output / 'report.md'}", soft_wrap=True)
+    console.print(f"model:    {output / 'model'}\nimages:   {output / 'grid.png'}\nreport:   {output / 'report.md'}", soft_wrap=True)

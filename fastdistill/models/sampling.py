@@ -68,10 +68,10 @@ def sample(
     batch: int,
     tick: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] of ``prompts``, picture ``i`` from noise of seed ``seeds[i]`` whatever the model and the batch."""
+    """Images (N, 3, H, W) in [-1, 1] of ``prompts``, image ``i`` from noise of seed ``seeds[i]`` whatever the model and the batch."""
     if len(prompts) != len(seeds):
         raise ValueError(f"one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
-    pictures = []
+    images = []
     guided = {"negative_prompt": ""} if sampling.true_cfg_scale > 1 else {}
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
@@ -88,7 +88,7 @@ def sample(
             max_sequence_length=sampling.max_sequence_length,
             output_type="pt",
         )
-        pictures.append(output.images.float().cpu() * 2 - 1)
+        images.append(output.images.float().cpu() * 2 - 1)
         tick(len(generators))
     # The decoder may answer in channels-last order.
-    return torch.cat(pictures).contiguous()
+    return torch.cat(images).contiguous()

@@ -175,7 +175,7 @@ class JointQkNormRope(Operator):
         return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
 
     def workloads(self) -> Sequence[Sample]:
-        # 512 text tokens beside a 512 and a 1024 pixel picture, less at the smaller size as FLUX.1-schnell has.
+        # 512 text tokens beside a 512 and a 1024 pixel image, less at the smaller size as FLUX.1-schnell has.
         return tuple(
             Sample(id=f"B1-T{T}-I{S}-H24-d128", make=partial(_arguments, JointCase(id="", heads=(1, 24, 128), text=T, image=S)))
             for T, S in ((128, 1024), (512, 4096))

@@ -166,7 +166,7 @@ class RopeAttention(Operator):
         return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
 
     def workloads(self) -> Sequence[Sample]:
-        # Minutes for one row on a CPU at the length of a picture of 1024^2.
+        # Minutes for one row on a CPU at the length of an image of 1024^2.
         lengths = (1152, 4608) if torch.cuda.is_available() else (1152,)
         return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadCase(id="", q=(1, S, 24, 128)))) for S in lengths)
 

@@ -18,7 +18,7 @@ NO_LOSSES = ("seconds", "learning_rate", "gradient_norm", "student_steps")
 """How the names of other logs end."""
 
 
-def draw_curves(metrics: Path, picture: Path, others: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw what was measured of the student, and the losses, over the training steps.
 
     Args:
@@ -49,5 +49,5 @@ def draw_curves(metrics: Path, picture: Path, others: Mapping[str, Mapping[str, 
     axes[-1].set_yscale("symlog", linthresh=1e-3)
     axes[-1].legend(fontsize=8)
     axes[-1].set_xlabel("training steps")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""A labelled grid of pictures."""
+"""A labelled grid of images."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ GAP = 4
 FONT_SIZE = 13
 
 
-def grid(pictures: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], *, cell: int = 128) -> Image.Image:
-    """Draw ``pictures`` (R, C, 3, H, W) in [-1, 1] as an RGB picture; labels may be empty, long ones are cut to their cell.
+def grid(images: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], *, cell: int = 128) -> Image.Image:
+    """Draw ``images`` (R, C, 3, H, W) in [-1, 1] as an RGB image; labels may be empty, long ones are cut to their cell.
 
-    Small pictures are enlarged to ``cell`` pixels without smoothing, so that what is seen is what the model drew.
+    Small images are enlarged to ``cell`` pixels without smoothing, so that what is seen is what the model drew.
     """
-    rows, columns = pictures.shape[:2]
+    rows, columns = images.shape[:2]
     if len(row_labels) not in (0, rows) or len(column_labels) not in (0, columns):
-        raise ValueError(f"{rows} x {columns} pictures with {len(row_labels)} row and {len(column_labels)} column labels")
+        raise ValueError(f"{rows} x {columns} images with {len(row_labels)} row and {len(column_labels)} column labels")
     font = ImageFont.load_default(FONT_SIZE)
     left = max((int(font.getlength(label)) for label in row_labels), default=-GAP) + 2 * GAP
     top = (FONT_SIZE + 2 * GAP) if column_labels else GAP
@@ -28,12 +28,12 @@ def grid(pictures: Tensor, row_labels: Sequence[str], column_labels: Sequence[st
         draw.text((left + column * (cell + GAP), GAP), _fit(label, font, cell), fill="black", font=font)
     for row, label in enumerate(row_labels):
         draw.text((GAP, top + row * (cell + GAP) + (cell - FONT_SIZE) // 2), label, fill="black", font=font)
-    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
     for row in range(rows):
         for column in range(columns):
-            picture = Image.fromarray(pixels[row, column])
-            scaling = Image.Resampling.NEAREST if max(picture.size) < cell else Image.Resampling.LANCZOS
-            canvas.paste(picture.resize((cell, cell), scaling), (left + column * (cell + GAP), top + row * (cell + GAP)))
+            image = Image.fromarray(pixels[row, column])
+            scaling = Image.Resampling.NEAREST if max(image.size) < cell else Image.Resampling.LANCZOS
+            canvas.paste(image.resize((cell, cell), scaling), (left + column * (cell + GAP), top + row * (cell + GAP)))
     return canvas
 
 

@@ -95,7 +95,7 @@ def load(
     return state
 
 
-def load_kept(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The further tensors of a checkpoint, sharded where those of the same name in ``like`` are."""
     file = path / "method.safetensors"
     if not file.exists():

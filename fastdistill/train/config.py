@@ -55,7 +55,7 @@ class TrainConfig(RoleConfig):
     keep_checkpoints: int = 1
     """The newest so many are kept."""
     tensorboard: bool = False
-    """Scalars and pictures for TensorBoard, too, in ``tensorboard/`` of the run's folder."""
+    """Scalars and images for TensorBoard, too, in ``tensorboard/`` of the run's folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ from fastdistill.run.progress import bar
 
 
 class Log:
-    """Appends metrics to ``run/metrics.jsonl``, keeps pictures, and shows the progress from step ``start`` to ``total``.
+    """Appends metrics to ``run/metrics.jsonl``, keeps images, and shows the progress from step ``start`` to ``total``.
 
     Args:
         tensorboard: write ``run/tensorboard``, too.
@@ -67,15 +67,15 @@ class Log:
                 for name, value in logs.items():
                     self.writer.add_scalar(name, value, step)
 
-    def picture(self, name: str, step: int, picture: Image) -> None:
-        """Keep ``picture`` as ``run/<name>/<step>.png``."""
+    def image(self, name: str, step: int, image: Image) -> None:
+        """Keep ``image`` as ``run/<name>/<step>.png``."""
         if self.silent:
             return
         path = self.run / name / f"{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        image.save(path)
         if self.writer:
-            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
 
 def _writer(folder: Path, start: int) -> Any:

@@ -39,7 +39,7 @@ class Method(Protocol):
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """Every network by role: ``student``, ``teacher``, ``fake``, ``discriminator``, ``target`` ..."""
+        """Every network by role: ``student``, ``teacher``, ``critic``, ``discriminator``, ``target`` ..."""
         ...
 
     @property
@@ -61,7 +61,7 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Keeps(Protocol):
+class Stateful(Protocol):
     """A method that may add this, if more than the trained roles changes: a target network, the phase of progressive distillation."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
@@ -74,7 +74,7 @@ class Keeps(Protocol):
 
 
 @runtime_checkable
-class Agrees(Protocol):
+class BeforeStep(Protocol):
     """A method that may add this, if it draws how often a network is called: processes that share its weights have to agree."""
 
     def before_step(self, step: int, rng: torch.Generator) -> None:

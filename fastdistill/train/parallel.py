@@ -5,7 +5,7 @@ computes a part changes nothing but the order in which gradients are added, so a
 checkpoints, which hold whole tensors, go from one to another.
 
 A process has to call a network as often as the others do, as they exchange its weights. How often that is, if it is drawn, is drawn in
-``before_step`` of :class:`~fastdistill.train.method.Agrees`.
+``before_step`` of :class:`~fastdistill.train.method.BeforeStep`.
 """
 
 from __future__ import annotations

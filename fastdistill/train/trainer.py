@@ -23,7 +23,7 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
 from fastdistill.train.learning_rate import learning_rate
 from fastdistill.train.log import Log
-from fastdistill.train.method import Agrees, Keeps, Method
+from fastdistill.train.method import BeforeStep, Method, Stateful
 from fastdistill.train.watch import Best, Evaluation, Observer
 
 # Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as many parts as a batch may have.
@@ -79,7 +79,7 @@ class Trainer:
         self.step = 0
         self.logs: dict[str, float] = {}
         """The latest: of a role that has no turn in a step, those of its last one."""
-        self._torn = False
+        self._mid_step = False
 
     def fit(self, describe: str = "train") -> None:
         """Run to ``config.steps``; called again after an interruption, from the newest checkpoint. Ctrl-C saves one first."""
@@ -93,7 +93,7 @@ class Trainer:
                 while not self._finished():
                     self.logs |= self._advance()
                     measured = self._watch(log)
-                    self._torn = False
+                    self._mid_step = False
                     write = bool(measured) or self.step % config.log_every == 0 or self._finished()
                     log.advance(self.step, self.logs | measured, write=write)
                     if self.step % config.checkpoint_every == 0 and not self._finished():
@@ -101,14 +101,14 @@ class Trainer:
             except KeyboardInterrupt:
                 # Within a step there is no state to go on from once a role has been updated, and processes are not interrupted at the
                 # same step.
-                if not self._torn and parallel.world_size() == 1:
+                if not self._mid_step and parallel.world_size() == 1:
                     self.save()
                 raise
         self.save()
 
     def save(self) -> Path:
         state = {"config": dataclasses.asdict(self.config), "best": self.best.record() if self.best else None, "logs": self.logs}
-        kept = self.method.state_dict() if isinstance(self.method, Keeps) else None
+        kept = self.method.state_dict() if isinstance(self.method, Stateful) else None
         keep = self.config.keep_checkpoints
         return checkpoint.save(self.run, self.step, self.method.networks, self.optimizers, self.emas, state, keep, kept)
 
@@ -124,7 +124,7 @@ class Trainer:
         began = time.perf_counter()
         shared = self._generator(stream=0)
         parts = self._split(self.batches(self.step, shared))
-        if isinstance(self.method, Agrees):
+        if isinstance(self.method, BeforeStep):
             self.method.before_step(self.step, shared)
         rngs = {part: self._generator(stream=1, part=part) for part in parts}
         logs: dict[str, Tensor] = {}
@@ -159,7 +159,7 @@ class Trainer:
         nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step, self.config.steps)
-        self._torn = True
+        self._mid_step = True
         optimizer.step()
         # Of every role: the loss of one may lead through the network of another, and what it leaves there is not that one's gradient.
         for each in self.optimizers.values():
@@ -254,8 +254,8 @@ class Trainer:
                 "or another folder for a new run"
             )
         self.step = checkpoint.load(path, self.method.networks, self.optimizers, self.emas)["step"]
-        if isinstance(self.method, Keeps):
-            self.method.load_state_dict(checkpoint.load_kept(path, self.method.state_dict()))
+        if isinstance(self.method, Stateful):
+            self.method.load_state_dict(checkpoint.load_method_state(path, self.method.state_dict()))
         if self.best and state["best"]:
             self.best.continue_from(state["best"])
         self.logs = state["logs"]

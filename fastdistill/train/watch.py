@@ -1,6 +1,6 @@
 """Watching a run: what is called every so many steps, with the averaged weights in the student and modules in evaluation mode.
 
-The trainer knows neither pictures nor metrics. A job gives it observers, and an evaluation by which the best weights are kept and the
+The trainer knows neither images nor metrics. A job gives it observers, and an evaluation by which the best weights are kept and the
 run may be ended: the quality of a few-step student peaks and then decays, while its losses look no worse.
 """
 
@@ -30,7 +30,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """Keeps rows of pictures as ``run/samples/<step>.png``, such as those of ``student``, ``x0_real`` and ``x0_fake``."""
+    """Keeps rows of images as ``run/samples/<step>.png``, such as those of ``student``, ``x0_real`` and ``x0_critic``."""
 
     every: int
     draw: Callable[[], Mapping[str, Tensor]]
@@ -38,7 +38,7 @@ class SampleGrid:
 
     def __call__(self, step: int, log: Log) -> None:
         rows = self.draw()
-        log.picture("samples", step, grid(torch.stack(list(rows.values())), list(rows), []))
+        log.image("samples", step, grid(torch.stack(list(rows.values())), list(rows), []))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from fastdistill.data import trajectories
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import COMMANDS, interrupt
 
-QUICK = ["--steps", "4", "--batch", "4", "--calibration-pictures", "6", "--calibration-steps", "2", "--evaluate-pictures", "4"]
+QUICK = ["--recovery-steps", "4", "--batch", "4", "--calibration-images", "6", "--calibration-steps", "2", "--evaluate-images", "4"]
 QUICK += ["--repair-points", "8"]
 
 
@@ -66,8 +66,8 @@ sys.modules["fastdistill"] = None
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 pipeline = FluxPipeline.from_pretrained({str(output / "model")!r})
 assert (pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers) == (1, 2)
-picture = pipeline("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=8).images[0]
-assert picture.size == (64, 64)
+image = pipeline("a cat", height=64, width=64, num_inference_steps=2, max_sequence_length=8).images[0]
+assert image.size == (64, 64)
 """
     stranger = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert stranger.returncode == 0, stranger.stderr
@@ -79,7 +79,7 @@ assert picture.size == (64, 64)
 @pytest.mark.parametrize("repair", ["scale", "average", "none"])
 def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_folder, tmp_path, repair):
     output = tmp_path / "out"
-    quick = ["--steps", "0", *QUICK[2:], "--repair", repair, "--save-dtype", "float32", "--output", output]
+    quick = ["--recovery-steps", "0", *QUICK[2:], "--repair", repair, "--save-dtype", "float32", "--output", output]
     assert command("compress", "--model", pipeline_folder, "--drop-blocks", "single:1", *quick).code == 0
     record = json.loads((output / "compress.json").read_text())
     assert list(record["evaluation"]) == ["full", "cut", *(["repaired"] if repair != "none" else [])]
@@ -124,7 +124,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
 @pytest.mark.parametrize("budget", ["params=0.7", "latency=0.8"])
 def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     output = tmp_path / "out"
-    quick = ["--steps", "0", *QUICK[2:]]
+    quick = ["--recovery-steps", "0", *QUICK[2:]]
     ended = command("compress", "--model", pipeline_folder, "--budget", budget, "--verify", "3", "--output", output, *quick)
     assert ended.code == 0, ended.message
     record = json.loads((output / "compress.json").read_text())
@@ -156,7 +156,7 @@ def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipe
 
 
 def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
-    options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--steps", "0", *QUICK[2:]]
+    options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--recovery-steps", "0", *QUICK[2:]]
     measured, whole = [], scoring.joint_output_error
 
     def stop_at_the_last(*args):
@@ -181,8 +181,8 @@ def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, 
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for index in range(5):
         Image.new("RGB", (80, 64), (50 * index, 0, 0)).save(folder / f"{index}.png")
@@ -190,29 +190,29 @@ def pictures(tmp_path):
     return folder
 
 
-def test_calibration_on_pictures(command, pipeline_folder, pictures, tmp_path, monkeypatch):
+def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", pictures, "--also-score", "trajectory", *QUICK]
+    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", images, "--also-score", "trajectory", *QUICK]
     monkeypatch.setattr(job, "choose", interrupt)
     assert command("compress", *options, "--output", output).code == 130
     cached = load_file(output / "work" / "calibration.safetensors")
     assert cached["latents"].shape == (5, 16, 8, 8)
     monkeypatch.setattr(job, "choose", choose)
-    # Encoded once: a run that goes on does not look at the pictures again but to see that they are there.
+    # Encoded once: a run that goes on does not look at the images again but to see that they are there.
     monkeypatch.setattr(trajectories, "pixels", lambda *args: pytest.fail("encoded again"))
     assert command("compress", *options, "--output", output).code == 0
     record = json.loads((output / "compress.json").read_text())
-    assert (record["images"], record["config"]["images"]) == (5, str(pictures))
-    assert "5 pictures of" in (output / "report.md").read_text()
-    (pictures / "3.txt").unlink()
+    assert (record["images"], record["config"]["images"]) == (5, str(images))
+    assert "5 images of" in (output / "report.md").read_text()
+    (images / "3.txt").unlink()
     ended = command("compress", *options, "--output", tmp_path / "other")
     assert ended.code == 2
-    assert "3.png and 0 more of 5 pictures have no caption" in ended.message
+    assert "3.png and 0 more of 5 images have no caption" in ended.message
     assert not (tmp_path / "other").exists()
 
 
 def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
-    options = ["--model", pipeline_folder, "--drop-blocks", "2", "--steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
+    options = ["--model", pipeline_folder, "--drop-blocks", "2", "--recovery-steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
     assert command("compress", *options).code == 0
     record = json.loads((tmp_path / "out" / "compress.json").read_text())
     pipeline = FluxPipeline.from_pretrained(pipeline_folder)
@@ -241,8 +241,8 @@ real = job.calibrate
         (["--drop-blocks", "0"], "drops nothing"),
         (["--drop-blocks", "2", "--batch", "0"], "--batch"),
         (["--drop-blocks", "2", "--prompts", "nowhere.txt"], "no prompt file"),
-        (["--drop-blocks", "2", "--l-task", "0", "--l-out", "0", "--l-feat", "0"], "nothing to recover by"),
-        (["--drop-blocks", "2", "--stepz", "3"], "--steps"),
+        (["--drop-blocks", "2", "--task-weight", "0", "--output-weight", "0", "--feature-weight", "0"], "nothing to recover by"),
+        (["--drop-blocks", "2", "--recovery-stepz", "3"], "--recovery-steps"),
         ([], "give either --drop-blocks"),
         (["--drop-blocks", "2", "--budget", "params=0.5"], "give either --drop-blocks"),
         (["--budget", "params"], "params=0.66"),
@@ -367,7 +367,7 @@ def test_too_small_a_memory_is_noticed_first(command, pipeline_folder, tmp_path,
     options = ["--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK]
     ended = command("compress", *options)
     assert ended.code == 2
-    assert "--steps 0" in ended.message
+    assert "--recovery-steps 0" in ended.message
     assert not (tmp_path / "out").exists()
 
 
@@ -415,7 +415,7 @@ def test_quantised_weights_are_named(command, pipeline_folder, tmp_path, monkeyp
 
 
 def test_sample_is_repeatable_and_does_not_overwrite(command, pipeline_folder, tmp_path):
-    options = ["--model", pipeline_folder, "--prompts", "a cat", "a dog", "--pictures", "3"]
+    options = ["--model", pipeline_folder, "--prompts", "a cat", "a dog", "--per-prompt", "3"]
     assert command("sample", *options, "--output", tmp_path / "a.png").code == 0
     assert command("sample", *options, "--output", tmp_path / "b.png", "--batch", "2").code == 0
     first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
@@ -434,8 +434,8 @@ def test_evaluate_against_itself_is_identical(command, pipeline_folder, tmp_path
     ended = command("evaluate", *options, "--output", output)
     assert ended.code == 0, ended.message
     metrics = json.loads(output.read_text())
-    assert metrics["pictures"] == 3
-    # Identical pictures have no finite ratio.
+    assert metrics["images"] == 3
+    # Identical images have no finite ratio.
     assert metrics["psnr_to_reference"] is None
     assert f"{metrics['transformer_parameters']:,}" in ended.message
 
@@ -447,7 +447,7 @@ def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
     ended = command("evaluate", *options, "--output", output)
     assert ended.code == 0, ended.message
     metrics = json.loads(output.read_text())
-    assert metrics["pictures"] == 8
+    assert metrics["images"] == 8
     assert len(metrics["frechet_distance_by_seed"]) == len(metrics["caption_accuracy_by_seed"]) == 2
     # An untrained model is far from what two sets of draws differ by.
     assert metrics["frechet_distance"] > 2 * metrics["frechet_distance_of_truth"] > 0
@@ -456,4 +456,4 @@ def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
     assert one.code == 2
     assert "--overwrite" in one.message
     (tmp_path / "prompts.txt").write_text("cat face\n")
-    assert command("evaluate", *options[:-5], "--per-prompt", "1", "--seeds", "0").code == 0, "a single picture has no distance"
+    assert command("evaluate", *options[:-5], "--per-prompt", "1", "--seeds", "0").code == 0, "a single image has no distance"

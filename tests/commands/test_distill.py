@@ -25,17 +25,17 @@ QUICK = [
     "6",
     "--batch",
     "4",
-    "--pictures",
+    "--num-images",
     "6",
     "--watch-every",
     "3",
-    "--watch-pictures",
+    "--watch-images",
     "2",
-    "--evaluate-pictures",
+    "--evaluate-images",
     "4",
 ]
 EXTRA = {
-    "dmd2": ["--fake-updates", "2", "--gan-depths", "0.5", "1"],
+    "dmd2": ["--critic-updates", "2", "--gan-depths", "0.5", "1"],
     "consistency": ["--grid-steps", "4"],
     "progressive": ["--teacher-steps", "8"],
 }
@@ -77,7 +77,7 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     assert f"num_inference_steps={steps}" in report
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
-    prefix = "student/" if len(lines[0]) and "fake/loss" in lines[0] else ""
+    prefix = "student/" if len(lines[0]) and "critic/loss" in lines[0] else ""
     assert f"{prefix}loss" in lines[1]
     teacher, student = (FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (pipeline_folder, output / "model"))
     assert student.config.guidance_embeds == guided
@@ -170,15 +170,15 @@ def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_without_gan_no_picture_is_drawn(command, pipeline_folder, tmp_path, monkeypatch):
+def test_without_gan_no_image_is_drawn(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "teacher_pairs", lambda *args, **kwargs: pytest.fail("the teacher has drawn"))
     options = ["--method", "dmd2", "--steps", "2", "--gan-weight", "0", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     assert command("distill", *options).code == 0
-    assert "3 prompts and no pictures" in (tmp_path / "out" / "report.md").read_text()
+    assert "3 prompts and no images" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_pictures_of_ones_own(command, pipeline_folder, tmp_path):
-    folder = tmp_path / "pictures"
+def test_images_of_ones_own(command, pipeline_folder, tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for index in range(3):
         Image.new("RGB", (80, 64), (80 * index, 0, 0)).save(folder / f"{index}.png")
@@ -186,7 +186,7 @@ def test_pictures_of_ones_own(command, pipeline_folder, tmp_path):
     options = ["--steps", "2", "--model", pipeline_folder, "--images", folder, *QUICK]
     ended = command("distill", "--method", "progressive", "--teacher-steps", "4", "--output", tmp_path / "out", *options)
     assert ended.code == 0, ended.message
-    assert "3 pictures of" in (tmp_path / "out" / "report.md").read_text()
+    assert "3 images of" in (tmp_path / "out" / "report.md").read_text()
     for method, reason in (("reflow", "trains on pairs"), ("tdm", "trains on prompts")):
         refused = command("distill", "--method", method, "--output", tmp_path / method, *options)
         assert refused.code == 2
@@ -222,7 +222,7 @@ def test_a_student_of_the_teachers_steps_is_compared_with_it_once(command, pipel
 
 def test_without_watching_the_averaged_weights_are_the_result(command, pipeline_folder, tmp_path):
     options = ["--method", "output_kd", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
-    assert command("distill", *options, "--watch-every", "0", "--evaluate-pictures", "0", "--tensorboard").code == 0
+    assert command("distill", *options, "--watch-every", "0", "--evaluate-images", "0", "--tensorboard").code == 0
     assert (tmp_path / "out" / "tensorboard").is_dir()
     report = (tmp_path / "out" / "report.md").read_text()
     assert "the averaged ones after the last step" in report
@@ -239,7 +239,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
     assert "44.3" in rows["student", "weights"]
     assert "22.1" in rows["teacher", "weights"]
     assert "bfloat16" in rows["teacher", "weights"]
-    assert "88.6" in rows["fake", "two"]
+    assert "88.6" in rows["critic", "two"]
     assert ("discriminator", "weights") in rows
     # As much less as 3072 is wider than 128.
     for rate in (5e-5, 4e-4):
@@ -299,7 +299,7 @@ def test_an_interruption_before_training_keeps_what_the_teacher_drew(command, pi
 
 
 def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, monkeypatch):
-    shared = ["--steps", "1", "--model", pipeline_folder, "--pictures-folder", tmp_path / "drawn", *QUICK]
+    shared = ["--steps", "1", "--model", pipeline_folder, "--teacher-cache", tmp_path / "drawn", *QUICK]
     assert command("distill", "--method", "reflow", "--output", tmp_path / "a", *shared).code == 0
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*")}
     ended = command("distill", "--method", "dmd2", "--output", tmp_path / "b", *shared)

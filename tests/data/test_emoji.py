@@ -39,8 +39,8 @@ def test_backgrounds_have_equal_odds_for_each_caption(data):
     assert chi_squared < 24.3  # the 99.9 % point with 7 degrees of freedom
 
 
-def test_the_picture_moves_by_at_most_the_stated_shift(data):
-    """The centre of mass of one picture over many draws stays within the shift (and what scaling adds to it)."""
+def test_the_image_moves_by_at_most_the_stated_shift(data):
+    """The centre of mass of one image over many draws stays within the shift (and what scaling adds to it)."""
     index = torch.full((300,), 50)
     coverage = data.rgba_premultiplied[index[0], 3]
     rows = torch.arange(SIZE).float()

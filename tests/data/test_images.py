@@ -1,4 +1,4 @@
-"""A folder of captioned pictures: what is read, how it is cropped, and what is refused."""
+"""A folder of captioned images: what is read, how it is cropped, and what is refused."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ from fastdistill.errors import UserError
 def folder(tmp_path):
     for index, name in enumerate(["b.png", "a.JPG", "d.jpeg", "c.webp"]):
         Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(f"picture\n {index} \n")
-    (tmp_path / "notes.md").write_text("not a picture")
+        (tmp_path / name).with_suffix(".txt").write_text(f"image\n {index} \n")
+    (tmp_path / "notes.md").write_text("not an image")
     return tmp_path
 
 
-def test_pictures_come_by_name_with_their_captions(folder):
+def test_images_come_by_name_with_their_captions(folder):
     found = read_folder(folder, 10)
     assert [(image.path.name, image.caption) for image in found] == [
-        ("a.JPG", "picture 1"), ("b.png", "picture 0"), ("c.webp", "picture 3"), ("d.jpeg", "picture 2"),
+        ("a.JPG", "image 1"), ("b.png", "image 0"), ("c.webp", "image 3"), ("d.jpeg", "image 2"),
     ]  # fmt: skip
     assert [image.path.name for image in read_folder(folder, 2)] == ["a.JPG", "c.webp"], "spread evenly"
 
@@ -32,9 +32,9 @@ def test_without_captions_the_prompt_is_empty(folder):
 
 
 def test_the_centre_is_kept_and_the_shorter_side_fits(tmp_path):
-    picture = Image.new("RGB", (96, 32), (0, 0, 255))
-    picture.paste((255, 255, 255), (32, 0, 64, 32))
-    picture.save(tmp_path / "wide.png")
+    image = Image.new("RGB", (96, 32), (0, 0, 255))
+    image.paste((255, 255, 255), (32, 0, 64, 32))
+    image.save(tmp_path / "wide.png")
     (image,) = read_folder(tmp_path, 1)
     square = pixels(image, 16, 16)
     assert square.shape == (3, 16, 16)
@@ -45,11 +45,11 @@ def test_the_centre_is_kept_and_the_shorter_side_fits(tmp_path):
 
 
 def test_a_camera_held_upright(tmp_path):
-    picture = Image.new("RGB", (32, 16), (0, 0, 0))
-    picture.paste((255, 255, 255), (0, 0, 16, 16))
+    image = Image.new("RGB", (32, 16), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 16, 16))
     tags = Image.Exif()
     tags[0x0112] = 6  # to be turned by 90 degrees clockwise
-    picture.save(tmp_path / "a.png", exif=tags)
+    image.save(tmp_path / "a.png", exif=tags)
     (image,) = read_folder(tmp_path, 1)
     upright = pixels(image, 32, 16)
     assert float(upright[:, :12].mean()) > 0.9
@@ -63,10 +63,10 @@ def truncate(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: [path.unlink() for path in folder.iterdir()], "holds no picture"),
-        (lambda folder: (folder / "b.png").write_text("no picture"), r"b\.png cannot be read as a picture"),
-        (lambda folder: truncate(folder / "b.png"), r"b\.png cannot be read as a picture"),
-        (lambda folder: (folder / "a.txt").unlink(), r"a\.JPG and 0 more of 4 pictures have no caption; write it to a\.txt"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "holds no image"),
+        (lambda folder: (folder / "b.png").write_text("no image"), r"b\.png cannot be read as an image"),
+        (lambda folder: truncate(folder / "b.png"), r"b\.png cannot be read as an image"),
+        (lambda folder: (folder / "a.txt").unlink(), r"a\.JPG and 0 more of 4 images have no caption; write it to a\.txt"),
         (lambda folder: (folder / "a.txt").write_bytes(b"\xff\xfe\x00"), r"a\.txt is not UTF-8 text"),
     ],
 )

@@ -53,8 +53,8 @@ def test_spread_is_the_sample_standard_deviation():
 
 def test_psnr():
     reference = torch.zeros(2, 3, 4, 4)
-    pictures = torch.stack([torch.full((3, 4, 4), 0.2), torch.zeros(3, 4, 4)])
-    values = psnr(pictures, reference)
+    images = torch.stack([torch.full((3, 4, 4), 0.2), torch.zeros(3, 4, 4)])
+    values = psnr(images, reference)
     assert float(values[0]) == pytest.approx(20.0)
     assert values[1] == math.inf
 
@@ -67,7 +67,7 @@ def test_backgrounds_are_read_off_real_draws():
     assert (backgrounds(noisy) == draws.backgrounds).float().mean() > 0.995
 
 
-def test_purity_is_one_for_draws_and_falls_where_pictures_have_two_backgrounds():
+def test_purity_is_one_for_draws_and_falls_where_images_have_two_backgrounds():
     pixels = Emoji().random(400, torch.Generator().manual_seed(0)).pixels
     assert purity(pixels) == 1
     mixed = pixels.clone()

@@ -31,7 +31,7 @@ class Blocks(nn.Module):
 
 
 class Rivals:
-    """``student`` follows ``teacher`` and ``target``, its own average, and flees ``fake``, which follows it."""
+    """``student`` follows ``teacher`` and ``target``, its own average, and flees ``critic``, which follows it."""
 
     trains = ("student", "fake")
 

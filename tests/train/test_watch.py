@@ -136,7 +136,7 @@ def test_the_evaluation_sees_averaged_weights_in_evaluation_mode_and_the_trainin
 
 
 def rows(pixels: int = 8) -> dict[str, torch.Tensor]:
-    colours = {"student": -1.0, "x0_real": 0.0, "x0_fake": 1.0}
+    colours = {"student": -1.0, "x0_real": 0.0, "x0_critic": 1.0}
     return {name: torch.full((2, 3, pixels, pixels), value) for name, value in colours.items()}
 
 
@@ -144,13 +144,13 @@ def test_sample_grids_are_drawn_every_so_many_steps_and_at_the_end(tmp_path: Pat
     grids = SampleGrid(every=5, draw=rows)
     Trainer(Rivals(), batches, rivals_config(), tmp_path, observers=[grids]).fit()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["0000005.png", "0000010.png", "0000012.png"]
-    picture = Image.open(tmp_path / "samples/0000005.png").convert("RGB")
+    image = Image.open(tmp_path / "samples/0000005.png").convert("RGB")
     # Three rows of two cells: black, grey, white at the right edge.
-    heights = [round(picture.height * share) for share in (1 / 6, 3 / 6, 5 / 6)]
-    assert [picture.getpixel((picture.width - 20, height))[0] for height in heights] == [0, 128, 255]
+    heights = [round(image.height * share) for share in (1 / 6, 3 / 6, 5 / 6)]
+    assert [image.getpixel((image.width - 20, height))[0] for height in heights] == [0, 128, 255]
 
 
-def test_tensorboard_has_scalars_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_has_scalars_and_images(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

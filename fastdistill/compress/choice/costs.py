@@ -43,7 +43,7 @@ Costs = dict[str, Cost]
 
 
 def workload(sampling: SamplingDefaults, vae_scale_factor: int, batch: int = 1) -> Workload:
-    """Of one forward pass for ``batch`` pictures of ``sampling``'s size; ``vae_scale_factor`` is in pixels per latent."""
+    """Of one forward pass for ``batch`` images of ``sampling``'s size; ``vae_scale_factor`` is in pixels per latent."""
     return Workload(
         height=sampling.height // vae_scale_factor,
         width=sampling.width // vae_scale_factor,
@@ -115,7 +115,7 @@ def latency(network: Any, anatomy: Anatomy, load: Workload, dtype: torch.dtype |
 
 def kinds(network: nn.Module, anatomy: Anatomy) -> list[list[BlockId]]:
     """The blocks in groups of those that cost the same."""
-    twins = anatomy.elsewhere(network)
+    twins = anatomy.full_size_twins(network)
     groups = [[block_id for block_id in group if block_id not in twins] for group in _equal(network, anatomy)]
     for group in groups:
         group += [block_id for block_id, twin in twins.items() if twin in group]
@@ -133,7 +133,7 @@ def _equal(network: nn.Module, anatomy: Anatomy) -> list[list[BlockId]]:
 
 def _cost(network: nn.Module, anatomy: Anatomy, blocks: Mapping[BlockId, int], total: int) -> Cost:
     """A block that its place makes smaller costs what it would elsewhere; what the place saves, it saves whichever block is there."""
-    blocks = dict(blocks) | {block_id: blocks[twin] for block_id, twin in anatomy.elsewhere(network).items()}
+    blocks = dict(blocks) | {block_id: blocks[twin] for block_id, twin in anatomy.full_size_twins(network).items()}
     return Cost(blocks=blocks, outside=total - sum(blocks.values()))
 
 

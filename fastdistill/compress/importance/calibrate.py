@@ -1,4 +1,4 @@
-"""Calibration: what blocks are scored on and a cut model is recovered on, from the full model's own trajectories, or from pictures."""
+"""Calibration: what blocks are scored on and a cut model is recovered on, from the full model's own trajectories, or from images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Calibration:
 def calibrate(
     pipeline: Any, family: Family, prompts: Sequence[str], sampling: SamplingDefaults, *, points: int, seed: int, **options: Any
 ) -> Calibration:
-    """The runs begin where the trajectories of the first ``points`` pictures did; a point is the state that was kept of each of these.
+    """The runs begin where the trajectories of the first ``points`` images did; a point is the state that was kept of each of these.
 
     ``options`` are those of :func:`fastdistill.data.trajectories.trajectories`, which samples, or reads what it sampled before.
     """

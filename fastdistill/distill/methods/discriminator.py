@@ -38,7 +38,7 @@ class Discriminator(nn.Module):
 
     The features are the critic's, whose classifier and denoiser share a body (DMD2, arXiv 2405.14867, section 4.3), and know the
     prompt and the noise level. Where the paper's head convolves a UNet's bottleneck down to one logit, a token's logit has, behind
-    joint attention, seen the whole picture.
+    joint attention, seen the whole image.
     """
 
     def __init__(self, dim: int, heads: int) -> None:

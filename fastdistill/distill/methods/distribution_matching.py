@@ -25,14 +25,14 @@ from fastdistill.train.method import Loss
 class DistributionMatching(Distillation):
     """The student descends the KL divergence of its noised samples from the teacher's, along the difference of two scores.
 
-    With ``x`` a sample of the student, ``x_t = alpha x + sigma eps`` and ``x_0_fake``, ``x_0_real`` the data that the critic and the
+    With ``x`` a sample of the student, ``x_t = alpha x + sigma eps`` and ``x_0_critic``, ``x_0_real`` the data that the critic and the
     guided teacher see in it, the gradient in ``x`` is (Yin et al. 2024, arXiv 2311.18828, equations 7 and 8)::
 
-        g = (x_0_fake - x_0_real) / mean |x - x_0_real|
+        g = (x_0_critic - x_0_real) / mean |x - x_0_real|
 
     It is the same in any prediction, as the factor between two predictions cancels.
 
-    The role ``fake`` is the critic, trained by the student's own loss of denoising on the student's samples. By default it starts as
+    The role ``critic`` is the critic, trained by the student's own loss of denoising on the student's samples. By default it starts as
     a copy of the student, which starts as a diffusion model; another network must take and predict what the student does.
     """
 
@@ -41,39 +41,39 @@ class DistributionMatching(Distillation):
     tells_step = False
     """Whether the critic's input for guidance has another use."""
 
-    def __init__(self, options: MatchingOptions, fake: nn.Module | None, **setup: Unpack[Setup]) -> None:
+    def __init__(self, options: MatchingOptions, critic: nn.Module | None, **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         self.matching = options
-        fake = copy.deepcopy(self.networks["student"]) if fake is None else fake
-        if not self.tells_step and embeds_guidance(fake) != embeds_guidance(self.networks["student"]):
-            raise UserError("the critic takes guidance as the student does: give fake= of the student's kind, or leave it out")
-        self.networks["fake"] = fake
-        self.predictions["fake"] = self.predictions["student"]
+        critic = copy.deepcopy(self.networks["student"]) if critic is None else critic
+        if not self.tells_step and embeds_guidance(critic) != embeds_guidance(self.networks["student"]):
+            raise UserError("the critic takes guidance as the student does: give critic= of the student's kind, or leave it out")
+        self.networks["critic"] = critic
+        self.predictions["critic"] = self.predictions["student"]
         self.distribution = time_distribution(options.times, options.time_shift, low=options.time_low, high=options.time_high)
         # Not bounded, as the critic has to know what every time looks like (DMD2's main/sd_guidance.py).
-        self.fake_distribution = time_distribution(options.times, options.time_shift)
+        self.critic_distribution = time_distribution(options.times, options.time_shift)
         # On rectified flow a velocity is compared, on others the noise: both are finite at all times.
         self.compared = Prediction.VELOCITY if isinstance(self.process, RectifiedFlow) else Prediction.EPSILON
 
     def matching_loss(
-        self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator, *, fake_scale: Tensor | None
+        self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator, *, critic_scale: Tensor | None
     ) -> Tensor:
         """``mean(g^2) / 2`` with the gradient ``g / numel`` in ``x_0`` (B, ...), the student's samples, behind fresh noise.
 
         Args:
             scale: (B,), the guidance of the teacher, from :meth:`draw_scale`.
-            fake_scale: (B,), what the critic is given as guidance.
+            critic_scale: (B,), what the critic is given as guidance.
         """
         x_t, t, noise = self.process.draw(x_0.detach(), self.distribution, rng)
-        return self.difference(x_0, noise, x_t, t, conditioning, scale, fake_scale)
+        return self.difference(x_0, noise, x_t, t, conditioning, scale, critic_scale)
 
     def difference(
-        self, x_0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, conditioning: Any, scale: Tensor | None, fake_scale: Tensor | None
+        self, x_0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, conditioning: Any, scale: Tensor | None, critic_scale: Tensor | None
     ) -> Tensor:
         """The loss of :meth:`matching_loss` at ``x_t = alpha x_0 + sigma noise`` (B, ...) and ``t`` (B,)."""
         with torch.no_grad():
             real, unconditional, weight = self.teach_apart(x_t, t, conditioning, self.compared, scale)
-            fake = self.predict("fake", x_t, t, conditioning, self.compared, fake_scale)
+            critic = self.predict("critic", x_t, t, conditioning, self.compared, critic_scale)
             if unconditional is not None and isinstance(weight, Tensor):
                 # The operator takes one scale for all.
                 real, unconditional, weight = guide(unconditional, real, weight), None, 1.0
@@ -82,7 +82,7 @@ class DistributionMatching(Distillation):
             noise,
             real,
             unconditional,
-            fake,
+            critic,
             guidance=float(weight),
             prediction="velocity" if self.compared is Prediction.VELOCITY else "eps",
             normaliser=self.matching.normaliser,
@@ -90,10 +90,10 @@ class DistributionMatching(Distillation):
 
     def denoising_loss(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Loss:
         """Of the critic, which is given ``scale`` (B,) as guidance, on the student's samples ``x_0`` (B, ...), a constant."""
-        fake, prediction = self.networks["fake"], self.predictions["fake"]
+        critic, prediction = self.networks["critic"], self.predictions["critic"]
         # A score's own error is infinite towards t = 0.
         error_in = Prediction.EPSILON if prediction is Prediction.SCORE else prediction
-        training = Denoising(fake, self.family, self.process, prediction, self.fake_distribution, error_in)
+        training = Denoising(critic, self.family, self.process, prediction, self.critic_distribution, error_in)
         scale = self.default_scale(x_0) if scale is None else scale
-        batch = LatentBatch(latents=x_0.detach(), conditioning=with_scale(conditioning, fake, scale))
+        batch = LatentBatch(latents=x_0.detach(), conditioning=with_scale(conditioning, critic, scale))
         return training.loss("student", batch, rng)

@@ -20,28 +20,28 @@ from fastdistill.train.method import Loss
 
 
 class DMD(DistributionMatching):
-    """``L_student = L_matching + regression_weight L_regression``, and ``L_fake = L_denoising``, both in every step (algorithm 1).
+    """``L_student = L_matching + regression_weight L_regression``, and ``L_critic = L_denoising``, both in every step (algorithm 1).
 
     ``L_regression`` is the distance of the student's sample from the teacher's, from the same noise; it keeps modes that matching
-    alone, which seeks them, may lose. The paper measures it by LPIPS between pictures; here, in the latent space, by the squared error
+    alone, which seeks them, may lose. The paper measures it by LPIPS between images; here, in the latent space, by the squared error
     or the pseudo-Huber loss. ``L_matching`` is of samples from noise of its own, under the same prompts.
 
     Trained on :class:`~fastdistill.data.pairs.PairBatch`, from :func:`fastdistill.distill.methods.teacher_pairs.teacher_pairs`.
     """
 
-    trains = ("student", "fake")
+    trains = ("student", "critic")
 
-    def __init__(self, options: DMDOptions = DMDOptions(), *, fake: nn.Module | None = None, **setup: Unpack[Setup]) -> None:
-        super().__init__(options, fake, **setup)
+    def __init__(self, options: DMDOptions = DMDOptions(), *, critic: nn.Module | None = None, **setup: Unpack[Setup]) -> None:
+        super().__init__(options, critic, **setup)
         self.options = options
 
     def role_loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
         pairs = require_pairs(batch, "DMD")
         with torch.set_grad_enabled(role == "student"):
             generated = self._generate(noise_like(pairs.noise, rng), pairs)
-        if role == "fake":
+        if role == "critic":
             return self.denoising_loss(generated, pairs.conditioning, pairs.scale, rng)
-        matching = self.matching_loss(generated, pairs.conditioning, pairs.scale, rng, fake_scale=pairs.scale)
+        matching = self.matching_loss(generated, pairs.conditioning, pairs.scale, rng, critic_scale=pairs.scale)
         found = self._generate(pairs.noise, pairs)
         if self.options.regression_loss == "mse":
             regression = (found - pairs.latents).square().mean()

@@ -28,8 +28,8 @@ SEGMENT_MARGIN = 0.02
 class DMD2(Rollout):
     """Distribution matching without pairs, in several steps::
 
-        L_student = L_matching + gan_weight L_G + isg_weight L_ISG          every fake_updates steps
-        L_fake    = L_denoising + gan_fake_weight L_D                       every step
+        L_student = L_matching + gan_weight L_G + isg_weight L_ISG          every critic_updates steps
+        L_critic    = L_denoising + gan_critic_weight L_D                       every step
         L_heads   = L_D                                                     every step
 
     ``x``, which all judge, is the student's ``x_0`` at one of its times (:class:`~fastdistill.distill.methods.rollout.Rollout`).
@@ -48,23 +48,23 @@ class DMD2(Rollout):
         self,
         options: DMD2Options = DMD2Options(),
         *,
-        fake: nn.Module | None = None,
+        critic: nn.Module | None = None,
         discriminator: nn.Module | None = None,
         **setup: Unpack[Setup],
     ) -> None:
         self.tells_step = options.critic_knows_step and setup["steps"] > 1
         if self.tells_step:
-            fake = copy.deepcopy(setup["student"]) if fake is None else fake
-            fake = fake if embeds_guidance(fake) else with_guidance_embedder(fake)
-        super().__init__(options, fake, **setup)
+            critic = copy.deepcopy(setup["student"]) if critic is None else critic
+            critic = critic if embeds_guidance(critic) else with_guidance_embedder(critic)
+        super().__init__(options, critic, **setup)
         self.options = options
         if options.gan_weight:
-            fake = self.networks["fake"]
-            self.blocks = blocks_at(fake, cast(Family, self.family), options.gan_depths)
+            critic = self.networks["critic"]
+            self.blocks = blocks_at(critic, cast(Family, self.family), options.gan_depths)
             if discriminator is None:
-                discriminator = Discriminator(inner_dim(fake), len(self.blocks)).to(next(fake.parameters()).device)
+                discriminator = Discriminator(inner_dim(critic), len(self.blocks)).to(next(critic.parameters()).device)
             self.networks["discriminator"] = discriminator
-            self.trains = ("student", "fake", "discriminator")
+            self.trains = ("student", "critic", "discriminator")
         if options.isg_weight:
             self.check_determined("teacher", self.times)
 
@@ -74,40 +74,40 @@ class DMD2(Rollout):
         return super().role_loss(role, batch, rng)
 
     def student_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        fake_scale = self._fake_scale(visit)
-        terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng, fake_scale=fake_scale)}
+        critic_scale = self._critic_scale(visit)
+        terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng, critic_scale=critic_scale)}
         total = terms["matching"]
         if self.options.gan_weight:
-            terms["gan"] = generator_loss(self._logits(x_0, batch.conditioning, fake_scale, rng), self.options.gan_loss)
+            terms["gan"] = generator_loss(self._logits(x_0, batch.conditioning, critic_scale, rng), self.options.gan_loss)
             total = total + self.options.gan_weight * terms["gan"]
         if self.options.isg_weight:
             terms["isg"] = self._segment_loss(x_0, visit, batch.conditioning, rng)
             total = total + self.options.isg_weight * terms["isg"]
         return Loss(total=total, logs=terms)
 
-    def fake_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        denoising = self.denoising_loss(x_0, batch.conditioning, self._fake_scale(visit), rng)
+    def critic_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
+        denoising = self.denoising_loss(x_0, batch.conditioning, self._critic_scale(visit), rng)
         if not self.options.gan_weight:
             return denoising
         gan = self._discriminator_loss(visit, x_0, batch, rng)
-        return Loss(total=denoising.total + self.options.gan_fake_weight * gan, logs={"denoising": denoising.total, "gan": gan})
+        return Loss(total=denoising.total + self.options.gan_critic_weight * gan, logs={"denoising": denoising.total, "gan": gan})
 
     def _discriminator_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Tensor:
-        scale = self._fake_scale(visit)
-        fake = self._logits(x_0, batch.conditioning, scale, rng)
+        scale = self._critic_scale(visit)
+        critic = self._logits(x_0, batch.conditioning, scale, rng)
         real = self._logits(batch.latents, batch.conditioning, scale, rng)
-        return discriminator_loss(real, fake, self.options.gan_loss)
+        return discriminator_loss(real, critic, self.options.gan_loss)
 
-    def _fake_scale(self, visit: Visit) -> Tensor | None:
+    def _critic_scale(self, visit: Visit) -> Tensor | None:
         """What the critic is given as guidance: the time of the step that a sample is from, if it is told."""
         return visit.t if self.tells_step else visit.scale
 
     def _logits(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
         """What the heads say about ``x_0`` (B, ...) behind fresh noise."""
         x_t, t, _ = self.process.draw(x_0, Uniform(), rng)
-        fake, family = self.networks["fake"], cast(Family, self.family)
-        conditioning = with_scale(conditioning, fake, self.default_scale(x_0) if scale is None else scale)
-        logits: Tensor = self.networks["discriminator"](image_features(fake, family, self.blocks, x_t, t, conditioning))
+        critic, family = self.networks["critic"], cast(Family, self.family)
+        conditioning = with_scale(conditioning, critic, self.default_scale(x_0) if scale is None else scale)
+        logits: Tensor = self.networks["discriminator"](image_features(critic, family, self.blocks, x_t, t, conditioning))
         return logits
 
     def _segment_loss(self, x_0: Tensor, visit: Visit, conditioning: Any, rng: torch.Generator) -> Tensor:

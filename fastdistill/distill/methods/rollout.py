@@ -33,37 +33,37 @@ class Visit:
 
 class Rollout(DistributionMatching):
     """Distribution matching in several steps, on two time scales: the critic is trained in every step, the student in every
-    ``fake_updates``-th.
+    ``critic_updates``-th.
 
     What all roles judge is the student's ``x_0`` at one of its times, the same for the whole batch and, where ``before_step`` is
     called, for all roles. It gets there by its own sampling from noise (backward simulation; DMD2, arXiv 2405.14867, section 4.5), as
     training on noised data leaves it unprepared for its own errors.
 
     From SenseFlow (arXiv 2506.00523): implicit distribution alignment (``ida_decay``) moves the critic along with the student,
-    ``fake <- d fake + (1 - d) student``.
+    ``critic <- d critic + (1 - d) student``.
     """
 
-    trains: Sequence[str] = ("student", "fake")
+    trains: Sequence[str] = ("student", "critic")
 
-    def __init__(self, options: RolloutOptions, fake: nn.Module | None, **setup: Unpack[Setup]) -> None:
-        super().__init__(options, fake, **setup)
+    def __init__(self, options: RolloutOptions, critic: nn.Module | None, **setup: Unpack[Setup]) -> None:
+        super().__init__(options, critic, **setup)
         self.following = options
         self.stochastic_sampling = options.rollout == "sde"
         self._drawn: tuple[int, bool] | None = None
         self._judged: dict[int, tuple[Visit, Tensor]] = {}
-        if options.ida_decay is not None and _shapes(self.networks["student"]) != _shapes(self.networks["fake"]):
-            raise UserError("ida_decay mixes the student's weights into the critic's, which needs two equal networks: leave out fake=")
+        if options.ida_decay is not None and _shapes(self.networks["student"]) != _shapes(self.networks["critic"]):
+            raise UserError("ida_decay mixes the student's weights into the critic's, which needs two equal networks: leave out critic=")
 
     @abstractmethod
     def student_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
         """Of ``x_0`` (B, ...), the data that the student sees at ``visit``."""
 
     @abstractmethod
-    def fake_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
         """Of the critic, on the same, a constant."""
 
     def turns(self, step: int) -> Sequence[str]:
-        return self.trains if step % self.following.fake_updates == 0 else self.trains[1:]
+        return self.trains if step % self.following.critic_updates == 0 else self.trains[1:]
 
     def before_step(self, step: int, rng: torch.Generator) -> None:
         """Draw what processes that share the weights have to agree on, as it says how often the student is called."""
@@ -72,14 +72,14 @@ class Rollout(DistributionMatching):
 
     def after_step(self, step: int) -> None:
         if self.following.ida_decay is not None and "student" in self.turns(step):
-            follow(self.networks["fake"], self.networks["student"], self.following.ida_decay)
+            follow(self.networks["critic"], self.networks["student"], self.following.ida_decay)
 
     def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         match role:
             case "student":
                 return self.student_loss(*self._sample(batch, rng), batch, rng)
-            case "fake":
-                return self.fake_loss(*self.sample_to_judge(batch, rng), batch, rng)
+            case "critic":
+                return self.critic_loss(*self.sample_to_judge(batch, rng), batch, rng)
         raise ValueError(f"{type(self).__name__} trains {', '.join(self.trains)}, not {role!r}")
 
     def end(self, visit: Visit) -> Tensor:

@@ -31,8 +31,8 @@ class Between:
 class TDM(Rollout):
     """Distribution matching at every state of the student's own way from noise to data::
 
-        L_student = L_matching                 every fake_updates steps
-        L_fake    = L_denoising                every step
+        L_student = L_matching                 every critic_updates steps
+        L_critic    = L_denoising                every step
 
     DMD2 asks of the ``x_0`` of every step that it be the data, in the first step too. Here the state ``x_s`` to which a step leads from
     ``t`` has to be distributed as the teacher's at ``s``: few steps share the work, and a student that starts as the teacher is near its
@@ -52,8 +52,8 @@ class TDM(Rollout):
     is DMD2 without a GAN, whose critic is trained at the times of matching.
     """
 
-    def __init__(self, options: TDMOptions = TDMOptions(), *, fake: nn.Module | None = None, **setup: Unpack[Setup]) -> None:
-        super().__init__(options, fake, **setup)
+    def __init__(self, options: TDMOptions = TDMOptions(), *, critic: nn.Module | None = None, **setup: Unpack[Setup]) -> None:
+        super().__init__(options, critic, **setup)
         self.options = options
 
     def student_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
@@ -63,9 +63,9 @@ class TDM(Rollout):
         noise = convert(known, at.x_u, at.u, self.process, Prediction.X0, Prediction.EPSILON)
         return Loss(total=self.difference(x_0, noise, at.x_u, at.u, batch.conditioning, visit.scale, visit.scale))
 
-    def fake_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
         at = self.between(visit, x_0, rng)
-        found = self.predict("fake", at.x_u, at.u, batch.conditioning, self.compared, visit.scale)
+        found = self.predict("critic", at.x_u, at.u, batch.conditioning, self.compared, visit.scale)
         target = convert(at.target, at.x_u, at.u, self.process, Prediction.X0, self.compared)
         return Loss(total=weighted_mse(found, target, at.weight))
 

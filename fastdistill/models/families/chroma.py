@@ -35,7 +35,7 @@ class Chroma(Anatomy):
         Stack(attribute=SINGLE, config_field="num_single_layers", short="single", pass_through=one_stream),
     )
 
-    def follow(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
         doubles, singles = (len(source.get_submodule(stack)) for stack in (DOUBLE, SINGLE))  # type: ignore[arg-type]
         rows = kept_rows(kept[DOUBLE], kept[SINGLE], doubles, singles)
         state[INPUT] = renumbered(state[INPUT], rows)

@@ -118,7 +118,7 @@ class Anatomy(ABC):
     def stack(self, attribute: str) -> Stack:
         return next(stack for stack in self.stacks if stack.attribute == attribute)
 
-    def follow(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:  # noqa: B027
+    def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:  # noqa: B027
         """Change, in place, what depends on a block's place beside its name: nothing, unless a family says otherwise.
 
         Args:
@@ -128,7 +128,7 @@ class Anatomy(ABC):
             state: its state dict, with the new names and tensors of its own.
         """
 
-    def elsewhere(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
+    def full_size_twins(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
         """For each block that its place makes smaller, one of the size it would have elsewhere. Whichever block is there is smaller."""
         return {}
 
@@ -150,12 +150,12 @@ class Family(Anatomy):
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning: ...
 
     @abstractmethod
-    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """Latents of pictures (B, 3, H, W) in [-1, 1], the mode of what the autoencoder makes of each."""
+    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Latents of images (B, 3, H, W) in [-1, 1], the mode of what the autoencoder makes of each."""
 
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], about, of latents."""
+        """Images (B, 3, H, W) in [-1, 1], about, of latents."""
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -177,7 +177,7 @@ class Family(Anatomy):
 
     @abstractmethod
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a ``height`` x ``width`` pixel picture."""
+        """(C, H, W) of the latents of a ``height`` x ``width`` pixel image."""
 
     @abstractmethod
     def streams(self, block_output: Any) -> Mapping[str, Tensor]:

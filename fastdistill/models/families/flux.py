@@ -82,7 +82,7 @@ class Flux(Family):
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, guidance=guidance)
 
     @torch.no_grad()
-    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
         vae = pipeline.vae
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -93,8 +93,8 @@ class Flux(Family):
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         vae = pipeline.vae
         unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pictures: Tensor = vae.decode(unscaled, return_dict=False)[0]
-        return pictures.contiguous()
+        images: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return images.contiguous()
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x_t.shape[-2:]

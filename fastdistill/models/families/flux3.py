@@ -22,7 +22,7 @@ class Flux3(Anatomy):
     )
 
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:
-        """Without reference pictures, whose blocks then have nothing to do."""
+        """Without reference images, whose blocks then have nothing to do."""
         rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
         return {
             "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),

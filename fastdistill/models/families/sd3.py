@@ -23,14 +23,14 @@ class SD3(Anatomy):
     name = "sd3"
     stacks = (Stack(attribute=BLOCKS, config_field="num_layers", short="block", pass_through=both_streams),)
 
-    def follow(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
         indices = kept[BLOCKS]
         dual = set(config["dual_attention_layers"])
         config["dual_attention_layers"] = tuple(new for new, old in enumerate(indices) if old in dual)
         if indices[-1] != len(source.get_submodule(BLOCKS)) - 1:  # type: ignore[arg-type]
             _read_text_only(state, f"{BLOCKS}.{len(indices) - 1}.")
 
-    def elsewhere(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
+    def full_size_twins(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
         blocks: Any = network.get_submodule(BLOCKS)
         last = len(blocks) - 1
         for index in range(last):

@@ -1,4 +1,4 @@
-"""Calibration on pictures: what is sampled, what is noised, and that it is read again."""
+"""Calibration on images: what is sampled, what is noised, and that it is read again."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastdistill.models.sampling import SamplingDefaults
 from tests.tiny import tiny_flux_pipeline
 
 CAPTIONS = ["a cat", "a dog", "a cat"]
-OPTIONS = {"pictures": 99, "steps": 4, "points": 3, "batch": 2}
+OPTIONS = {"count": 99, "steps": 4, "points": 3, "batch": 2}
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def calibrated(pipeline, images):
     return call
 
 
-def test_points_lie_between_the_pictures_latents_and_the_noise_of_the_runs(calibrated, pipeline, images):
+def test_points_lie_between_the_images_latents_and_the_noise_of_the_runs(calibrated, pipeline, images):
     found = calibrated()
-    x_0 = Flux().encode_pictures(pipeline, torch.stack([pixels(image, 64, 48) for image in images]))
+    x_0 = Flux().encode_images(pipeline, torch.stack([pixels(image, 64, 48) for image in images]))
     # Two at a time and three at once may take different convolutions, with differences of 3e-5 on some machines.
     torch.testing.assert_close(found.pool.latents, x_0, atol=2e-4, rtol=0)
     t = found.points.t.view(-1, 1, 1, 1)
@@ -66,7 +66,7 @@ def test_the_same_seed_and_the_cache_give_the_same_points(calibrated, tmp_path, 
     first, second = calibrated(cache=cache), calibrated()
     assert torch.equal(first.points.x_t, second.points.x_t)
     assert not torch.equal(first.points.x_t, calibrated(seed=1).points.x_t)
-    monkeypatch.setattr(Flux, "encode_pictures", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(Flux, "encode_images", lambda *args: pytest.fail("encoded again"))
     monkeypatch.setattr(Flux, "trajectory", lambda *args, **kwargs: pytest.fail("sampled again"))
     third = calibrated(cache=cache)
     assert torch.equal(first.points.x_t, third.points.x_t)

@@ -267,7 +267,7 @@ def test_a_trajectory_in_all_steps_is_the_pipelines_own(true_cfg_scale, tmp_path
     pipeline = tiny_flux_pipeline()
     family = family_of(pipeline.transformer)
     sampling = SamplingDefaults(num_inference_steps=5, true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=16)
-    options = {"pictures": 4, "steps": 5, "points": 3, "batch": 2, "seed": 0, "tick": lambda _: None}
+    options = {"count": 4, "steps": 5, "points": 3, "batch": 2, "seed": 0, "tick": lambda _: None}
     calibration = calibrate(pipeline, family, ["a", "b"], sampling, cache=tmp_path / "calibration.safetensors", **options)
     runs = calibration.runs
     torch.testing.assert_close(ends(pipeline.transformer, family, runs), calibration.pool.latents[:3], rtol=1e-4, atol=1e-4)

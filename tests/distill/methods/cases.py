@@ -66,24 +66,24 @@ CASES: dict[str, Callable[[], Distillation]] = {
     "dmd2": lambda: DMD2(
         DMD2Options(
             true_cfg_scale=3.0,
-            fake_updates=2,
+            critic_updates=2,
             backward_simulation=0.5,
             gan_weight=0.1,
             gan_depths=(0.0, 1.0),
             ida_decay=0.9,
             isg_weight=0.5,
         ),
-        fake=Perceptron(seed=2),
+        critic=Perceptron(seed=2),
         discriminator=heads(),
         **setup(),
     ),
-    "tdm": lambda: TDM(TDMOptions(true_cfg_scale=3.0, backward_simulation=0.5, ida_decay=0.9), fake=Perceptron(seed=2), **setup()),
+    "tdm": lambda: TDM(TDMOptions(true_cfg_scale=3.0, backward_simulation=0.5, ida_decay=0.9), critic=Perceptron(seed=2), **setup()),
     "consistency": lambda: ConsistencyDistillation(
         ConsistencyOptions(grid_steps=8, skip=2, solver="heun", guidance_range=(1.0, 4.0)), **setup(guidance=True)
     ),
     "progressive": lambda: ProgressiveDistillation(ProgressiveOptions(teacher_steps=8, phase_length=2, true_cfg_scale=2.0), **setup()),
     "reflow": lambda: Reflow(ReflowOptions(straighten=2), **setup()),
-    "dmd": lambda: DMD(DMDOptions(true_cfg_scale=2.0), fake=Perceptron(seed=2), **setup(steps=1)),
+    "dmd": lambda: DMD(DMDOptions(true_cfg_scale=2.0), critic=Perceptron(seed=2), **setup(steps=1)),
 }
 
 

@@ -42,7 +42,7 @@ def test_the_gradients(regression_loss: Any) -> None:
     def method() -> DMD:
         return DMD(
             DMDOptions(regression_weight=0.5, regression_loss=regression_loss),
-            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=1, fake=Perceptron(seed=2),
+            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=1, critic=Perceptron(seed=2),
         )  # fmt: skip
 
     def of_student(rng: torch.Generator) -> Tensor:
@@ -50,19 +50,19 @@ def test_the_gradients(regression_loss: Any) -> None:
         x = z - student(z, one, labels)
         noise, t = randn(rng, 16), 0.02 + 0.96 * torch.rand(16, generator=rng)
         x_t = ((1 - column(t)) * x + column(t) * noise).detach()
-        real, fake = (x_t - column(t) * networks[role](x_t, t, labels) for role in ("teacher", "fake"))
-        g = ((fake - real) / (x - real).abs().mean(dim=1, keepdim=True)).detach()
+        real, critic = (x_t - column(t) * networks[role](x_t, t, labels) for role in ("teacher", "critic"))
+        g = ((critic - real) / (x - real).abs().mean(dim=1, keepdim=True)).detach()
         difference = batch.noise - student(batch.noise, one, labels) - batch.latents
         error = difference.square() if regression_loss == "mse" else (difference**2 + 1e-6).sqrt() - 1e-3
         return 0.5 * (x - (x - g).detach()).square().mean() + 0.5 * error.mean()
 
-    def of_fake(rng: torch.Generator) -> Tensor:
+    def of_critic(rng: torch.Generator) -> Tensor:
         z = randn(rng, 16)
         x = (z - networks["student"](z, one, labels)).detach()
         noise, t = randn(rng, 16), torch.rand(16, generator=rng)
-        return (networks["fake"]((1 - column(t)) * x + column(t) * noise, t, labels) - (noise - x)).square().mean()
+        return (networks["critic"]((1 - column(t)) * x + column(t) * noise, t, labels) - (noise - x)).square().mean()
 
-    for role, formula in (("student", of_student), ("fake", of_fake)):
+    for role, formula in (("student", of_student), ("critic", of_critic)):
         chosen = method()
         networks = chosen.networks
         assert_same_gradient(chosen, role, batch, formula)
@@ -84,7 +84,7 @@ def test_it_reaches_the_teachers_distribution_and_its_map(flow_of_the_teacher: A
 
 def test_turns_are_both_in_every_step() -> None:
     method = DMD(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1)
-    assert [tuple(method.turns(step)) for step in range(3)] == [("student", "fake")] * 3
+    assert [tuple(method.turns(step)) for step in range(3)] == [("student", "critic")] * 3
 
 
 def test_impossible_combinations_are_refused() -> None:

@@ -64,7 +64,7 @@ def flow_method(**options: Any) -> DMD2:
     return DMD2(
         DMD2Options(**({"true_cfg_scale": 3.0} | options)),
         student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
-        fake=Perceptron(seed=2), discriminator=opinionated() if options.get("gan_weight", 1) else None,
+        critic=Perceptron(seed=2), discriminator=opinionated() if options.get("gan_weight", 1) else None,
     )  # fmt: skip
 
 
@@ -74,15 +74,15 @@ def matching(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, **
     x_t = ((1 - column(t)) * x_0 + column(t) * noise).detach()
     teacher = method.networks["teacher"]
     real = teacher(x_t, t) + 3 * (teacher(x_t, t, labels) - teacher(x_t, t))
-    x_0_real, x_0_fake = x_t - column(t) * real, x_t - column(t) * method.networks["fake"](x_t, t, labels, **told)
-    g = (x_0_fake - x_0_real) / (x_0 - x_0_real).abs().mean(dim=1, keepdim=True)
+    x_0_real, x_0_critic = x_t - column(t) * real, x_t - column(t) * method.networks["critic"](x_t, t, labels, **told)
+    g = (x_0_critic - x_0_real) / (x_0 - x_0_real).abs().mean(dim=1, keepdim=True)
     return 0.5 * (x_0 - (x_0 - g).detach()).square().mean()
 
 
 def logits(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, guidance: Tensor | None = None) -> Tensor:
     noise, t = randn(rng), torch.rand(8, generator=rng)
-    fake, head = method.networks["fake"], method.networks["discriminator"].heads[0]
-    features = fake.layers[0](fake.embed((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance))
+    critic, head = method.networks["critic"], method.networks["discriminator"].heads[0]
+    features = critic.layers[0](critic.embed((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance))
     return head.out(silu(head.into(head.norm(features))))
 
 
@@ -119,21 +119,21 @@ def test_the_gradients_of_the_critic_and_of_the_heads(index: int) -> None:
     labels = batch.conditioning.labels
 
     def gan(method: DMD2, x_0: Tensor, rng: torch.Generator) -> Tensor:
-        of_fake = logits(x_0, labels, method, rng)
-        return softplus(of_fake).mean() + softplus(-logits(batch.latents, labels, method, rng)).mean()
+        of_critic = logits(x_0, labels, method, rng)
+        return softplus(of_critic).mean() + softplus(-logits(batch.latents, labels, method, rng)).mean()
 
     def generated(method: DMD2, rng: torch.Generator) -> Tensor:
         x_t, t = rollout(method, batch, rng, index)
         return (x_t - column(t) * method.networks["student"](x_t, t, labels)).detach()
 
-    def of_fake(rng: torch.Generator) -> Tensor:
+    def of_critic(rng: torch.Generator) -> Tensor:
         x_0 = generated(method, rng)
         noise, t = randn(rng), torch.rand(8, generator=rng)
-        velocity = method.networks["fake"]((1 - column(t)) * x_0 + column(t) * noise, t, labels)
+        velocity = method.networks["critic"]((1 - column(t)) * x_0 + column(t) * noise, t, labels)
         return (velocity - (noise - x_0)).square().mean() + 0.3 * gan(method, x_0, rng)
 
-    method = flow_method(gan_fake_weight=0.3)
-    assert_same_gradient(method, "fake", batch, of_fake, seed=SEED_OF_INDEX[index])
+    method = flow_method(gan_critic_weight=0.3)
+    assert_same_gradient(method, "critic", batch, of_critic, seed=SEED_OF_INDEX[index])
     method = flow_method()
     assert_same_gradient(method, "discriminator", batch, lambda rng: gan(method, generated(method, rng), rng), seed=SEED_OF_INDEX[index])
 
@@ -146,9 +146,9 @@ def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
 
     def told() -> DMD2:
         return DMD2(
-            DMD2Options(true_cfg_scale=3.0, gan_weight=0.1, gan_fake_weight=0.3, critic_knows_step=True),
+            DMD2Options(true_cfg_scale=3.0, gan_weight=0.1, gan_critic_weight=0.3, critic_knows_step=True),
             student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
-            fake=Perceptron(seed=2, guidance=True), discriminator=opinionated(),
+            critic=Perceptron(seed=2, guidance=True), discriminator=opinionated(),
         )  # fmt: skip
 
     def of_student(rng: torch.Generator) -> Tensor:
@@ -156,17 +156,17 @@ def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
         x_0 = x_t - column(t) * method.networks["student"](x_t, t, labels)
         return matching(x_0, labels, method, rng, guidance=t) + 0.1 * softplus(-logits(x_0, labels, method, rng, t)).mean()
 
-    def of_fake(rng: torch.Generator) -> Tensor:
+    def of_critic(rng: torch.Generator) -> Tensor:
         x_t, step = rollout(method, batch, rng, index)
         x_0 = (x_t - column(step) * method.networks["student"](x_t, step, labels)).detach()
         noise, t = randn(rng), torch.rand(8, generator=rng)
-        velocity = method.networks["fake"]((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance=step)
+        velocity = method.networks["critic"]((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance=step)
         judged = (
             softplus(logits(x_0, labels, method, rng, step)).mean() + softplus(-logits(batch.latents, labels, method, rng, step)).mean()
         )
         return (velocity - (noise - x_0)).square().mean() + 0.3 * judged
 
-    for role, formula in (("student", of_student), ("fake", of_fake)):
+    for role, formula in (("student", of_student), ("critic", of_critic)):
         method = told()
         assert_same_gradient(method, role, batch, formula, seed=SEED_OF_INDEX[index])
 
@@ -177,7 +177,7 @@ def test_the_gradient_for_a_noise_predicting_teacher() -> None:
     method = DMD2(
         DMD2Options(gan_weight=0.0, normaliser="sample"),
         student=Perceptron(seed=1), teacher=exact(mixture(), process, Prediction.EPSILON), family=LabelFamily(), steps=1,
-        process=process, teacher_prediction=Prediction.EPSILON, student_prediction=Prediction.V, fake=Perceptron(seed=2),
+        process=process, teacher_prediction=Prediction.EPSILON, student_prediction=Prediction.V, critic=Perceptron(seed=2),
     )  # fmt: skip
     labels = batch.conditioning.labels
 
@@ -190,8 +190,8 @@ def test_the_gradient_for_a_noise_predicting_teacher() -> None:
         alpha, sigma = process.alpha(column(t)), process.sigma(column(t))
         x_t = (alpha * x_0 + sigma * noise).detach()
         real = method.networks["teacher"](x_t, t, labels)
-        fake = sigma * x_t + alpha * method.networks["fake"](x_t, t, labels)
-        g = ((real - fake) / (real - noise).abs().mean(dim=1, keepdim=True)).detach()
+        critic = sigma * x_t + alpha * method.networks["critic"](x_t, t, labels)
+        g = ((real - critic) / (real - noise).abs().mean(dim=1, keepdim=True)).detach()
         return (x_0 * g).sum() / x_0.numel() + (0.5 * g**2 - x_0 * g).mean().detach()
 
     assert_same_gradient(method, "student", batch, formula)
@@ -202,7 +202,7 @@ TEACHER = GaussianMixture.gaussian(torch.tensor([1.3, 0.2]).double(), torch.diag
 
 @pytest.mark.parametrize(("time", "of_mean", "of_scale"), [(0.1, -0.04178, 0.03164), (0.5, -1.14094, 0.62439), (0.9, -1.68978, 0.03940)])
 def test_the_closed_form_on_a_gaussian(time: float, of_mean: float, of_scale: float) -> None:
-    """For the teacher N(1.3, 0.7^2) and samples -0.4 + 1.6 z, the expected ``x_0_fake - x_0_real`` times ``(1, z)``::
+    """For the teacher N(1.3, 0.7^2) and samples -0.4 + 1.6 z, the expected ``x_0_critic - x_0_real`` times ``(1, z)``::
 
         (m - mu) t^2 / V_r            b (1 - t)^2 t^2 (b^2 - s^2) / (V_f V_r)            V = (1 - t)^2 (variance) + t^2
 
@@ -211,7 +211,7 @@ def test_the_closed_form_on_a_gaussian(time: float, of_mean: float, of_scale: fl
     student = AffineGenerator(torch.tensor([-0.4, 0.2]).double(), torch.diag(torch.tensor([1.6, 1.1]).double()))
     method = DMD2(
         DMD2Options(gan_weight=0.0, normaliser="none", time_low=time, time_high=time + 1e-6),
-        student=student, teacher=exact(TEACHER), family=LabelFamily(), steps=1, fake=ScoreOf(student),
+        student=student, teacher=exact(TEACHER), family=LabelFamily(), steps=1, critic=ScoreOf(student),
     )  # fmt: skip
     method.loss("student", unlabelled(1_000_000)(0, generator()), generator()).total.backward()
     assert 2 * time * float(student.mean.grad[0]) == pytest.approx(of_mean, abs=2e-3)
@@ -227,12 +227,12 @@ def start() -> AffineGenerator:
 def test_with_the_exact_critic_it_converges_to_the_teacher(tmp_path: Path) -> None:
     student, data = start(), gaussian()
     method = DMD2(
-        DMD2Options(gan_weight=0.0, fake_updates=1),
+        DMD2Options(gan_weight=0.0, critic_updates=1),
         student=student,
         teacher=exact(data),
         family=LabelFamily(),
         steps=1,
-        fake=ScoreOf(student),
+        critic=ScoreOf(student),
     )
     method.trains = ("student",)
     train(method, unlabelled(256), tmp_path, steps=300, learning_rate=3e-2)
@@ -298,7 +298,7 @@ def test_with_a_critic_that_knows_the_step_each_step_is_the_teacher(flow_of_the_
     student = copy.deepcopy(flow_of_the_teacher)
     options = DMD2Options(gan_weight=0.0, critic_knows_step=True)
     setup = {"student": student, "teacher": exact(gaussian()), "family": LabelFamily(), "steps": 2}
-    method = DMD2(options, **setup, fake=PerStep(flow_of_the_teacher))
+    method = DMD2(options, **setup, critic=PerStep(flow_of_the_teacher))
     trainer = train(method, unlabelled_draws(gaussian(), 128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
     trainer.emas["student"].copy_to(student)
     for x_0 in x_0_of_each_step(student, 2):
@@ -311,7 +311,7 @@ def test_a_critic_that_knows_the_step_of_a_transformer() -> None:
     transformer = pipeline.transformer
     setup = {"student": copy.deepcopy(transformer), "teacher": transformer, "family": family_of(transformer), "steps": 2}
     method = DMD2(DMD2Options(gan_weight=0.0, critic_knows_step=True), **setup)
-    assert [method.networks[role].config.guidance_embeds for role in ("student", "fake")] == [False, True]
+    assert [method.networks[role].config.guidance_embeds for role in ("student", "critic")] == [False, True]
     with pytest.raises(UserError, match="--no-critic-knows-step"):
         DMD2Options(critic_knows_step=True, guidance_range=(1.0, 2.0))
 
@@ -328,14 +328,14 @@ def test_a_student_of_noised_data_is_not_ready_for_its_own_states(flow_of_the_te
 
 
 def test_turns_follow_the_two_time_scales() -> None:
-    method = flow_method(fake_updates=3)
+    method = flow_method(critic_updates=3)
     assert [tuple(method.turns(step)) for step in range(4)] == [
-        ("student", "fake", "discriminator"),
-        ("fake", "discriminator"),
-        ("fake", "discriminator"),
-        ("student", "fake", "discriminator"),
+        ("student", "critic", "discriminator"),
+        ("critic", "discriminator"),
+        ("critic", "discriminator"),
+        ("student", "critic", "discriminator"),
     ]
-    assert tuple(flow_method(gan_weight=0.0).turns(1)) == ("fake",)
+    assert tuple(flow_method(gan_weight=0.0).turns(1)) == ("critic",)
 
 
 def test_all_losses_of_a_step_train_at_one_time_if_they_are_told_before() -> None:
@@ -360,15 +360,15 @@ def test_critic_and_heads_judge_the_same_samples_of_a_step() -> None:
 
 
 def test_implicit_distribution_alignment_moves_the_critic_after_the_student() -> None:
-    method = flow_method(ida_decay=0.9, fake_updates=2)
-    fake, student = (dict(method.networks[role].named_parameters()) for role in ("fake", "student"))
-    expected = {name: 0.9 * fake[name].detach() + 0.1 * student[name].detach() for name in fake}
+    method = flow_method(ida_decay=0.9, critic_updates=2)
+    critic, student = (dict(method.networks[role].named_parameters()) for role in ("critic", "student"))
+    expected = {name: 0.9 * critic[name].detach() + 0.1 * student[name].detach() for name in critic}
     method.after_step(0)
-    after = {name: parameter.detach().clone() for name, parameter in fake.items()}
-    for name in fake:
+    after = {name: parameter.detach().clone() for name, parameter in critic.items()}
+    for name in critic:
         torch.testing.assert_close(after[name], expected[name])
     method.after_step(1)
-    assert all(torch.equal(after[name], fake[name]) for name in fake)
+    assert all(torch.equal(after[name], critic[name]) for name in critic)
 
 
 def test_it_trains_flux_with_all_that_it_has() -> None:
@@ -419,10 +419,10 @@ def test_blocks_are_chosen_by_relative_depth() -> None:
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"ida_decay": 0.97}, {"fake": Perceptron(width=8)}, "two equal networks"),
+        ({"ida_decay": 0.97}, {"critic": Perceptron(width=8)}, "two equal networks"),
         ({}, {"student_prediction": Prediction.EPSILON}, "predict the velocity"),
         ({"isg_weight": 1.0}, {"teacher_prediction": Prediction.EPSILON}, "the teacher predicts epsilon"),
-        ({}, {"fake": Perceptron(guidance=True)}, "takes guidance as the student does"),
+        ({}, {"critic": Perceptron(guidance=True)}, "takes guidance as the student does"),
     ],
 )
 def test_impossible_combinations_are_refused(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -432,7 +432,7 @@ def test_impossible_combinations_are_refused(options: dict[str, Any], changes: d
 
 
 @pytest.mark.parametrize(
-    "options", [{"fake_updates": 0}, {"backward_simulation": 1.5}, {"ida_decay": 2.0}, {"gan_depths": (2.0,)}, {"time_low": 0.99}]
+    "options", [{"critic_updates": 0}, {"backward_simulation": 1.5}, {"ida_decay": 2.0}, {"gan_depths": (2.0,)}, {"time_low": 0.99}]
 )
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(options)).replace("_", "-")):

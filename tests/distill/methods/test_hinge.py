@@ -25,8 +25,8 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
         torch.manual_seed(0)
         heads = Discriminator(16, 1).double()
     method = DMD2(
-        DMD2Options(gan_loss=loss, gan_fake_weight=1.0),
-        student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=1, fake=Perceptron(seed=2), discriminator=heads,
+        DMD2Options(gan_loss=loss, gan_critic_weight=1.0),
+        student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=1, critic=Perceptron(seed=2), discriminator=heads,
     )  # fmt: skip
     batches, rng = unlabelled_draws(gaussian(), size), generator()
     optimizers = {role: torch.optim.Adam(method.networks[role].parameters(), lr=2e-2, betas=(0.0, 0.99)) for role in method.turns(1)}

@@ -37,17 +37,17 @@ from tests.toy import gaussian, generator, mixture
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("sde", [False, True])
-@pytest.mark.parametrize(("role", "target"), [("student", "x_0"), ("fake", "x_0"), ("fake", "score")])
+@pytest.mark.parametrize(("role", "target"), [("student", "x_0"), ("critic", "x_0"), ("critic", "score")])
 def test_the_gradients(role: str, target: str, sde: bool, index: int) -> None:
     """Two steps at 1 and 2/3: scores are compared between 2/3 and 1, and between 0 and 2/3."""
     method = TDM(
         TDMOptions(true_cfg_scale=3.0, critic_target=target, rollout="sde" if sde else "ode"),
         student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
-        fake=Perceptron(seed=2),
+        critic=Perceptron(seed=2),
     )  # fmt: skip
     batch = batch_of()
     labels, times = batch.conditioning.labels, [*method.times.double(), torch.zeros(()).double()]
-    student, teacher, fake = (method.networks[name] for name in ("student", "teacher", "fake"))
+    student, teacher, critic = (method.networks[name] for name in ("student", "teacher", "critic"))
 
     def formula(rng: torch.Generator) -> Tensor:
         x_t, t = rollout(method, batch, rng, index, sde=sde)
@@ -60,24 +60,24 @@ def test_the_gradients(role: str, target: str, sde: bool, index: int) -> None:
         x_u, known = mean + variance.sqrt() * fresh, x_0.detach()
         if sde:
             x_u = (1 - column(u)) * known + column(u) * fresh
-        if role == "fake" and (target == "x_0" or sde):
-            return (fake(x_u, u, labels) - (x_u - known) / column(u)).square().mean()
-        if role == "fake":
+        if role == "critic" and (target == "x_0" or sde):
+            return (critic(x_u, u, labels) - (x_u - known) / column(u)).square().mean()
+        if role == "critic":
             # Tweedie's formula, with the score that x_u has given x_s.
             data = (x_u + column(u) ** 2 * (mean - x_u) / variance) / (1 - column(u))
             of_fresh = (data - x_s / (1 - end)) / fresh
             weight = 1 / (1 + of_fresh.mean(dim=1, keepdim=True) ** 2)
-            return (weight * (fake(x_u, u, labels) - (x_u - data) / column(u)).square()).mean()
+            return (weight * (critic(x_u, u, labels) - (x_u - data) / column(u)).square()).mean()
         real = teacher(x_u, u) + 3 * (teacher(x_u, u, labels) - teacher(x_u, u))
-        x_0_real, x_0_fake = x_u - column(u) * real, x_u - column(u) * fake(x_u, u, labels)
-        g = (x_0_fake - x_0_real) / (known - x_0_real).abs().mean(dim=1, keepdim=True)
+        x_0_real, x_0_critic = x_u - column(u) * real, x_u - column(u) * critic(x_u, u, labels)
+        g = (x_0_critic - x_0_real) / (known - x_0_real).abs().mean(dim=1, keepdim=True)
         return 0.5 * (x_0 - (known - g).detach()).square().mean()
 
     assert_same_gradient(method, role, batch, formula, seed=SEED_OF_INDEX[index])
 
 
 def test_in_one_step_it_is_dmd2_without_a_gan() -> None:
-    setup = {"student": Perceptron(seed=1), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 1, "fake": Perceptron(seed=2)}
+    setup = {"student": Perceptron(seed=1), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 1, "critic": Perceptron(seed=2)}
     one, other = TDM(**setup), DMD2(DMD2Options(gan_weight=0.0), **setup)
     losses = [method.loss("student", batch_of(), generator()).total for method in (one, other)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
@@ -88,7 +88,7 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
     """The exact ``x_s`` of a Gaussian, noised as the process goes on, have the moments of its ``x_u``."""
     data, count = gaussian(), 200_000
     method = TDM(
-        student=exact(data, process), teacher=exact(data, process), family=LabelFamily(), steps=2, process=process, fake=Perceptron()
+        student=exact(data, process), teacher=exact(data, process), family=LabelFamily(), steps=2, process=process, critic=Perceptron()
     )
     s, t = (time.float().expand(count) for time in (method.times[1], method.times[0]))
     x_0 = data.draw(count, generator(2))[0]
@@ -105,7 +105,7 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
 def test_in_four_steps_with_a_learned_critic(flow_of_the_teacher: AffineFlow, tmp_path: Path, target: str, excess: float) -> None:
     """The moments of its samples are the teacher's, but for the bias of the critic that learns the mean of ``x_0``."""
     student = copy.deepcopy(flow_of_the_teacher)
-    options = TDMOptions(critic_target=target, fake_updates=2)
+    options = TDMOptions(critic_target=target, critic_updates=2)
     method = TDM(options, student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=4)
     trainer = train(method, unlabelled(128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
     trainer.emas["student"].copy_to(student)

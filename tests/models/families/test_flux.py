@@ -42,9 +42,9 @@ def test_trajectory_follows_the_predicted_velocity():
         torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_are_encoded_to_what_the_pipeline_decodes():
+def test_images_are_encoded_to_what_the_pipeline_decodes():
     pipeline, pixels = tiny_flux_pipeline(), torch.rand(2, 3, 64, 48) * 2 - 1
-    latents = Flux().encode_pictures(pipeline, pixels)
+    latents = Flux().encode_images(pipeline, pixels)
     assert latents.shape == (2, *Flux().latent_shape(pipeline, 64, 48))
     # FluxPipeline.__call__ decodes `latents / scaling_factor + shift_factor`.
     vae = pipeline.vae

@@ -317,7 +317,7 @@ def chunked_sd3() -> tuple[Any, dict[str, Any]]:
 
 
 def omni_z_image() -> tuple[Any, dict[str, Any]]:
-    """A clean picture beside the one that is made."""
+    """A clean image beside the one that is made."""
     inputs = {
         "x": [[torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 12)]],
         "t": torch.rand(1),
@@ -459,7 +459,7 @@ def test_flux2_single_block_by_itself(text: bool, halves: bool, mod_axes: int) -
 
 @pytest.mark.parametrize("name", ["flux2", "sd3", "qwen_image"])
 @both_backends
-def test_one_picture_beside_several_texts(name: str, backend: str) -> None:
+def test_one_image_beside_several_texts(name: str, backend: str) -> None:
     """Plain PyTorch broadcasts a stream of one sample over the modulations of two."""
     model, inputs = seeded(FAMILIES[name].make), FAMILIES[name].inputs()
     inputs |= {"hidden_states": inputs["hidden_states"][:1]}
@@ -471,7 +471,7 @@ def test_one_picture_beside_several_texts(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux2", "sd3", "qwen_image"])
-def test_one_time_for_several_pictures(name: str) -> None:
+def test_one_time_for_several_images(name: str) -> None:
     model, inputs = seeded(FAMILIES[name].make), FAMILIES[name].inputs()
     inputs |= {key: inputs[key][:1] for key in ("timestep", "guidance", "pooled_projections") if key in inputs}
     stock = gradients(model, inputs)

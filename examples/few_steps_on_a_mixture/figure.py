@@ -1,4 +1,4 @@
-"""The students' samples beside the data, as one small picture."""
+"""The students' samples beside the data, as one small image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POINTS = 1500
 """Of each label."""
 
 
-def picture(path: Path, data: Tensor, columns: Mapping[str, Mapping[int, Tensor]], labels: Tensor) -> None:
+def figure(path: Path, data: Tensor, columns: Mapping[str, Mapping[int, Tensor]], labels: Tensor) -> None:
     """A row for each number of steps, a column for each of ``columns``, of points (N, 2) with their ``labels`` (N,); the data first."""
     steps = sorted({count for by_steps in columns.values() for count in by_steps})
     size = (1.2 * (len(columns) + 1), 1.2 * len(steps) + 0.3)

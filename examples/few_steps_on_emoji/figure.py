@@ -19,7 +19,7 @@ PROMPTS = ("grinning face", "dog face", "rose", "french fries", "taco", "violin"
 SEED = 12
 
 
-def picture(students: Mapping[str, Path], steps: int) -> Image.Image:
+def figure(students: Mapping[str, Path], steps: int) -> Image.Image:
     """A row each for the teacher, the teacher in ``steps`` steps, and ``students``, folders by label, which were trained for them."""
     teacher = load("emoji", "cpu")
     briefly = dataclasses.replace(teacher.sampling, num_inference_steps=steps)

@@ -1,4 +1,4 @@
-"""Pictures of a student in training, always from the same noise."""
+"""Images of a student in training, always from the same noise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastdistill.models.saving import swapped
 
 
 class Rows:
-    """The rows ``teacher`` and ``student``, and for a method with a critic ``x0_real`` and ``x0_fake``.
+    """The rows ``teacher`` and ``student``, and for a method with a critic ``x0_real`` and ``x0_critic``.
 
-    These are what teacher and critic see in the student's pictures behind noise, at ``t = 1/2`` before the shift; their difference is what
+    These are what teacher and critic see in the student's images behind noise, at ``t = 1/2`` before the shift; their difference is what
     the student learns from. Teacher and student are sampled by ``sampling`` and ``drawn``.
     """
 
@@ -46,13 +46,13 @@ class Rows:
         with swapped(self.pipeline, self.method.networks["student"], self.scheduler):
             x_0 = self._end(self.drawn)
         rows = {"teacher": self._teacher, "student": self._decoded(x_0)}
-        if "fake" in self.method.networks:
+        if "critic" in self.method.networks:
             t = shifted(torch.full((len(x_0),), 0.5), self.method.shift).to(x_0.device)
             x_t = self.method.process.add_noise(x_0, self.noise.flip(0), t)
             rows["x0_real"] = self._decoded(self.method.teach(x_t, t, self.conditioning, Prediction.X0))
             # They are from the last step, if it asks.
             told = self.method.at(self.method.times[-1], x_0) if getattr(self.method, "tells_step", False) else None
-            rows["x0_fake"] = self._decoded(self.method.predict("fake", x_t, t, self.conditioning, Prediction.X0, told))
+            rows["x0_critic"] = self._decoded(self.method.predict("critic", x_t, t, self.conditioning, Prediction.X0, told))
         return rows
 
     def _end(self, sampling: SamplingDefaults) -> Tensor:
