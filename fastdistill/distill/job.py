@@ -21,8 +21,7 @@ from fastdistill.data.trajectories import encode_prompts, trajectories
 from fastdistill.distill.build import build, requirements, training
 from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.methods.distillation import Distillation
-from fastdistill.distill.methods.teacher_pairs import teacher_pairs
-from fastdistill.distill.options import PairOptions
+from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
 from fastdistill.distill.sample_rows import Rows
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import Conditioning, Family

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.diffusion.prediction import Prediction
-from fastdistill.diffusion.timesteps import shifted
+from fastdistill.diffusion.timesteps import shifted, time_of_batch
+from fastdistill.distill.methods.critic import Critic
 from fastdistill.distill.methods.distillation import Distillation
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
@@ -46,13 +47,14 @@ class Rows:
         with swapped(self.pipeline, self.method.networks["student"], self.scheduler):
             x_0 = self._end(self.drawn)
         rows = {"teacher": self._teacher, "student": self._decoded(x_0)}
-        if "critic" in self.method.networks:
+        critic: Critic | None = getattr(self.method, "critic", None)
+        if critic is not None:
             t = shifted(torch.full((len(x_0),), 0.5), self.method.shift).to(x_0.device)
             x_t = self.method.process.add_noise(x_0, self.noise.flip(0), t)
-            rows["x0_real"] = self._decoded(self.method.teach(x_t, t, self.conditioning, Prediction.X0))
-            # They are from the last step, if it asks.
-            told = self.method.at(self.method.times[-1], x_0) if getattr(self.method, "tells_step", False) else None
-            rows["x0_critic"] = self._decoded(self.method.predict("critic", x_t, t, self.conditioning, Prediction.X0, told))
+            rows["x0_real"] = self._decoded(self.method.teacher.guided(x_t, t, self.conditioning, Prediction.X0))
+            # The samples are from the last step, if it asks.
+            told = time_of_batch(self.method.times[-1], x_0) if critic.knows_step else None
+            rows["x0_critic"] = self._decoded(critic.predict(x_t, t, self.conditioning, Prediction.X0, told))
         return rows
 
     def _end(self, sampling: SamplingDefaults) -> Tensor:
@@ -60,7 +62,7 @@ class Rows:
             self.pipeline,
             self.noise,
             self.conditioning,
-            self.method.unconditional[torch.zeros(len(self.noise), dtype=torch.long, device=self.noise.device)],
+            self.method.teacher.unconditional[torch.zeros(len(self.noise), dtype=torch.long, device=self.noise.device)],
             steps=sampling.num_inference_steps,
             true_cfg_scale=sampling.true_cfg_scale,
             guidance_scale=sampling.guidance_scale,

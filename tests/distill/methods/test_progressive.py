@@ -15,8 +15,7 @@ from fastdistill.diffusion.process import LinearVariancePreserving, RectifiedFlo
 from fastdistill.diffusion.sampler import sample
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill.methods.losses import error_weight
-from fastdistill.distill.methods.progressive import ProgressiveDistillation
-from fastdistill.distill.options import ProgressiveOptions
+from fastdistill.distill.methods.progressive import ProgressiveDistillation, ProgressiveOptions
 from fastdistill.errors import UserError
 from tests.distill.methods.toys import (
     FLOW,
