@@ -45,7 +45,7 @@ class Geometry:
     rounds: int
 
     @property
-    def case(self) -> str:
+    def workload(self) -> str:
         return f"T{self.text}-I{self.image}-{self.doubles}+{self.singles} blocks"
 
     def transformer(self, doubles: int | None = None, singles: int | None = None) -> nn.Module:
@@ -67,7 +67,7 @@ def test_matrix_product(benchmark: Any) -> None:
     a, b = (torch.randn(n, n, device="cuda", dtype=DTYPE) for _ in range(2))
     benchmark.extra_info.update(
         op="matrix product",
-        case=f"{n}^3",
+        workload=f"{n}^3",
         dtype="bfloat16",
         mode="forward",
         flops=2 * n**3,
@@ -83,7 +83,7 @@ def test_attention(benchmark: Any, mode: str) -> None:
     flops = 4 * 4608**2 * 24 * 128
     benchmark.extra_info.update(
         op="attention",
-        case="B1-S4608-H24-d128",
+        workload="B1-S4608-H24-d128",
         dtype="bfloat16",
         mode=mode,
         # The backward pass has five matrix products to the forward's two.
@@ -163,7 +163,7 @@ def measure_inference(geometry: Geometry) -> dict[str, Any]:
     torch._dynamo.reset()
     return {
         "op": "FLUX.1-dev",
-        "case": geometry.case,
+        "workload": geometry.workload,
         "dtype": "bfloat16",
         "mode": "inference step",
         "flops": geometry.flops(),
@@ -234,7 +234,7 @@ def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
     contenders = {"stock, eager loss": step(False, True), "patched": step(True, False)}
     return {
         "op": "FLUX.1-dev",
-        "case": f"{geometry.case} to {doubles}+{singles}",
+        "workload": f"{geometry.workload} to {doubles}+{singles}",
         "dtype": "bfloat16",
         "mode": "recovery step",
         "turns": take_turns(contenders, max(2, geometry.rounds // 2), 1),
