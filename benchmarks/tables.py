@@ -36,7 +36,7 @@ def by_key(rows: list[dict[str, Any]]) -> dict[Key, dict[str, dict[str, Any]]]:
     """Rows of every contender by what they measure."""
     groups: dict[Key, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["sample"], row["dtype"], row["mode"]), {})[row["contender"]] = row
+        groups.setdefault((row["op"], row["workload"], row["dtype"], row["mode"]), {})[row["contender"]] = row
     return groups
 
 
@@ -48,7 +48,7 @@ def model_table(results: dict[str, Any]) -> str:
     lines = heading("Models", results["machine"])
     lines += ["Milliseconds: median and quartiles of turns that the contenders take. Speed: beside the first contender.", ""]
     lines += [
-        "| what | sample | dtype | mode | contender | ms | speed | peak MiB | of matmul peak | note |",
+        "| what | workload | dtype | mode | contender | ms | speed | peak MiB | of matmul peak | note |",
         "|" + "---|" * 5 + "---:|" * 4 + "---|",
     ]
     for key, contenders in by_key(rows).items():
@@ -72,7 +72,7 @@ def operator_table(results: dict[str, Any]) -> str:
     lines += ["Ratios of medians over the rows of an operator: geometric mean, and the smallest.", "", *summary(groups, fast, against)]
     lines += ["", "Milliseconds, and the part of the copy's bandwidth that the operator reaches.", ""]
     ratios = [*(f"{c} vs {base}" for c in fast for base in against), *(f"{c} vs copy" for c in fast)]
-    header = ["op", "sample", "dtype", "mode", *shown, *ratios]
+    header = ["op", "workload", "dtype", "mode", *shown, *ratios]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * 4 + "---:|" * (len(header) - 4)]
     for key, t in groups.items():
         cells = [f"{t[c]:.3g}" if c in t else "" for c in shown]

@@ -45,7 +45,7 @@ def test_block(benchmark: Any, kind: str, dtype: torch.dtype) -> None:
     contenders = {name: both_ways(*options) for name, options in CONTENDERS.items()}
     benchmark.extra_info.update(
         op=f"flux {kind} block",
-        sample=f"T{TEXT}-I{IMAGE}-D{flux_models.WIDTH}",
+        workload=f"T{TEXT}-I{IMAGE}-D{flux_models.WIDTH}",
         dtype=str(dtype).removeprefix("torch."),
         mode="both",
         flops=3 * flux_models.block_flops(TEXT + IMAGE),
@@ -84,6 +84,6 @@ def test_emoji_flux(benchmark: Any, mode: str) -> None:
 
     contenders = {"stock": contender(False), "patched": contender(True)}
     benchmark.extra_info.update(
-        op="emoji FLUX", sample=f"B{batch}", dtype="float32", mode=mode, turns=take_turns(contenders, rounds=25, warmup=3)
+        op="emoji FLUX", workload=f"B{batch}", dtype="float32", mode=mode, turns=take_turns(contenders, rounds=25, warmup=3)
     )
     benchmark.pedantic(contenders["patched"], rounds=1)

@@ -44,7 +44,7 @@ class Geometry:
     rounds: int
 
     @property
-    def sample(self) -> str:
+    def workload(self) -> str:
         return f"T{self.text}-I{self.image}-{self.doubles}+{self.singles} blocks"
 
     def transformer(self, doubles: int | None = None, singles: int | None = None) -> nn.Module:
@@ -66,7 +66,7 @@ def test_matrix_product(benchmark: Any) -> None:
     a, b = (torch.randn(n, n, device="cuda", dtype=DTYPE) for _ in range(2))
     benchmark.extra_info.update(
         op="matrix product",
-        sample=f"{n}^3",
+        workload=f"{n}^3",
         dtype="bfloat16",
         mode="forward",
         flops=2 * n**3,
@@ -82,7 +82,7 @@ def test_attention(benchmark: Any, mode: str) -> None:
     flops = 4 * 4608**2 * 24 * 128
     benchmark.extra_info.update(
         op="attention",
-        sample="B1-S4608-H24-d128",
+        workload="B1-S4608-H24-d128",
         dtype="bfloat16",
         mode=mode,
         # The backward pass has five matrix products to the forward's two.
@@ -162,7 +162,7 @@ def measure_inference(geometry: Geometry) -> dict[str, Any]:
     torch._dynamo.reset()
     return {
         "op": "FLUX.1-dev",
-        "sample": geometry.sample,
+        "workload": geometry.workload,
         "dtype": "bfloat16",
         "mode": "inference step",
         "flops": geometry.flops(),
@@ -231,7 +231,7 @@ def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
     contenders = {"stock, eager loss": step(False, True), "patched": step(True, False)}
     return {
         "op": "FLUX.1-dev",
-        "sample": f"{geometry.sample} to {doubles}+{singles}",
+        "workload": f"{geometry.workload} to {doubles}+{singles}",
         "dtype": "bfloat16",
         "mode": "recovery step",
         "turns": take_turns(contenders, max(2, geometry.rounds // 2), 1),

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.libraries import LIBRARIES
 from fastdistill.ops import OPERATORS
 from fastdistill.ops.backend import why_not
-from fastdistill.ops.op import Operator, Sample
+from fastdistill.ops.op import Case, Operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTENDERS = ("copy", "eager", "compile", "library", "native", "triton")
@@ -39,30 +39,30 @@ if sys.platform == "linux" and os.environ.get("FASTDISTILL_BENCH_MALLOC") != "de
 
 def rows() -> list[Any]:
     return [
-        pytest.param(op, sample, dtype, id=f"{op.name}-{sample.id}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(op, case, dtype, id=f"{op.name}-{case.id}-{str(dtype).removeprefix('torch.')}")
         for op in OPERATORS.values()
-        for sample in op.workloads()
+        for case in op.workloads()
         for dtype in DTYPES
     ]
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("op", "sample", "dtype"), rows())
-def test_op(benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mode: str, contender: str) -> None:
+@pytest.mark.parametrize(("op", "case", "dtype"), rows())
+def test_op(benchmark: Any, op: Operator, case: Case, dtype: torch.dtype, mode: str, contender: str) -> None:
     if reason := why_absent(op, contender, dtype):
         pytest.skip(reason)
     if mode != "forward" and op.backward_schema is None:
         pytest.skip("no backward")
     torch.manual_seed(0)
-    arguments = sample.make(dtype, torch.device(DEVICE))
+    arguments = case.make(dtype, torch.device(DEVICE))
     forward_bytes, backward_bytes = op.bytes_moved(*arguments)
     moved = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}[mode]
     run = copy_of(moved) if contender == "copy" else step(function(op, contender, mode), arguments, mode)
 
     benchmark.extra_info.update(
         op=op.name,
-        sample=sample.id,
+        workload=case.id,
         dtype=str(dtype).removeprefix("torch."),
         mode=mode,
         contender=contender,

@@ -54,8 +54,8 @@ def main(capability: int) -> None:
     backends.choose = lambda *_: "triton"
     for op in OPERATORS.values():
         importlib.import_module(op.triton_module)
-        for sample in op.samples():
-            arguments = sample.make(torch.bfloat16, torch.device("cpu"))
+        for case in op.cases():
+            arguments = case.make(torch.bfloat16, torch.device("cpu"))
             results = op(*arguments)
             results = results if isinstance(results, tuple) else (results,)
             leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]

@@ -72,8 +72,8 @@ def test_every_instruction_set_agrees(capability: str) -> None:
 import torch
 from fastdistill.ops.modulate import MODULATE
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    for sample in MODULATE.samples():
-        arguments = sample.make(dtype, torch.device("cpu"))
+    for case in MODULATE.cases():
+        arguments = case.make(dtype, torch.device("cpu"))
         results = []
         upstream = torch.randn(arguments[0].shape).to(dtype)
         for backend in ("eager", "native"):
@@ -82,8 +82,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for a, b in zip(*results):
             eps = torch.finfo(dtype).eps
             limit = 32 * eps * max(1.0, b.abs().max().item() if b.numel() else 0.0)
-            if "offset100" in sample.id: limit *= 100
-            assert a.shape == b.shape and ((a - b).abs() <= limit).all(), (dtype, sample.id, limit)
+            if "offset100" in case.id: limit *= 100
+            assert a.shape == b.shape and ((a - b).abs() <= limit).all(), (dtype, case.id, limit)
 special = torch.tensor([[float("nan"), 1.0, float("inf"), 2.0]] * 3)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     zero = torch.zeros(4, dtype=dtype)

@@ -102,8 +102,8 @@ q, k, w, t = torch.zeros(2, 5, 3, 8), torch.zeros(2, 5, 1, 8), torch.zeros(8), t
         ((q, k, w, w.half(), t, t), TypeError, "k_weight: expected the dtype of q, torch.float32"),
         ((q.half(), k.half(), w.half(), w, t, t), TypeError, "k_weight: expected the dtype of q_weight, torch.float16"),
         ((q, k, w, w, t[:4], t[:4]), ValueError, r"cos: expected \(5, 8\) or \(5, 4\)"),
-        ((q, k, w, w, t, t[:, :4]), ValueError, r"sin: expected \(5, 8\) or \(5, 4\), cos and sin alike"),
-        ((q, k, w, w, t.double(), t), TypeError, "cos: expected torch.float32 beside q of torch.float32"),
+        ((q, k, w, w, t, t[:, :4]), ValueError, r"sin: expected \(5, 8\) or \(5, 4\), cos and sin the same"),
+        ((q, k, w, w, t.double(), t), TypeError, "cos: expected torch.float32 for q of torch.float32"),
         ((q, k, w, w, t, t.clone().requires_grad_()), ValueError, "sin: expected a constant"),
     ],
 )

@@ -275,6 +275,12 @@ def test_a_name_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
         ops.rope_attention(*inputs, attention="flash_hub")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"'_native_flash' was asked for, but it takes bfloat16 and float16, not torch.float32"):
         ops.rope_attention(*inputs, attention="_native_flash")  # type: ignore[arg-type]
+
+
+def test_messages_offer_what_is_taken() -> None:
+    inputs = arguments(1, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"attention: expected auto or one of flash, .*, got 'fused'"):
+        attend(*inputs[:3], "fused")
     with pytest.raises(ValueError, match=r"attention: expected fused, auto or one of flash, .*, got 'flash3'"):
         ops.rope_attention(*inputs, attention="flash3")  # type: ignore[arg-type]
 
