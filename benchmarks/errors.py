@@ -1,9 +1,11 @@
-"""How exact the operators are: relative RMS error of results and gradients against float64, beside that of eager PyTorch in the same dtype.
+"""Relative RMS errors of the operators' results and gradients against float64, and those of eager
+PyTorch.
 
-python -m benchmarks.errors [cuda]
+    python -m benchmarks.errors [cuda]
 
-On a machine without a GPU, Triton runs in its interpreter. Geometric means over the cases of the test suite and all results and
-gradients.
+Eager PyTorch runs in the dtype of the operator. On a machine without a GPU, Triton runs in its
+interpreter. The table holds geometric means over the cases of the test suite and over all results
+and gradients.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def relative(actual: Tensor, exact: Tensor) -> float:
 
 
 def errors(trial: Trial) -> tuple[list[float], list[float]]:
-    """Of the backend and of eager, for every result and gradient that is not zero or exact in both."""
+    """Errors of the backend and of eager, without results that are zero or exact in either."""
     torch.manual_seed(0)
     arguments = trial.arguments()
     with torch.no_grad():

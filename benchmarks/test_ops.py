@@ -1,7 +1,7 @@
-"""Every operator at model sizes, on each contender, beside a copy of the same bytes.
+"""Time of every operator at the sizes of models, on each contender, and of a copy of as many bytes.
 
-`python -m benchmarks.run` runs this file and writes results/<machine>/ops.json and the tables in README.md.
-The contenders take turns in one process: a ratio compares rows of one run, never of two.
+`python -m benchmarks.run` runs this file and writes results/<machine>/ops.json and the tables in
+README.md. The contenders take turns in one process: a ratio compares rows of one run, never of two.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 MODES = ("forward", "backward", "both")
 
 if sys.platform == "linux" and os.environ.get("FASTDISTILL_BENCH_MALLOC") != "default":
-    # glibc gives large freed blocks back to the kernel, and a fresh one costs a page fault per 4 KiB: more
-    # than the operator. Every contender keeps its memory here, as with the allocators (jemalloc, tcmalloc)
-    # that CPU training uses.
+    # glibc gives large freed blocks back to the kernel, and a fresh block costs a page fault for
+    # every 4 KiB, more than the operator itself. Every contender keeps its memory here, as with the
+    # allocators (jemalloc, tcmalloc) that CPU training uses.
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL(None)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -76,8 +76,11 @@ def test_op(benchmark: Any, op: Operator, case: Case, dtype: torch.dtype, mode: 
 
 
 def cold_quartiles_ms(run: Callable[[], None]) -> list[float]:
-    """Quartiles of the time on the GPU, with its L2 cache emptied before every round. The emptying also gives the host a head start, so
-    that the time of a launch does not count unless it is longer."""
+    """Quartiles of the time on the GPU, with the L2 cache emptied before every round.
+
+    The host launches while the cache is emptied, so the time of a launch counts only if it is
+    longer.
+    """
     from triton.testing import do_bench
 
     times = torch.tensor(do_bench(run, warmup=20, rep=60, return_mode="all"))
@@ -102,7 +105,8 @@ def function(op: Operator, contender: str, mode: str) -> Callable[..., Any]:
         return op.reference
     if contender == "compile":
         torch._dynamo.reset()
-        # A backward pass alone is run again and again on one forward pass, whose buffers it may then not take over.
+        # A backward pass alone runs again and again on one forward pass, whose buffers it may then
+        # not take over.
         torch._functorch.config.donated_buffer = mode != "backward"
         return torch.compile(op.reference, fullgraph=True)
     if contender == "library":
@@ -129,7 +133,7 @@ def step(f: Callable[..., Any], arguments: Any, mode: str) -> Callable[[], None]
 
 
 def copy_of(moved: int) -> Callable[[], None]:
-    """Reads half of the bytes and writes the other half."""
+    """Copy that reads half of the bytes and writes the other half."""
     source = torch.ones(moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
 

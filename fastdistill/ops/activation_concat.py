@@ -32,8 +32,8 @@ def activation_concat(x: Tensor | None, y: Tensor, activation: Activation = "gel
 
     | `activation` | y | value | source |
     |---|---|---|---|
-    | `gelu_tanh`, as in FLUX.1 | (B, S, M) or (S, M) | `0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))` \
-| arXiv 1606.08415, section 2 |
+    | `gelu_tanh`, as in FLUX.1 | (B, S, M) or (S, M) \
+| `0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))` | arXiv 1606.08415, section 2 |
     | `swiglu`, as in FLUX.2 | (B, S, 2 M) or (S, 2 M) | `silu(first half) * second half` \
 | arXiv 2002.05202, equation 6 |
 

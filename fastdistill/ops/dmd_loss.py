@@ -70,13 +70,13 @@ def dmd_loss(
 
     Args:
         x: (B, ...), float32, bfloat16, float16 or (on CPU) float64. The only argument with a
-            gradient; all others are constants, as under `no_grad`.
+            gradient; all others are constants, as under `no_grad`. A sample that is not contiguous
+            is copied, here and in the tensors like x.
         noise: like x.
         cond: the teacher's prediction with the prompt, like x.
         uncond: the teacher's prediction without the prompt, like x; None where the teacher is
             guided already.
-        critic: the critic's prediction, like x. Samples that are not contiguous are copied, here
-            and in the other tensors.
+        critic: the critic's prediction, like x.
         guidance: classifier-free guidance w, unused without uncond.
         guidance_form: `uncond`: real = u + w (c - u), as FastVideo; `cond`: real = c + w (c - u),
             as Self-Forcing.

@@ -1,4 +1,4 @@
-"""The CUDA kernels on machines without a GPU: see emulated_cuda/__main__.py."""
+"""CUDA kernels on machines without a GPU: see emulated_cuda/__main__.py."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What is particular to the DMD loss: it is that of the published trainers, and its options, messages and failures."""
+"""DMD loss: agreement with the published trainers, options, messages and failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def value_and_gradient(x: Tensor, *arguments: Any, **options: Any) -> tuple[Tens
 
 
 def published(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """How all of them turn the distribution matching gradient into a loss."""
+    """Loss that all published trainers make of the distribution matching gradient."""
     x = x.detach().double().requires_grad_()
     loss = 0.5 * F.mse_loss(x, (x - grad).detach())
     return loss.detach(), torch.autograd.grad(loss, x)[0]
@@ -48,7 +48,10 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 
 
 def test_dmd2(backend: str) -> None:
-    """DMD2, main/sd_guidance.py: p = x - x0, grad = (p_real - p_fake) / mean |p_real|, guidance u + w (c - u)."""
+    """DMD2, main/sd_guidance.py: p = x - x0, grad = (p_real - p_fake) / mean |p_real|.
+
+    Guidance u + w (c - u).
+    """
     x, noise, cond, uncond, critic = draw(5)
     X, C, U, Y = (t.double() for t in (x, cond, uncond, critic))
     p_real, p_fake = X - (U + 8.0 * (C - U)), X - Y
@@ -60,7 +63,10 @@ def test_dmd2(backend: str) -> None:
 
 
 def test_self_forcing(backend: str) -> None:
-    """Self-Forcing, model/dmd.py: grad = fake - real, by the mean |x - real| of a sample, guidance c + w (c - u), gradient mask."""
+    """Self-Forcing, model/dmd.py: grad = fake - real, divided by the mean |x - real| of a sample.
+
+    Guidance c + w (c - u), and a gradient mask.
+    """
     x, noise, cond, uncond, critic = draw(5)
     mask = torch.rand(SHAPE) < 0.6
     X, C, U, Y = (t.double() for t in (x, cond, uncond, critic))

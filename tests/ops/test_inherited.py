@@ -1,4 +1,4 @@
-"""What every operator passes on every backend, without a line of its own."""
+"""Tests that every operator passes on every backend, without a line of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.ops.op import FLOATS
 from tests.ops.trials import Trial, as_tuple, converted, detached, gradients, leaves, trials
 
 FAST = ("native", "triton")
-# Beside one unit in the last place.
+# In addition to one unit in the last place.
 ERROR_RATIO = 2.0
 FLOAT32_RELATIVE = 2e-6
 
@@ -34,8 +34,11 @@ def scale_of(exact: Tensor) -> float:
 
 
 def unit(actual: Tensor, exact: Tensor, upstream: Sequence[Tensor]) -> float:
-    """One unit in the last place of the largest value of a result, and of the largest term of a sum over gradients: whether the sum of
-    terms that nearly cancel is exact is luck of their order, in eager too."""
+    """One unit in the last place of the largest value of a result, and of the largest term of a sum
+    over gradients.
+
+    The error of a sum of terms that nearly cancel depends on the order of the terms, also in eager.
+    """
     ulp = torch.finfo(actual.dtype).eps * scale_of(exact)
     if actual.numel() < max(u.numel() for u in upstream):
         ulp += torch.finfo(torch.float32).eps * max(scale_of(u) for u in upstream)
@@ -51,8 +54,8 @@ def test_forward_and_gradients_against_float64(trial: Trial) -> None:
     eager = gradients(lambda a: as_tuple(trial.op.reference(*a)), arguments, upstream)
     exact = gradients(lambda a: as_tuple(trial.op.reference(*a)), converted(arguments, torch.float64), upstream)
 
-    # Two implementations of the same sums differ by the rounding of the largest value that passes through
-    # them.
+    # Two implementations of the same sums differ by the rounding of the largest value that passes
+    # through them.
     conditioning = max([1.0, *(scale_of(a) for a in leaves(arguments))])
     for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
         assert a.shape == e.shape, f"result {i}: shape"
@@ -76,7 +79,7 @@ def test_gradcheck(trial: Trial) -> None:
 
 @trials(dtypes=(torch.float32,), backends=FAST)
 def test_opcheck(trial: Trial) -> None:
-    """Schema, fake tensors and tracing of the registered ops; their gradient lives outside the ops."""
+    """Schema, fake tensors and tracing of the registered ops, which define no gradient."""
     checks = ["test_schema", "test_faketensor"]
     if trial.case.id == trial.op.cases()[0].id:
         checks.append("test_aot_dispatch_dynamic")  # seconds each, and the same for every case
@@ -85,7 +88,7 @@ def test_opcheck(trial: Trial) -> None:
 
 
 def recorded_calls(trial: Trial) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The forward and backward op calls that one use of the operator makes, with their arguments."""
+    """Forward and backward op calls that one use of the operator makes, with their arguments."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -144,7 +147,10 @@ def test_bitwise_repeatable(trial: Trial) -> None:
 
 @trials(dtypes=(torch.float32,), backends=("eager", "native"))
 def test_compiles_whole(trial: Trial) -> None:
-    """One graph with dynamic sizes, forward and backward; Inductor, which takes seconds, for one case."""
+    """One graph with dynamic sizes, forward and backward.
+
+    Inductor, which takes seconds, compiles one case.
+    """
     arguments = trial.arguments()
     if any(isinstance(a, Tensor) and a.numel() == 0 for a in arguments):
         pytest.skip("the compiler specialises on empty tensors")

@@ -1,4 +1,4 @@
-"""Kernel files and operators find each other: the `Kernels:` lines of `fastdistill/ops`."""
+"""Agreement of the kernel files with the `Kernels:` lines of the operators."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ from fastdistill.ops.op import Operator
 
 ROOT = Path(__file__).parents[2]
 CSRC, TRITON = ROOT / "csrc", ROOT / "fastdistill" / "ops" / "triton"
-# Not of one family of kernels.
+# Files that serve every family of kernels.
 SHARED = {CSRC / "cpu" / "capability.cpp", CSRC / "cpu" / "host.cpp", TRITON / "__init__.py", TRITON / "rows.py"}
 
 pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")

@@ -1,4 +1,4 @@
-"""What is particular to modulate: its messages, its large offsets, its mixed dtypes."""
+"""Modulation: messages, instruction sets, long and large inputs, dynamic sizes."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
 @pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_agrees(capability: str) -> None:
-    """Each in a process of its own, since the choice is made once."""
+    """Each instruction set in a process of its own, since the choice is made once."""
     import os
     import subprocess
     import sys
@@ -120,7 +120,7 @@ def test_many_chunks_of_tokens() -> None:
 @pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_results_larger_than_the_cache(dtype: torch.dtype) -> None:
-    """They are written by streaming stores; one row of three registers shows that none of them is left out."""
+    """Results that streaming stores write; a row of three registers shows that none is left out."""
     tokens = (17 << 20) // (48 * dtype.itemsize)
     arguments = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, tokens, 48), (48,), (48,))]
     wide = [a.detach().double().requires_grad_() for a in arguments]

@@ -1,4 +1,4 @@
-"""What is particular to the query-key norm with rotation: it is that of diffusers, on every form of its tables, and its messages."""
+"""Query-key norm with rotation: agreement with diffusers, forms of the tables, messages."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
 
 
 def test_many_chunks_with_a_remainder() -> None:
-    """Long enough that every thread sums several chunks; the weight's gradient is where that shows."""
+    """Long enough that every thread sums several chunks, which the weight's gradient shows."""
     if reason := backends.why_not(OP.name, "native", "cpu", torch.float32):
         pytest.skip(reason)
     q, k = (torch.randn(2, 1031, heads, 40, requires_grad=True) for heads in (3, 1))

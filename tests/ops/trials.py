@@ -1,4 +1,4 @@
-"""The table that the inherited suite loops over: operator x backend x device x dtype x case."""
+"""Trials that the inherited suite loops over: operator x backend x device x dtype x case."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
+    """One case of an operator on one backend, device and dtype."""
+
     op: Operator
     backend: Backend
     device: str
@@ -48,7 +50,10 @@ def trials(
     backends: Sequence[Backend] = BACKENDS,
     every_case: bool = True,
 ) -> Callable[[Any], Any]:
-    """Parametrises a test with `trial`. A backend that this machine cannot run is skipped with its reason."""
+    """Parametrise a test with `trial`.
+
+    A backend that this machine cannot run is skipped with the reason.
+    """
     return pytest.mark.parametrize("trial", list(_trials(dtypes, backends, every_case)))
 
 
@@ -77,12 +82,12 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
 
 
 def leaves(arguments: Sequence[Any]) -> list[Tensor]:
-    """The tensors whose gradients are compared."""
+    """Tensors whose gradients are compared."""
     return [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
 
 
 def converted(arguments: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The same values in another dtype, as new leaves."""
+    """Equal values in another dtype, as new leaves."""
     return tuple(
         a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
     )

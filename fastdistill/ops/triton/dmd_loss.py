@@ -1,7 +1,8 @@
-"""Triton kernels of dmd_loss. Formula, shapes and dtypes: fastdistill/ops/dmd_loss.py.
+"""Triton kernels of `dmd_loss`.
 
-Two launches forward, one backward: grid (B, P) sums chunks of the samples, one program combines them into the loss and the factor of
-each sample, grid (B, P) writes the gradient. The host reads nothing back.
+Formula, shapes and dtypes: fastdistill/ops/dmd_loss.py. Two launches forward: grid (B, P) sums
+chunks of the samples, then one program combines the chunks into the loss and the factor of each
+sample. One launch backward: grid (B, P) writes the gradient. The host reads nothing back.
 """
 
 import torch
