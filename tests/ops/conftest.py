@@ -1,4 +1,4 @@
-"""Every operator test runs on memory that starts out as NaN, so that an unwritten element shows."""
+"""Memory that starts as NaN for every test of an operator, so that an unwritten element shows."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    # torch itself fills what empty() returns with NaN in this mode, for callers in Python and in C++ alike.
+    # torch itself fills what empty() returns with NaN in this mode, for callers in Python and in
+    # C++.
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
