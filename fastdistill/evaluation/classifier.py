@@ -1,4 +1,4 @@
-"""The classifier that reads the caption off an emoji image, trained by ``examples/train_emoji/classifier.py``."""
+"""The classifier that reads the caption off an emoji image, trained by `examples/train_emoji/classifier.py`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdistill.evaluation.suite import evaluate
+from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.run.files import whole, write_json
@@ -60,13 +60,12 @@ class Gallery:
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
         reference = None if name == self.reference else self._images(self.reference)
-        images = len(self.prompts) * len(self.seeds)
+        image_set = ImageSet(prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch)
         transformer = pipeline.transformer
-        # One that is in training may be patched already.
-        with nullcontext() if is_patched(transformer) else patched(transformer), bar(self.console, f"evaluate {name}", images) as tick:
-            result = evaluate(
-                pipeline, self.prompts, sampling or self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
-            )
+        # A transformer in training may be patched already.
+        patching = nullcontext() if is_patched(transformer) else patched(transformer)
+        with patching, bar(self.console, f"evaluate {name}", len(image_set)) as tick:
+            result = evaluate(pipeline, image_set, reference=reference, tick=tick)
         metrics = result.metrics if self.measure else {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
         with whole(self._file(name)) as partial:
