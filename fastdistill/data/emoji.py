@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fastdistill.run.files import whole, write_text
+
 SIZE = 64
 SHEET_COLUMNS = 20
 MIN_SCALE = 0.85
@@ -126,8 +128,9 @@ def render(font_path: Path, folder: Path) -> None:
         row, column = divmod(index, SHEET_COLUMNS)
         sheet.paste(glyph, (column * SIZE + (SIZE - glyph.width) // 2, row * SIZE + (SIZE - glyph.height) // 2))
     folder.mkdir(parents=True, exist_ok=True)
-    sheet.save(folder / "emoji.png", optimize=True)
-    (folder / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(folder / "emoji.png") as partial:
+        sheet.save(partial, optimize=True)
+    write_text(folder / "captions.json", json.dumps(captions, indent=0, ensure_ascii=False) + "\n")
 
 
 def main(font: Path = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"), output: Path | None = None) -> None:

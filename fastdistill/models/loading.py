@@ -20,6 +20,8 @@ from fastdistill.models.weights import check_computable, check_finite
 
 EMBEDDED = "emoji"
 PIPELINES = ("FluxPipeline",)
+PROMPTS_FILE = "prompts.txt"
+"""Prompts of a pipeline's folder, one a line."""
 
 # For a model that brings no prompts.txt: subjects, styles, text, counting and places that a general model should keep.
 GENERAL_PROMPTS = (
@@ -177,5 +179,5 @@ def _check_class(name: str, transformer: str | None, model: str) -> None:
 
 
 def _prompts(folder: Path) -> list[str]:
-    path = folder / "prompts.txt"
+    path = folder / PROMPTS_FILE
     return read_prompts(path) if path.exists() else list(GENERAL_PROMPTS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import UserError
+from fastdistill.run.files import write_json
 
 FILE = "fastdistill.json"
 
@@ -55,7 +56,8 @@ class SamplingDefaults:
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def save(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write the file that `load` reads."""
+        write_json(folder / FILE, dataclasses.asdict(self))
 
 
 @torch.no_grad()

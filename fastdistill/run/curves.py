@@ -13,6 +13,8 @@ matplotlib.use("Agg")  # no window: there may be no screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from fastdistill.run.files import whole
+
 PREFIX = "evaluation/"
 NO_LOSSES = ("seconds", "learning_rate", "gradient_norm", "student_steps")
 """How the names of other logs end."""
@@ -49,5 +51,6 @@ def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, An
     axes[-1].set_yscale("symlog", linthresh=1e-3)
     axes[-1].legend(fontsize=8)
     axes[-1].set_xlabel("training steps")
-    figure.savefig(image, dpi=110)
+    with whole(image) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)

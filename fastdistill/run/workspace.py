@@ -38,11 +38,19 @@ class Workspace:
             timed = self.work / "seconds.json"
             self.seconds: dict[str, float] = json.loads(timed.read_text()) if timed.exists() else {}
             return
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if self._holds_files():
             raise UserError(f"{output} exists and is not empty; choose another --output")
-        self.work.mkdir(parents=True)
+        # An empty one is left by a run that ended before it had written its settings.
+        self.work.mkdir(parents=True, exist_ok=True)
         write_json(recorded, settings)
         self.resumed, self.seconds = False, {}
+
+    def _holds_files(self) -> bool:
+        """Whether `output` is there and holds more than an empty `work`."""
+        if not self.output.is_dir():
+            return self.output.exists()
+        others = [path for path in self.output.iterdir() if path != self.work or not path.is_dir()]
+        return bool(others) or (self.work.is_dir() and any(self.work.iterdir()))
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of stage ``name``: read if it is there, else made and written."""

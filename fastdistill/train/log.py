@@ -15,7 +15,7 @@ from PIL.Image import Image
 from rich.console import Console
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import whole
+from fastdistill.run.files import write_image, write_text
 from fastdistill.run.progress import bar
 
 
@@ -41,8 +41,7 @@ class Log:
         # Steps after the checkpoint that is resumed from are run and logged again: drop their old lines.
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= self.start]
-            with whole(path) as partial:
-                partial.write_text("".join(line + "\n" for line in lines))
+            write_text(path, "".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(path.open("a"))
             self.advance_bar = stack.enter_context(bar(Console(file=sys.stderr), self.describe, self.total, start=self.start))
@@ -73,7 +72,7 @@ class Log:
             return
         path = self.run / name / f"{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        write_image(path, image)
         if self.writer:
             self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
