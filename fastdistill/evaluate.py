@@ -1,4 +1,4 @@
-"""``python -m fastdistill.evaluate``: measure a FLUX pipeline against the known truth, or against another pipeline."""
+"""`python -m fastdistill.evaluate`: measure a FLUX pipeline against the known truth, or against another pipeline."""
 
 from __future__ import annotations
 

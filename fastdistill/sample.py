@@ -1,4 +1,4 @@
-"""``python -m fastdistill.sample``: images of any FLUX pipeline, as one labelled grid."""
+"""`python -m fastdistill.sample`: images of any FLUX pipeline, as one labelled grid."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python examples/train_emoji/finish.py --run runs/emoji
 
-Writes ``fastdistill/assets/emoji/pipeline``, ``examples/train_emoji/logs/*.jsonl`` and ``curves.png``.
+Writes `fastdistill/assets/emoji/pipeline`, `examples/train_emoji/logs/*.jsonl` and `curves.png`.
 """
 
 from __future__ import annotations

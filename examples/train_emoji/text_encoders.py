@@ -2,7 +2,7 @@
 
     python examples/train_emoji/text_encoders.py --run runs/emoji
 
-Takes a minute. TrainingData ``<run>/autoencoder/vae`` and writes ``<run>/text``. As CLIP and T5 do for FLUX, the encoders come to the flow
+Takes a minute. TrainingData `<run>/autoencoder/vae` and writes `<run>/text`. As CLIP and T5 do for FLUX, the encoders come to the flow
 model already trained, on a task that makes their embeddings say what the image looks like.
 """
 

@@ -1,9 +1,9 @@
-"""Step 3 of the emoji FLUX: the flow-matching transformer, and the stock ``FluxPipeline`` of all parts.
+"""Step 3 of the emoji FLUX: the flow-matching transformer, and the stock `FluxPipeline` of all parts.
 
     python examples/train_emoji/transformer.py --run runs/emoji
 
-Hours on two cores, minutes on a GPU; run it again to resume, and with ``--assemble-only`` to write the pipeline of the newest
-checkpoint. TrainingData ``<run>/autoencoder/vae`` and ``<run>/text``; writes ``<run>/pipeline``.
+Hours on two cores, minutes on a GPU; run it again to resume, and with `--assemble-only` to write the pipeline of the newest
+checkpoint. TrainingData `<run>/autoencoder/vae` and `<run>/text`; writes `<run>/pipeline`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def build(heads: int) -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents of ``draws`` fresh draws of each caption, in the transformer's scale, and their captions."""
+    """The latents of `draws` fresh draws of each caption, in the transformer's scale, and their captions."""
     if not path.exists():
         generator = torch.Generator().manual_seed(3)
         captions = torch.arange(len(data)).repeat(draws)
@@ -106,7 +106,7 @@ def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> t
 
 
 def assemble(parts: Parts, transformer: FluxTransformer2DModel, folder: Path) -> None:
-    """Write a stock ``FluxPipeline`` in float16."""
+    """Write a stock `FluxPipeline` in float16."""
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=parts.vae,

@@ -1,7 +1,7 @@
 """Teachers that are exact: Gaussian mixtures, whose marginals under any process, and every prediction from them, are known in closed form.
 
-A component ``N(mu, S)`` becomes ``N(alpha mu, C)``, ``C = alpha^2 S + sigma^2 I``. With ``r_k`` the posterior weight of component ``k`` at
-``x_t`` (its responsibility)::
+A component `N(mu, S)` becomes `N(alpha mu, C)`, `C = alpha^2 S + sigma^2 I`. With `r_k` the posterior weight of component `k` at
+`x_t` (its responsibility):
 
     score = -sum_k r_k C_k^-1 (x_t - alpha mu_k)
     E[x_0 | x_t] = sum_k r_k (mu_k + alpha S_k C_k^-1 (x_t - alpha mu_k))          E[eps | x_t] = -sigma score
@@ -21,10 +21,10 @@ from fastdistill.diffusion.process import Process, expand_time
 
 
 class GaussianMixture(nn.Module):
-    """``sum_k w_k N(mu_k, S_k)`` over vectors (B, D), with a class label for every component.
+    """`sum_k w_k N(mu_k, S_k)` over vectors (B, D), with a class label for every component.
 
     Conditioning on a label leaves the components of that label; the null label, which is the number of labels as in the label embeddings
-    of diffusers' ``DiTTransformer2DModel``, leaves all. Computations run in the dtype of ``means``, and results have that of the points.
+    of diffusers' `DiTTransformer2DModel`, leaves all. Computations run in the dtype of `means`, and results have that of the points.
 
     Args:
         weights: (K,), positive; scaled to sum to 1.
@@ -65,7 +65,7 @@ class GaussianMixture(nn.Module):
 
     @classmethod
     def gaussian(cls, mean: Tensor, covariance: Tensor) -> GaussianMixture:
-        """One Gaussian, ``mean`` (D,) and ``covariance`` (D, D)."""
+        """One Gaussian, `mean` (D,) and `covariance` (D, D)."""
         return cls(mean.new_ones(1), mean[None], covariance[None])
 
     @property
@@ -78,7 +78,7 @@ class GaussianMixture(nn.Module):
         return torch.einsum("kij,kj,klj->kil", self.axes, self.variances, self.axes)
 
     def given(self, label: int) -> GaussianMixture:
-        """The conditional distribution: the components of ``label``, each with a label of its own."""
+        """The conditional distribution: the components of `label`, each with a label of its own."""
         if label == self.null_label:
             chosen = torch.ones_like(self.labels, dtype=torch.bool)
         else:
@@ -97,7 +97,7 @@ class GaussianMixture(nn.Module):
         return torch.einsum("k,kij->ij", weights, self.covariances) + torch.einsum("k,ki,kj->ij", weights, centred, centred)
 
     def draw(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``count`` points (count, D) and their labels (count,)."""
+        """`count` points (count, D) and their labels (count,)."""
         components = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=rng)
         z = torch.randn(count, self.means.shape[1], generator=rng, dtype=self.means.dtype)
         spread = torch.einsum("bij,bj->bi", self.axes[components], self.variances[components].sqrt() * z)
@@ -108,14 +108,14 @@ class GaussianMixture(nn.Module):
         return self._posterior(x_0, torch.ones_like(x_0[:, :1]), torch.zeros_like(x_0[:, :1]), None).responsibilities.to(x_0.dtype)
 
     def log_density(self, x_t: Tensor, t: Tensor, process: Process, labels: Tensor | None = None) -> Tensor:
-        """``log p_t(x_t | label)`` (B,) in nats, for ``x_t`` (B, D) and ``t`` (B,); labels (B,), by default the null label."""
+        """`log p_t(x_t | label)` (B,) in nats, for `x_t` (B, D) and `t` (B,); labels (B,), by default the null label."""
         alpha, sigma = self._schedule(process, t, x_t)
         return self._posterior(x_t, alpha, sigma, labels).log_density.to(x_t.dtype)
 
     def predict(self, x_t: Tensor, t: Tensor, process: Process, prediction: Prediction, labels: Tensor | None = None) -> Tensor:
-        """The exact conditional mean of any ``prediction`` (B, D): what a network that is trained to the end returns.
+        """The exact conditional mean of any `prediction` (B, D): what a network that is trained to the end returns.
 
-        Defined wherever ``process`` and ``prediction`` are finite; unlike for a network's output, so is the score at ``t = 0``.
+        Defined wherever `process` and `prediction` are finite; unlike for a network's output, so is the score at `t = 0`.
         """
         alpha, sigma = self._schedule(process, t, x_t)
         posterior = self._posterior(x_t, alpha, sigma, labels)
@@ -125,9 +125,9 @@ class GaussianMixture(nn.Module):
         return (a * posterior.x_0 - b * sigma * posterior.score).to(x_t.dtype)
 
     def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-        """Where the probability-flow ODE takes ``x_t`` (B, D) from ``t`` (B,) to ``s`` (B,), for a single Gaussian.
+        """Where the probability-flow ODE takes `x_t` (B, D) from `t` (B,) to `s` (B,), for a single Gaussian.
 
-        ``x_s = alpha_s mu + C_s^1/2 C_t^-1/2 (x_t - alpha_t mu)``; at ``s = 0`` the consistency function.
+        `x_s = alpha_s mu + C_s^1/2 C_t^-1/2 (x_t - alpha_t mu)`; at `s = 0` the consistency function.
 
         Raises:
             ValueError: there are several components: their map has no closed form.
@@ -176,7 +176,7 @@ class _Posterior(NamedTuple):
 
 
 class ExactTeacher(nn.Module):
-    """A mixture as the network that was trained on it to the end: called with ``(x_t, t, labels)``, it returns its ``prediction``.
+    """A mixture as the network that was trained on it to the end: called with `(x_t, t, labels)`, it returns its `prediction`.
 
     Without parameters, so that it takes the teacher's place in a method, or the fake score's of a student whose samples are Gaussian.
     """
@@ -189,7 +189,7 @@ class ExactTeacher(nn.Module):
         return self.mixture.predict(x_t, t, self.process, self.prediction, labels)
 
     def predictor(self, labels: Tensor | None = None, *, scale: float | Tensor = 1.0) -> Predictor:
-        """For samplers: given ``labels`` (B,), under classifier-free guidance of ``scale`` if that is not 1."""
+        """For samplers: given `labels` (B,), under classifier-free guidance of `scale` if that is not 1."""
 
         def of(condition: Tensor | None) -> Predictor:
             return Predictor(function=lambda x_t, t: self(x_t, t, condition), process=self.process, prediction=self.prediction)

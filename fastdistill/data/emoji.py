@@ -1,10 +1,10 @@
 """The emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
 
-A draw of caption ``c`` is the image of ``c`` scaled by ``s ~ U(0.85, 1)``, moved by up to two pixels along each axis and laid over
-a background colour that is uniform over eight. The caption does not name the colour, so ``p(colour | caption)`` has eight equal
+A draw of caption `c` is the image of `c` scaled by `s ~ U(0.85, 1)`, moved by up to two pixels along each axis and laid over
+a background colour that is uniform over eight. The caption does not name the colour, so `p(colour | caption)` has eight equal
 modes: a model that samples in too few steps, or has collapsed, shows it as a measurable loss of diversity.
 
-``python -m fastdistill.data.emoji`` renders the images from the installed Noto Color Emoji font into the sheet that the package ships.
+`python -m fastdistill.data.emoji` renders the images from the installed Noto Color Emoji font into the sheet that the package ships.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Emoji:
         return len(self.captions)
 
     def draw(self, captions: Tensor, generator: torch.Generator) -> Draws:
-        """One fresh draw for each caption index in ``captions`` (B,)."""
+        """One fresh draw for each caption index in `captions` (B,)."""
         batch = captions.shape[0]
         scale = 1 - torch.rand(batch, generator=generator) * (1 - MIN_SCALE)
         shift = (torch.rand(batch, 2, generator=generator) * 2 - 1) * (MAX_SHIFT_PIXELS * 2 / SIZE)
@@ -101,12 +101,12 @@ class Emoji:
         return Draws(pixels=rgb * 2 - 1, captions=captions, backgrounds=backgrounds)
 
     def random(self, batch: int, generator: torch.Generator) -> Draws:
-        """``batch`` fresh draws of captions chosen with equal odds."""
+        """`batch` fresh draws of captions chosen with equal odds."""
         return self.draw(torch.randint(len(self), (batch,), generator=generator), generator)
 
 
 def render(font_path: Path, folder: Path) -> None:
-    """Render ``CHARACTERS`` from Noto Color Emoji into ``folder/emoji.png`` and their CLDR names into ``folder/captions.json``."""
+    """Render `CHARACTERS` from Noto Color Emoji into `folder/emoji.png` and their CLDR names into `folder/captions.json`."""
     import emoji as cldr
     from PIL import ImageDraw, ImageFont
 

@@ -1,4 +1,4 @@
-"""A folder of images with captions, as trainers take it: ``name.txt`` beside ``name.jpg``."""
+"""A folder of images with captions, as trainers take it: `name.txt` beside `name.jpg`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Captioned:
 
 
 def read_folder(folder: Path, at_most: int) -> list[Captioned]:
-    """The images of ``folder`` in the order of their names, or ``at_most`` of them, spread evenly.
+    """The images of `folder` in the order of their names, or `at_most` of them, spread evenly.
 
     Every one of these is opened and decoded, so that none fails in the middle of long work.
 

@@ -13,11 +13,11 @@ from fastdistill.models.families.family import Conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class LatentBatch:
-    """Clean latents (B, ...), in the scale that the network is trained on, with what its family's ``predict`` takes beside them."""
+    """Clean latents (B, ...), in the scale that the network is trained on, with what its family's `predict` takes beside them."""
 
     latents: Tensor
     conditioning: Any
-    """A :class:`~fastdistill.models.families.family.Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
+    """A `Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -31,7 +31,7 @@ class LatentBatch:
 class LatentPool:
     """A cached pool of latents (N, C, H, W), the prompt of each (N,), and the conditioning of every prompt (P, ...).
 
-    The last row of ``conditioning`` is that of the empty prompt, which stands in with odds ``dropout`` so that the student can be
+    The last row of `conditioning` is that of the empty prompt, which stands in with odds `dropout` so that the student can be
     sampled with classifier-free guidance (Ho & Salimans 2022).
     """
 
@@ -45,7 +45,7 @@ class LatentPool:
             raise ValueError(f"a pool needs one prompt per latent and at least one: {self.latents.shape[0]} and {self.prompts.shape[0]}")
 
     def batch(self, size: int, generator: torch.Generator) -> LatentBatch:
-        """``size`` latents with replacement."""
+        """`size` latents with replacement."""
         rows = torch.randint(self.latents.shape[0], (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < self.dropout
         prompts = torch.where(dropped, len(self.conditioning) - 1, self.prompts[rows])

@@ -13,7 +13,7 @@ from fastdistill.data.latents import LatentBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(LatentBatch):
-    """The ``latents`` (B, ...) are the teacher's samples from ``noise`` (B, ...), under the guidance ``scale`` (B,) if that was drawn."""
+    """The `latents` (B, ...) are the teacher's samples from `noise` (B, ...), under the guidance `scale` (B,) if that was drawn."""
 
     noise: Tensor
     scale: Tensor | None = None
@@ -40,7 +40,7 @@ class PairPool:
     """Where batches go; the pool itself may be too large for a GPU."""
 
     def batch(self, size: int, generator: torch.Generator) -> PairBatch:
-        """``size`` pairs with replacement."""
+        """`size` pairs with replacement."""
         rows = torch.randint(len(self.noise), (size,), generator=generator)
         return PairBatch(
             latents=self.latents[rows].to(self.device),

@@ -24,9 +24,9 @@ def cached_shards(
     settings: Mapping[str, Any],
     make: Callable[[int, torch.Generator], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """``count`` rows of what ``make(size, generator)`` returns, made ``shard`` rows at a time and each written to ``folder`` when done.
+    """`count` rows of what `make(size, generator)` returns, made `shard` rows at a time and each written to `folder` when done.
 
-    Every shard has a generator of its own, seeded by ``seed`` and its number. So a run that was killed goes on at the first shard that
+    Every shard has a generator of its own, seeded by `seed` and its number. So a run that was killed goes on at the first shard that
     is not there, and ends with the same bits.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Classifier-free guidance, in one convention: ``u + w (c - u)``.
+"""Classifier-free guidance, in one convention: `u + w (c - u)`.
 
-``w = 1`` is no guidance, ``w = 0`` unconditional: diffusers' ``guidance_scale`` and ``true_cfg_scale``, and Imagen's ``w`` (Saharia et al.
-2022, equation 2). Ho & Salimans (2022, equation 6), Self-Forcing and diffusers' LCM script write ``c + w (c - u)`` instead: add 1 to a
+`w = 1` is no guidance, `w = 0` unconditional: diffusers' `guidance_scale` and `true_cfg_scale`, and Imagen's `w` (Saharia et al.
+2022, equation 2). Ho & Salimans (2022, equation 6), Self-Forcing and diffusers' LCM script write `c + w (c - u)` instead: add 1 to a
 scale of theirs.
 """
 
@@ -17,9 +17,9 @@ from fastdistill.diffusion.process import expand_time
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
-    """``u + w (c - u)`` for predictions (B, ...) of one kind at the same ``x_t``, and one ``w`` or one per sample (B,).
+    """`u + w (c - u)` for predictions (B, ...) of one kind at the same `x_t`, and one `w` or one per sample (B,).
 
-    The result does not depend on the kind of prediction, as conversions are affine and the weights ``1 - w`` and ``w`` sum to 1.
+    The result does not depend on the kind of prediction, as conversions are affine and the weights `1 - w` and `w` sum to 1.
     """
     if isinstance(scale, Tensor):
         scale = expand_time(scale, conditional).to(conditional.dtype)
@@ -32,7 +32,7 @@ def guided(
     """The guided field as a predictor: both functions are called at every step.
 
     Args:
-        interval: guide at ``low <= t <= high`` only, as guidance near noise costs diversity and near data does nothing (Kynkäänniemi et
+        interval: guide at `low <= t <= high` only, as guidance near noise costs diversity and near data does nothing (Kynkäänniemi et
             al. 2024).
 
     Raises:

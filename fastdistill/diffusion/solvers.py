@@ -1,7 +1,7 @@
-"""What diffusers has no scheduler for, for any process: the probability-flow ODE and the reverse SDE in ``t``, and Langevin dynamics.
+"""What diffusers has no scheduler for, for any process: the probability-flow ODE and the reverse SDE in `t`, and Langevin dynamics.
 
-All call the predictor at the falling ``times`` (steps,) and end with its ``x_0`` at the last of them, which removes the noise left there
-(Tweedie's formula; Jolicoeur-Martineau et al. 2021). From rectified flow's last time that is Euler's step to ``t = 0``.
+All call the predictor at the falling `times` (steps,) and end with its `x_0` at the last of them, which removes the noise left there
+(Tweedie's formula; Jolicoeur-Martineau et al. 2021). From rectified flow's last time that is Euler's step to `t = 0`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _start(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
-    """The probability-flow ODE ``dx/dt = velocity`` (Song et al. 2021, equation 13) by Euler's method: an error of first order."""
+    """The probability-flow ODE `dx/dt = velocity` (Song et al. 2021, equation 13) by Euler's method: an error of first order."""
     x = _start(predictor, noise, times)
     for t, t_next in pairwise(times):
         x = x + float(t_next - t) * predictor(x, repeat_time(t, x), Prediction.VELOCITY)
@@ -42,12 +42,12 @@ def heun(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator) -> Tensor:
-    """The reverse SDE ``dx = (f x - g^2 score) dt + g dw`` (Song et al. 2021, equation 6): an error of first order in distribution.
+    """The reverse SDE `dx = (f x - g^2 score) dt + g dw` (Song et al. 2021, equation 6): an error of first order in distribution.
 
-    Stable where ``log_snr`` changes by less than 2 a step, so that its times are best those of :meth:`Process.log_snr_times`.
+    Stable where `log_snr` changes by less than 2 a step, so that its times are best those of `Process.log_snr_times`.
 
     Raises:
-        ValueError: a time but the last has ``alpha = 0``, where ``f`` and ``g`` are infinite.
+        ValueError: a time but the last has `alpha = 0`, where `f` and `g` are infinite.
     """
     process = predictor.process
     drift, diffusion_squared = process.drift(times.double()), process.diffusion_squared(times.double())
@@ -65,10 +65,10 @@ def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torc
 def annealed_langevin(
     predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator, *, corrections: int = 20, step_size: float = 0.4
 ) -> Tensor:
-    """``corrections`` steps ``x <- x + h/2 score + sqrt(h) z`` at each time, ``h = step_size sigma^2`` (Song & Ermon 2019, algorithm 1).
+    """`corrections` steps `x <- x + h/2 score + sqrt(h) z` at each time, `h = step_size sigma^2` (Song & Ermon 2019, algorithm 1).
 
-    ``step_size`` is that of the standardised state ``x / sigma``: the paper's ``epsilon / sigma_L^2``. Its stationary variance is too large
-    by ``step_size / 4`` of ``sigma^2``, which later levels forget.
+    `step_size` is that of the standardised state `x / sigma`: the paper's `epsilon / sigma_L^2`. Its stationary variance is too large
+    by `step_size / 4` of `sigma^2`, which later levels forget.
     """
     process = predictor.process
     sigmas, scales = process.sigma(times.double()), torch.hypot(process.alpha(times.double()), process.sigma(times.double()))

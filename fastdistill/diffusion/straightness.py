@@ -11,13 +11,13 @@ from fastdistill.diffusion.process import RectifiedFlow, repeat_time
 
 @torch.no_grad()
 def straightness(predictor: Predictor, noise: Tensor, steps: int = 64) -> float:
-    """``int_0^1 E |(x_1 - x_0) - v(x_t, t)|^2 dt`` of the rectified flow from ``noise`` (B, ...), by ``steps`` of Heun's method.
+    """`int_0^1 E |(x_1 - x_0) - v(x_t, t)|^2 dt` of the rectified flow from `noise` (B, ...), by `steps` of Heun's method.
 
-    Relative to ``E |x_1 - x_0|^2``: zero if and only if every trajectory is a straight line of constant speed, which one step of Euler's
+    Relative to `E |x_1 - x_0|^2`: zero if and only if every trajectory is a straight line of constant speed, which one step of Euler's
     method solves exactly. The squared speed, averaged by the trapezoidal rule at the steps.
 
     Raises:
-        ValueError: the process is not rectified flow, whose ``t`` measures the way.
+        ValueError: the process is not rectified flow, whose `t` measures the way.
     """
     if not isinstance(predictor.process, RectifiedFlow):
         raise ValueError(f"straightness is a property of rectified flow, not of {type(predictor.process).__name__}")

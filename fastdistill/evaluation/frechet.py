@@ -1,6 +1,6 @@
 """Frechet distance between two sets of images in the autoencoder's latent space.
 
-``d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))`` (Dowson & Landau 1982; Heusel et al. 2017, equation 6). The features are the
+`d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))` (Dowson & Landau 1982; Heusel et al. 2017, equation 6). The features are the
 posterior means in the transformer's scale, averaged over the cells of a 4 x 4 grid. No network trained on photographs is involved. As
 with every Frechet distance, few samples bias it upwards: compare only values of equal sample counts.
 """
@@ -29,10 +29,10 @@ def features(vae: Any, pixels: Tensor, batch: int = 64) -> Tensor:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """``d^2`` between Gaussians fitted to two feature sets, (N, F) and (M, F), N and M at least 2.
+    """`d^2` between Gaussians fitted to two feature sets, (N, F) and (M, F), N and M at least 2.
 
-    The trace of the square root is the sum of the square roots of the eigenvalues of ``A C_2 A`` with ``A = C_1^(1/2)``, which is
-    symmetric: stable where a general matrix square root of ``C_1 C_2`` is not.
+    The trace of the square root is the sum of the square roots of the eigenvalues of `A C_2 A` with `A = C_1^(1/2)`, which is
+    symmetric: stable where a general matrix square root of `C_1 C_2` is not.
     """
     if len(first) < 2 or len(second) < 2:
         raise ValueError(f"a covariance needs at least two samples, got {len(first)} and {len(second)}")

@@ -26,7 +26,7 @@ GRID_COLUMNS = 10
 
 
 class Gallery:
-    """Of each model a file in ``folder``; the one that is called ``reference`` is what the others are compared with."""
+    """Of each model a file in `folder`; the one that is called `reference` is what the others are compared with."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Gallery:
         console: Console,
         shared: Path | None = None,
     ) -> None:
-        """``count`` images of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
+        """`count` images of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
 
         Args:
             shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share;
-                by default ``folder``.
+                by default `folder`.
         """
         shown = max(count, GRID_COLUMNS)
         self.prompts = [prompts[i * len(prompts) // min(shown, len(prompts))] for i in range(min(shown, len(prompts)))]
@@ -55,7 +55,7 @@ class Gallery:
         self.reference, self.shared = reference, folder if shared is None else shared
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
-        """The measurements of ``pipeline``, a JSON object; sampled as the gallery says, unless ``sampling`` says otherwise."""
+        """The measurements of `pipeline`, a JSON object; sampled as the gallery says, unless `sampling` says otherwise."""
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
@@ -75,7 +75,7 @@ class Gallery:
         return metrics
 
     def grid(self, names: Sequence[str]) -> Image.Image:
-        """A row of images for each of ``names``, which have been evaluated."""
+        """A row of images for each of `names`, which have been evaluated."""
         columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
         images = torch.stack([self._images(name)[columns] for name in names])
         return grid(images, names, [self.prompts[i] for i in columns])

@@ -19,7 +19,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def over_seeds(values: Sequence[float], form: str) -> str:
-    """Mean ± sample standard deviation of at least one value, each in ``form``; of one value no deviation."""
+    """Mean ± sample standard deviation of at least one value, each in `form`; of one value no deviation."""
     mean = form.format(sum(values) / len(values))
     return f"{mean} ± {form.format(spread(values))}" if len(values) > 1 else mean
 

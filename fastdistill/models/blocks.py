@@ -10,7 +10,7 @@ from fastdistill.models.families.family import Anatomy, BlockId, Stack
 
 
 def blocks_of(network: nn.Module, stack: Stack) -> list[nn.Module]:
-    """The blocks of ``stack``; none if this network goes without."""
+    """The blocks of `stack`; none if this network goes without."""
     return list(attrgetter(stack.attribute)(network) or ())
 
 

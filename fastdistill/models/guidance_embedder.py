@@ -13,12 +13,12 @@ from fastdistill.errors import UserError
 
 
 def embeds_guidance(network: nn.Module) -> bool:
-    """Whether ``network`` takes a guidance scale, by the config field that diffusers' transformers have for it."""
+    """Whether `network` takes a guidance scale, by the config field that diffusers' transformers have for it."""
     return bool(getattr(getattr(network, "config", None), "guidance_embeds", False))
 
 
 def with_scale(conditioning: Any, network: nn.Module, scale: Tensor) -> Any:
-    """``conditioning`` as ``network`` takes it: with ``scale`` (B,) as its ``guidance`` if the network embeds one, without otherwise."""
+    """`conditioning` as `network` takes it: with `scale` (B,) as its `guidance` if the network embeds one, without otherwise."""
     if embeds_guidance(network):
         return dataclasses.replace(conditioning, guidance=scale)
     if getattr(conditioning, "guidance", None) is not None:
@@ -27,7 +27,7 @@ def with_scale(conditioning: Any, network: nn.Module, scale: Tensor) -> Any:
 
 
 def with_guidance_embedder(transformer: Any) -> Any:
-    """A stock ``FluxTransformer2DModel`` with ``guidance_embeds=True`` that starts with the outputs of ``transformer``, which has none.
+    """A stock `FluxTransformer2DModel` with `guidance_embeds=True` that starts with the outputs of `transformer`, which has none.
 
     The new embedder's last layer is zero, so that no scale changes anything until it is trained: the linear layer initialised to zero
     of Meng et al. (2023, section 3.1). Its first layer is a copy of the time embedder's, which reads the same sinusoidal features.

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def captured(network: nn.Module, family: Family, blocks: Iterable[BlockId]) -> Iterator[dict[BlockId, Streams]]:
-    """The outputs of ``blocks``, by stream, of the latest forward pass inside the ``with``."""
+    """The outputs of `blocks`, by stream, of the latest forward pass inside the `with`."""
     outputs: dict[BlockId, Streams] = {}
 
     def hook(block_id: BlockId) -> Any:
@@ -34,7 +34,7 @@ def captured(network: nn.Module, family: Family, blocks: Iterable[BlockId]) -> I
 
 @contextmanager
 def captured_inputs(network: nn.Module, family: Family, blocks: Iterable[BlockId]) -> Iterator[dict[BlockId, Streams]]:
-    """The inputs of ``blocks``, by stream, of the latest forward pass inside the ``with``."""
+    """The inputs of `blocks`, by stream, of the latest forward pass inside the `with`."""
     inputs: dict[BlockId, Streams] = {}
 
     def hook(block_id: BlockId) -> Any:
@@ -51,7 +51,7 @@ def captured_inputs(network: nn.Module, family: Family, blocks: Iterable[BlockId
 
 @contextmanager
 def skipped(network: nn.Module, anatomy: Anatomy, blocks: Iterable[BlockId]) -> Iterator[None]:
-    """Inside the ``with``, ``blocks`` hand their inputs on unchanged, as if they had been cut out."""
+    """Inside the `with`, `blocks` hand their inputs on unchanged, as if they had been cut out."""
     # Looked up before anything is replaced, so that an unknown block leaves all as it was.
     pairs = [(block(network, block_id), anatomy.stack(block_id.stack).pass_through) for block_id in blocks]
     with ExitStack() as stack:
@@ -62,7 +62,7 @@ def skipped(network: nn.Module, anatomy: Anatomy, blocks: Iterable[BlockId]) -> 
 
 @contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the ``with``, ``forward`` runs in place of the module's own, which may be its class's or a patch."""
+    """Inside the `with`, `forward` runs in place of the module's own, which may be its class's or a patch."""
     earlier = module.__dict__.get("forward")
     # On the instance: the class, and every other model of it, stays as it is.
     module.forward = forward
@@ -76,7 +76,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def one_out(network: nn.Module, family: Family, blocks: Sequence[BlockId], run: Callable[[], Result], first: int = 0) -> Iterator[Result]:
-    """``run()`` without block ``blocks[first]``, without ``blocks[first + 1]``, ... to the last, each alone.
+    """`run()` without block `blocks[first]`, without `blocks[first + 1]`, ... to the last, each alone.
 
     A run without block i differs from the whole network only behind block i. So it starts there: what enters block i is kept from the
     run before it, block i - 1 returns it, and those ahead of that do nothing. Block i itself runs too, for what enters the next one,

@@ -68,7 +68,7 @@ def dtype_on(device: str) -> torch.dtype:
 
 
 def load(model: str, device: str | None = None) -> Loaded:
-    """Open a FLUX pipeline: ``"emoji"`` for the embedded one, a local folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
+    """Open a FLUX pipeline: `"emoji"` for the embedded one, a local folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite, or not of a type

@@ -20,11 +20,11 @@ FILE = "fastdistill.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's ``fastdistill.json`` overrides them."""
+    """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's `fastdistill.json` overrides them."""
 
     num_inference_steps: int = 28
     true_cfg_scale: float = 1.0
-    """Classifier-free guidance with the empty prompt, ``u + w (c - u)``; 1 is off."""
+    """Classifier-free guidance with the empty prompt, `u + w (c - u)`; 1 is off."""
     guidance_scale: float = 3.5
     """Embedded guidance of a guidance-distilled model; others ignore it."""
     height: int = 1024
@@ -36,7 +36,7 @@ class SamplingDefaults:
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
-        """Those of ``folder``, or FLUX.1-dev's if it names none (diffusers ignores the file).
+        """Those of `folder`, or FLUX.1-dev's if it names none (diffusers ignores the file).
 
         Raises:
             UserError: the file is not JSON, or holds other names than these.
@@ -51,7 +51,7 @@ class SamplingDefaults:
             raise UserError(f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted") from error
 
     def replaced(self, options: Any) -> SamplingDefaults:
-        """These with the values of the equally named attributes of ``options`` that are there and not None."""
+        """These with the values of the equally named attributes of `options` that are there and not None."""
         given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
@@ -70,7 +70,7 @@ def sample(
     batch: int,
     tick: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] of ``prompts``, image ``i`` from noise of seed ``seeds[i]`` whatever the model and the batch."""
+    """Images (N, 3, H, W) in [-1, 1] of `prompts`, image `i` from noise of seed `seeds[i]` whatever the model and the batch."""
     if len(prompts) != len(seeds):
         raise ValueError(f"one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
     images = []

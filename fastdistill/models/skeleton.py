@@ -25,7 +25,7 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
     """A transformer without weights, how it is sampled, and pixels per latent.
 
     Args:
-        model: a pipeline's folder, which needs no more than ``transformer/config.json``; a transformer's folder or config file; a hub id.
+        model: a pipeline's folder, which needs no more than `transformer/config.json`; a transformer's folder or config file; a hub id.
     """
     folder = embedded_folder() if model == EMBEDDED else Path(model)
     paths = [folder] if folder.is_file() else [folder / "transformer" / "config.json", folder / "config.json"]

@@ -1,4 +1,4 @@
-"""Curves of a training run, from its ``metrics.jsonl``."""
+"""Curves of a training run, from its `metrics.jsonl`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ CLOSING = """\
 {% endfor %}
 fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, {{ versions.machine }}.
 """
-"""How every report ends: a template of ``seconds``, by stage, and :func:`versions`."""
+"""How every report ends: a template of `seconds`, by stage, and `versions`."""
 
 
 def versions() -> dict[str, str]:

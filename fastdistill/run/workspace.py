@@ -15,10 +15,10 @@ from fastdistill.run.files import write_json
 
 
 class Workspace:
-    """``output`` with its ``work`` folder, where every finished stage leaves its result for a run that is started again."""
+    """`output` with its `work` folder, where every finished stage leaves its result for a run that is started again."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
-        """Claim ``output`` for a run with ``settings`` that ends by writing the file ``result``.
+        """Claim `output` for a run with `settings` that ends by writing the file `result`.
 
         Raises:
             UserError: the folder holds a finished run, another run, or other files.
@@ -53,21 +53,21 @@ class Workspace:
         return bool(others) or (self.work.is_dir() and any(self.work.iterdir()))
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value of stage ``name``: read if it is there, else made and written."""
+        """The JSON value of stage `name`: read if it is there, else made and written."""
         path = self.work / f"{name}.json"
         if not path.exists():
             write_json(path, make())
         return json.loads(path.read_text())
 
     def folder(self, name: str) -> Path:
-        """A folder of its own in ``work``."""
+        """A folder of its own in `work`."""
         path = self.work / name
         path.mkdir(exist_ok=True)
         return path
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Adds the time inside to ``seconds[stage]``, over all runs of the command that it took."""
+        """Adds the time inside to `seconds[stage]`, over all runs of the command that it took."""
         began = time.perf_counter()
         try:
             yield

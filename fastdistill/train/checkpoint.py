@@ -1,7 +1,7 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, written whole or not at all.
 
-A checkpoint is a folder ``checkpoint-<step>`` with one file per role for weights, optimizer moments and averaged weights, one for what
-the method keeps beside them, and ``state.json``. It is written under a temporary name and renamed when complete: a process killed at any
+A checkpoint is a folder `checkpoint-<step>` with one file per role for weights, optimizer moments and averaged weights, one for what
+the method keeps beside them, and `state.json`. It is written under a temporary name and renamed when complete: a process killed at any
 moment leaves the previous checkpoint in place. Nothing is pickled.
 
 Of sharded networks the first process writes whole tensors, so its host needs room for the largest file, which is an optimizer's: 8 bytes
@@ -45,7 +45,7 @@ def save(
     keep: int = 1,
     kept: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``run/checkpoint-<step>``, unless it is there, and remove all but the ``keep`` newest. All processes call this together.
+    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest. All processes call this together.
 
     Args:
         networks: by role; those with an optimizer are written.
@@ -80,7 +80,7 @@ def load(
     optimizers: Mapping[str, torch.optim.Optimizer],
     emas: Mapping[str, EMA],
 ) -> dict[str, Any]:
-    """Restore what :func:`save` wrote, in place, and return its ``state.json``.
+    """Restore what `save` wrote, in place, and return its `state.json`.
 
     Raises:
         UserError: it is the checkpoint of other networks.
@@ -96,7 +96,7 @@ def load(
 
 
 def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The further tensors of a checkpoint, sharded where those of the same name in ``like`` are."""
+    """The further tensors of a checkpoint, sharded where those of the same name in `like` are."""
     file = path / "method.safetensors"
     if not file.exists():
         return {}
@@ -110,7 +110,7 @@ def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @torch.no_grad()
 def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy the tensors of ``file`` into those of the same name.
+    """Copy the tensors of `file` into those of the same name.
 
     Raises:
         UserError: names or shapes differ.
@@ -179,7 +179,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer moments as ``<parameter index>.<name>``; hyperparameters are the configuration's, not the checkpoint's."""
+    """Optimizer moments as `<parameter index>.<name>`; hyperparameters are the configuration's, not the checkpoint's."""
     return {
         f"{index}.{name}": torch.as_tensor(value)
         for index, parameter in enumerate(_parameters(optimizer))

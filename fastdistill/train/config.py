@@ -20,10 +20,10 @@ class RoleConfig:
     warmup_steps: int = 20
     """Steps of linear warm-up from zero."""
     schedule: Schedule = "cosine"
-    """After warm-up: constant; cosine to zero at ``steps``; or constant and, over the last quarter, linear to zero (warm-up, stable,
-    decay; Hu et al. 2024), which alone lets a run be resumed with another number of ``steps`` before its decay begins."""
+    """After warm-up: constant; cosine to zero at `steps`; or constant and, over the last quarter, linear to zero (warm-up, stable,
+    decay; Hu et al. 2024), which alone lets a run be resumed with another number of `steps` before its decay begins."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """``adamw8bit`` keeps both moments in a byte each (Dettmers et al. 2022); it needs bitsandbytes and a single process."""
+    """`adamw8bit` keeps both moments in a byte each (Dettmers et al. 2022); it needs bitsandbytes and a single process."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -38,7 +38,7 @@ class RoleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RoleConfig):
-    """A whole run. What a role may have settings of its own for holds for every role that is not in ``roles``."""
+    """A whole run. What a role may have settings of its own for holds for every role that is not in `roles`."""
 
     steps: int
     """Optimizer steps."""
@@ -48,14 +48,14 @@ class TrainConfig(RoleConfig):
     """Equal parts into which a step's batch is cut, whose gradients are averaged. Fewer samples are in memory at a time; under torchrun
     the processes share the parts. The noise is drawn for each part, so it is this number that a result depends on, not the processes."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights and optimizer stay float32."""
+    """`bf16` runs the forward pass under autocast; weights and optimizer stay float32."""
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 200
     keep_checkpoints: int = 1
     """The newest so many are kept."""
     tensorboard: bool = False
-    """Scalars and images for TensorBoard, too, in ``tensorboard/`` of the run's folder."""
+    """Scalars and images for TensorBoard, too, in `tensorboard/` of the run's folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +67,7 @@ class TrainConfig(RoleConfig):
         return self.roles.get(role, self)
 
     def check_roles(self, trained: Collection[str]) -> None:
-        """Raise :class:`UserError` if ``roles`` names one that is not among the ``trained``."""
+        """Raise `UserError` if `roles` names one that is not among the `trained`."""
         for role in self.roles:
             if role not in trained:
                 nearest = get_close_matches(role, trained, n=1, cutoff=0)[0]

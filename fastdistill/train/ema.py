@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """``shadow <- decay * shadow + (1 - decay) * parameter``, kept in float32.
+    """`shadow <- decay * shadow + (1 - decay) * parameter`, kept in float32.
 
-    The decay is warmed up as ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, so that a short run is not dominated by its
-    initial weights (Tensorflow's ``ExponentialMovingAverage``, ``num_updates``). Of a sharded network every process averages its part.
+    The decay is warmed up as `min(decay, (1 + n) / (10 + n))` after `n` updates, so that a short run is not dominated by its
+    initial weights (Tensorflow's `ExponentialMovingAverage`, `num_updates`). Of a sharded network every process averages its part.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

@@ -61,7 +61,7 @@ def memory(method: Method, config: TrainConfig, processes: int = 1) -> list[Item
 
 
 def dry_run(method: Method, config: TrainConfig, processes: int = 1) -> str:
-    """The resolved configuration and :func:`memory`, as text."""
+    """The resolved configuration and `memory`, as text."""
     items = memory(method, config, processes)
     rows = [(item.role, item.what, item.dtype, item.bytes) for item in items]
     rows.append(("in all", "", "", sum(item.bytes for item in items)))

@@ -20,14 +20,14 @@ from fastdistill.run.progress import bar
 
 
 class Log:
-    """Appends metrics to ``run/metrics.jsonl``, keeps images, and shows the progress from step ``start`` to ``total``.
+    """Appends metrics to `run/metrics.jsonl`, keeps images, and shows the progress from step `start` to `total`.
 
     Args:
-        tensorboard: write ``run/tensorboard``, too.
+        tensorboard: write `run/tensorboard`, too.
         silent: say and write nothing, as all processes but the first.
 
     Raises:
-        UserError: ``tensorboard`` without the package.
+        UserError: `tensorboard` without the package.
     """
 
     def __init__(self, run: Path, describe: str, *, start: int, total: int, tensorboard: bool = False, silent: bool = False) -> None:
@@ -67,7 +67,7 @@ class Log:
                     self.writer.add_scalar(name, value, step)
 
     def image(self, name: str, step: int, image: Image) -> None:
-        """Keep ``image`` as ``run/<name>/<step>.png``."""
+        """Keep `image` as `run/<name>/<step>.png`."""
         if self.silent:
             return
         path = self.run / name / f"{step:07d}.png"

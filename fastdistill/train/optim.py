@@ -16,7 +16,7 @@ def build(parameters: Sequence[nn.Parameter], config: RoleConfig) -> torch.optim
     """The optimizer of a role; its learning rate is set anew in every step.
 
     Raises:
-        UserError: ``adamw8bit`` without bitsandbytes, or under torchrun.
+        UserError: `adamw8bit` without bitsandbytes, or under torchrun.
     """
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)

@@ -1,11 +1,11 @@
 """Several processes with a part of every network each: torchrun, FSDP2. One process runs the same code and needs no process group.
 
-Every process draws a step's whole batch and takes its share of the ``micro_batches``, each of which has noise of its own. Which process
+Every process draws a step's whole batch and takes its share of the `micro_batches`, each of which has noise of its own. Which process
 computes a part changes nothing but the order in which gradients are added, so a run gives the same losses in every layout, and
 checkpoints, which hold whole tensors, go from one to another.
 
 A process has to call a network as often as the others do, as they exchange its weights. How often that is, if it is drawn, is drawn in
-``before_step`` of :class:`~fastdistill.train.method.BeforeStep`.
+`before_step` of `BeforeStep`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rank() -> int:
 
 
 def shard(network: nn.Module) -> None:
-    """Give every process a part of each tensor of ``network``, trained or frozen; among several processes only.
+    """Give every process a part of each tensor of `network`, trained or frozen; among several processes only.
 
     A network's blocks, the members of its outermost module lists, are put together one at a time where they run, and then all that is
     outside of them. Gradients are averaged over the processes. The classes of these modules get other names, so a network is patched and
@@ -89,7 +89,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of ``whole``, on the device of ``like``, if that is sharded; else all of it."""
+    """This process's part of `whole`, on the device of `like`, if that is sharded; else all of it."""
     if world_size() > 1:
         from torch.distributed.tensor import DTensor, distribute_tensor
 

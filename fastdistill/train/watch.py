@@ -20,7 +20,7 @@ from fastdistill.train.log import Log
 
 
 class Observer(Protocol):
-    """Called after every ``every`` steps and after the last. Under torchrun all processes call it, and the log of one speaks."""
+    """Called after every `every` steps and after the last. Under torchrun all processes call it, and the log of one speaks."""
 
     @property
     def every(self) -> int: ...
@@ -30,7 +30,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """Keeps rows of images as ``run/samples/<step>.png``, such as those of ``student``, ``x0_real`` and ``x0_critic``."""
+    """Keeps rows of images as `run/samples/<step>.png`, such as those of `student`, `x0_real` and `x0_critic`."""
 
     every: int
     draw: Callable[[], Mapping[str, Tensor]]
@@ -43,7 +43,7 @@ class SampleGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good is the student? Its best averaged weights are kept in ``run/best``."""
+    """How good is the student? Its best averaged weights are kept in `run/best`."""
 
     evaluate: Callable[[], Mapping[str, float]]
     """Measurements of the student by name."""
@@ -75,7 +75,7 @@ class Best:
         """Whether this is the best. What is not a number never is.
 
         Raises:
-            UserError: the measurements have none of the name in ``monitor``.
+            UserError: the measurements have none of the name in `monitor`.
         """
         monitor = self.evaluation.monitor
         if monitor not in measured:
@@ -97,7 +97,7 @@ class Best:
     def continue_from(self, record: Mapping[str, Any]) -> None:
         """
         Raises:
-            UserError: it was made by another ``monitor``.
+            UserError: it was made by another `monitor`.
         """
         if record["monitor"] != self.evaluation.monitor:
             raise UserError(f"this run was monitored by {record['monitor']!r}: keep it, or choose another folder for a new run")

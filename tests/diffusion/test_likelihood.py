@@ -52,7 +52,7 @@ def test_an_error_of_fourth_order() -> None:
 
 
 def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
-    """A Gaussian with diagonal covariance: ``z^T J z = tr J`` for every ``z`` of signs."""
+    """A Gaussian with diagonal covariance: `z^T J z = tr J` for every `z` of signs."""
     data = GaussianMixture.gaussian(torch.zeros(3, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).diag())
     x, _ = data.draw(10, generator())
     predictor = ExactTeacher(data, RectifiedFlow(), Prediction.VELOCITY).predictor()

@@ -58,7 +58,7 @@ def test_energy_distance_of_point_masses():
 
 
 def test_energy_distance_of_gaussians_on_the_line():
-    """By the mean of the folded normal: for ``N(m, 2)``, the difference of two draws, ``2 exp(-m^2/4) / sqrt(pi) + m erf(m/2)``."""
+    """By the mean of the folded normal: for `N(m, 2)`, the difference of two draws, `2 exp(-m^2/4) / sqrt(pi) + m erf(m/2)`."""
     shift = 0.7
     ranks = (torch.arange(1500, dtype=torch.float64) + 0.5) / 1500
     quantiles = math.sqrt(2) * torch.erfinv(2 * ranks - 1)[:, None]

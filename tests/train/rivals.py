@@ -31,7 +31,7 @@ class Blocks(nn.Module):
 
 
 class Rivals:
-    """``student`` follows ``teacher`` and ``target``, its own average, and flees ``critic``, which follows it."""
+    """`student` follows `teacher` and `target`, its own average, and flees `critic`, which follows it."""
 
     trains = ("student", "fake")
 
@@ -104,5 +104,5 @@ def folders(run: Path) -> list[str]:
 
 
 def die() -> None:
-    """As by ``kill -9``: nothing is flushed, nothing is cleaned up."""
+    """As by `kill -9`: nothing is flushed, nothing is cleaned up."""
     os.kill(os.getpid(), 9)

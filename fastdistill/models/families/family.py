@@ -1,7 +1,7 @@
 """What the rest of the project asks of a model family, in two parts.
 
-:class:`Anatomy` is what cutting needs: the block lists, and what follows a block that goes. Every family has it. :class:`Family` adds
-what sampling, scoring and recovery need. Methods and scores call a network only through :meth:`Family.predict`, so that their number and
+`Anatomy` is what cutting needs: the block lists, and what follows a block that goes. Every family has it. `Family` adds
+what sampling, scoring and recovery need. Methods and scores call a network only through `Family.predict`, so that their number and
 the number of families add up instead of multiplying.
 """
 
@@ -45,7 +45,7 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class BlockId:
-    """A transformer block: the ``ModuleList`` it is in and its index there."""
+    """A transformer block: the `ModuleList` it is in and its index there."""
 
     stack: str
     index: int
@@ -53,7 +53,7 @@ class BlockId:
 
 @dataclass(frozen=True, kw_only=True)
 class Closing:
-    """The last linear layer of a block on the way to some of its streams, ``h_out = h + gate * linear(z)``; by names inside the block."""
+    """The last linear layer of a block on the way to some of its streams, `h_out = h + gate * linear(z)`; by names inside the block."""
 
     linear: str
     norm: str
@@ -66,7 +66,7 @@ class Closing:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A list of equal blocks. Stacks that share a ``config_field`` must lose equally many, as that field counts the blocks of each."""
+    """A list of equal blocks. Stacks that share a `config_field` must lose equally many, as that field counts the blocks of each."""
 
     attribute: str
     """Where the list is, dotted if inside another module."""
@@ -91,7 +91,7 @@ def one_stream(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one forward pass works on: latents of ``height`` x ``width``, so many text tokens, and so many samples."""
+    """What one forward pass works on: latents of `height` x `width`, so many text tokens, and so many samples."""
 
     height: int
     width: int
@@ -100,7 +100,7 @@ class Workload:
 
 
 def noise(network: Any, *shape: int) -> Tensor:
-    """Standard normal numbers in the dtype and on the device of ``network``."""
+    """Standard normal numbers in the dtype and on the device of `network`."""
     return torch.randn(*shape, dtype=network.dtype, device=network.device)
 
 
@@ -134,7 +134,7 @@ class Anatomy(ABC):
 
     @abstractmethod
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:
-        """Arguments of ``network`` with the shapes that its pipeline gives them for text to image, in its dtype and on its device."""
+        """Arguments of `network` with the shapes that its pipeline gives them for text to image, in its dtype and on its device."""
 
 
 class Predicts(Protocol):
@@ -159,7 +159,7 @@ class Family(Anatomy):
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity ``dx_t/dt`` at ``t`` (B,) in [0, 1], in the shape and dtype of ``x_t``, whatever those of the network are."""
+        """The velocity `dx_t/dt` at `t` (B,) in [0, 1], in the shape and dtype of `x_t`, whatever those of the network are."""
 
     @abstractmethod
     def trajectory(
@@ -173,12 +173,12 @@ class Family(Anatomy):
         true_cfg_scale: float,
         guidance_scale: float,
     ) -> tuple[list[Tensor], Tensor]:
-        """The pipeline's own sampling from ``noise``: its ``steps + 1`` states, noise first, and their times (steps + 1,)."""
+        """The pipeline's own sampling from `noise`: its `steps + 1` states, noise first, and their times (steps + 1,)."""
 
     @abstractmethod
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a ``height`` x ``width`` pixel image."""
+        """(C, H, W) of the latents of a `height` x `width` pixel image."""
 
     @abstractmethod
     def streams(self, block_output: Any) -> Mapping[str, Tensor]:
-        """What a block hands to the next, by stream: ``image`` and ``text``, each (B, S, D)."""
+        """What a block hands to the next, by stream: `image` and `text`, each (B, S, D)."""

@@ -1,6 +1,6 @@
-"""FLUX.3: ``Flux3Transformer2DModel``, whose text, image and reference tokens run through lists of their own before the joint blocks.
+"""FLUX.3: `Flux3Transformer2DModel`, whose text, image and reference tokens run through lists of their own before the joint blocks.
 
-One ``num_layers`` counts the three lists, so a cut takes equally many blocks from each. They need not be the same ones, as no block of one
+One `num_layers` counts the three lists, so a cut takes equally many blocks from each. They need not be the same ones, as no block of one
 list knows of the others. Modulations are shared by all blocks of a list and stay as they are.
 """
 

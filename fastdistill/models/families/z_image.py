@@ -1,6 +1,6 @@
-"""Z-Image: ``ZImageTransformer2DModel``, with its main layers behind refiners of the noise, the caption and, in Omni, SigLIP features.
+"""Z-Image: `ZImageTransformer2DModel`, with its main layers behind refiners of the noise, the caption and, in Omni, SigLIP features.
 
-Refiners may be cut, too: each adds to its own tokens and nothing else knows of it. One ``n_refiner_layers`` counts those of every kind, so
+Refiners may be cut, too: each adds to its own tokens and nothing else knows of it. One `n_refiner_layers` counts those of every kind, so
 a cut takes equally many of each, though not the same ones.
 """
 
