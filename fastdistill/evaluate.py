@@ -1,4 +1,4 @@
-"""`python -m fastdistill.evaluate`: measure a FLUX pipeline against the known truth, or against another pipeline."""
+"""Command `python -m fastdistill.evaluate`: measure a FLUX pipeline against the known truth, or against another pipeline."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class EvaluateConfig:
     """Measure a FLUX pipeline.
 
     On the emoji testbed: caption accuracy with its confidence interval and spread over seeds, coverage of the background colours,
-    Frechet distance in latent space, PSNR of the autoencoder. With --reference, on any model: PSNR to it from the same noise.
+    Frechet distance in latent space, PSNR of the autoencoder. With --reference, on any model: PSNR to the reference from the same
+    noise, and Frechet distance to the reference.
     """
 
     model: str = "emoji"
-    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    """Folder or hub id of a FLUX pipeline; "emoji" is the pipeline that ships with this package."""
     reference: str | None = None
-    """Another pipeline to compare with, image by image."""
+    """Folder or hub id of a pipeline to compare with, image by image."""
     prompts: Path | None = None
     """Text file with one prompt a line; default: the model's own."""
     per_prompt: int = 4
@@ -33,7 +34,7 @@ class EvaluateConfig:
     batch: int = 64
     """Images at once."""
     output: Path | None = None
-    """JSON file to write as well as the table; it has the values of every seed."""
+    """JSON file to write, with the values of every seed."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the file if it exists."""
     device: str | None = None

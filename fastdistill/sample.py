@@ -1,4 +1,4 @@
-"""`python -m fastdistill.sample`: images of any FLUX pipeline, as one labelled grid."""
+"""Command `python -m fastdistill.sample`: images of any FLUX pipeline, as one labelled grid."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class SampleConfig:
     """
 
     model: str = "emoji"
-    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    """Folder or hub id of a FLUX pipeline; "emoji" is the pipeline that ships with this package."""
     prompts: tuple[str, ...] = ()
-    """What to draw; default: a few of the model's own prompts."""
+    """Prompts to draw; default: a few of the model's own."""
     per_prompt: int = 4
     """Images of each prompt, from seeds SEED, SEED + 1 ..."""
     output: Path = Path("grid.png")

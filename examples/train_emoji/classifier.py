@@ -1,9 +1,9 @@
-"""The judge of the emoji testbed: a classifier of captions, trained on fresh real draws only.
+"""Judge of the emoji testbed: a classifier of captions, trained on fresh real draws only.
 
     python examples/train_emoji/classifier.py --run runs/emoji/classifier
 
 Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are blurred and noised a little, as an
-autoencoder does, so that what is judged is the image and not its sharpness.
+autoencoder does, so that the classifier judges the image and not its sharpness.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastdistill.train.trainer import Trainer
 
 
 class Classification(StudentMethod):
-    """Cross-entropy of the caption."""
+    """Method whose loss is the cross-entropy of the caption."""
 
     def __init__(self, network: Classifier) -> None:
         self.networks = {"student": network}

@@ -1,4 +1,4 @@
-"""The emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
+"""Emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
 
 A draw of caption `c` is the image of `c` scaled by `s ~ U(0.85, 1)`, moved by up to two pixels along each axis and laid over
 a background colour that is uniform over eight. The caption does not name the colour, so `p(colour | caption)` has eight equal
@@ -52,13 +52,13 @@ BACKGROUNDS = {
 
 
 def assets() -> Path:
-    """The folder of the embedded emoji model and its images."""
+    """Folder of the embedded emoji model and its images."""
     return Path(str(resources.files("fastdistill"))) / "assets" / "emoji"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """A batch of fresh draws: pixels (B, 3, 64, 64) in [-1, 1], caption and background indices (B,)."""
+    """Batch of fresh draws: pixels (B, 3, 64, 64) in [-1, 1], caption and background indices (B,)."""
 
     pixels: Tensor
     captions: Tensor
@@ -66,7 +66,7 @@ class Draws:
 
 
 class Emoji:
-    """The images and captions of the testbed, and its sampler."""
+    """Images and captions of the testbed, and its sampler."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or assets()
@@ -86,12 +86,12 @@ class Emoji:
         return len(self.captions)
 
     def draw(self, captions: Tensor, generator: torch.Generator) -> Draws:
-        """One fresh draw for each caption index in `captions` (B,)."""
+        """Draw one fresh image for each caption index in `captions` (B,)."""
         batch = captions.shape[0]
         scale = 1 - torch.rand(batch, generator=generator) * (1 - MIN_SCALE)
         shift = (torch.rand(batch, 2, generator=generator) * 2 - 1) * (MAX_SHIFT_PIXELS * 2 / SIZE)
         backgrounds = torch.randint(len(BACKGROUNDS), (batch,), generator=generator)
-        # affine_grid maps output to input coordinates, hence the inverse scale and the negated shift.
+        # affine_grid maps output to input coordinates: the scale is inverse and the shift negated.
         theta = torch.zeros(batch, 2, 3)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
         theta[:, :, 2] = -shift / scale[:, None]
@@ -101,7 +101,7 @@ class Emoji:
         return Draws(pixels=rgb * 2 - 1, captions=captions, backgrounds=backgrounds)
 
     def random(self, batch: int, generator: torch.Generator) -> Draws:
-        """`batch` fresh draws of captions chosen with equal odds."""
+        """Draw `batch` fresh images of captions chosen with equal odds."""
         return self.draw(torch.randint(len(self), (batch,), generator=generator), generator)
 
 

@@ -1,6 +1,7 @@
-"""A model's own images, with where they began and a state on the way; or given images in their place.
+"""Images that a model drew, each with its noise and a state on the way; or given images in their place.
 
-No data set is needed to compress or distil a model: the pipeline samples prompts as a user would, with its own scheduler and guidance.
+No data set is needed to compress or distil a model: the pipeline samples prompts as a user would, with its own scheduler and
+guidance.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Trajectories:
 
 @dataclass(frozen=True, kw_only=True)
 class _Choices:
-    """Random choices behind N trajectories, drawn before the first is sampled: a cache holds none of them."""
+    """Random choices of N trajectories, drawn before the first is sampled: a cache holds none of them."""
 
     steps: Tensor
     """Step of the kept state (N,)."""

@@ -1,4 +1,4 @@
-"""One function that samples any predictor, by diffusers' schedulers or by the solvers that diffusers has not."""
+"""Sampling of any predictor by name: by diffusers' schedulers, or by solvers that diffusers lacks."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def sample(predictor: Predictor, noise: Tensor, times: Tensor, *, sampler: str, 
     """Samples (B, ...) of the data from standard normal `noise` (B, ...), by one of `SAMPLERS`.
 
     Args:
-        times: (steps,), falling: where the predictor is called. After the last a sampler goes to `x_0`. With
+        times: (steps,), falling: the times at which the predictor is called. After the last a sampler goes to `x_0`. With
             `few_step_times` and `flow_euler`, a rectified flow is sampled as FLUX is.
-        rng: for those that draw noise; by default seeded with 0.
+        rng: generator of samplers that draw noise; by default seeded with 0.
 
     Raises:
         ValueError: there is no such sampler, or it cannot visit these times (its docstring says why).

@@ -1,4 +1,4 @@
-"""The images of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
+"""Images of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GRID_COLUMNS = 10
 
 
 class Gallery:
-    """Of each model a file in `folder`; the one that is called `reference` is what the others are compared with."""
+    """File of images in `folder` for each model. The model that is called `reference` is compared with the others."""
 
     def __init__(
         self,
@@ -41,11 +41,12 @@ class Gallery:
         console: Console,
         shared: Path | None = None,
     ) -> None:
-        """`count` images of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
-
+        """
         Args:
-            shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share;
-                by default `folder`.
+            count: number of images of each model, spread over the prompts and then over seeds. With 0 only a grid is drawn, and nothing
+                is measured.
+            shared: folder for the images and measurements of the reference, in any number of steps. Galleries that measure the same
+                share it. By default it is `folder`.
         """
         shown = max(count, GRID_COLUMNS)
         self.prompts = [prompts[i * len(prompts) // min(shown, len(prompts))] for i in range(min(shown, len(prompts)))]
@@ -55,7 +56,7 @@ class Gallery:
         self.reference, self.shared = reference, folder if shared is None else shared
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
-        """The measurements of `pipeline`, a JSON object; sampled as the gallery says, unless `sampling` says otherwise."""
+        """Measure `pipeline`, a JSON object; it is sampled as the gallery says, unless `sampling` says otherwise."""
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
@@ -75,7 +76,7 @@ class Gallery:
         return metrics
 
     def grid(self, names: Sequence[str]) -> Image.Image:
-        """A row of images for each of `names`, which have been evaluated."""
+        """Draw a row of images for each of `names`, which have been evaluated."""
         columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
         images = torch.stack([self._images(name)[columns] for name in names])
         return grid(images, names, [self.prompts[i] for i in columns])
@@ -88,5 +89,5 @@ class Gallery:
         return folder / f"images-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
     def _is_reference(self, name: str) -> bool:
-        """Whether it is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
+        """Whether `name` is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
         return name.split(",")[0] == self.reference

@@ -22,7 +22,7 @@ def labelled_values() -> list[Value]:
 
 
 def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """A label and one text for each evaluation, of every value that at least one of them has."""
+    """Rows of a label and one text for each evaluation, for every value that at least one evaluation has."""
     table = []
     for key, label, form, _ in labelled_values():
         values = [evaluation.get(key) for evaluation in evaluations]

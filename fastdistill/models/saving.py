@@ -1,4 +1,4 @@
-"""A pipeline with another transformer: to sample it, and to save it as stock diffusers loads it."""
+"""Pipeline with another transformer, to sample it, and to save it for stock diffusers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdistill.run.files import write_text
 
 @contextmanager
 def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Iterator[None]:
-    """The pipeline with another transformer, and another scheduler if one is given, inside the block."""
+    """Give the pipeline another transformer inside the block, and another scheduler if one is given."""
     earlier = pipeline.transformer, pipeline.scheduler
     pipeline.transformer, pipeline.scheduler = transformer, scheduler or pipeline.scheduler
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file to write that replaces `path` at the end of the block, or is removed if the block fails.
+    """Yield a file to write, which replaces `path` at the end of the block, or is removed if the block fails.
 
     Several threads and processes may write the same `path`: each has a file of its own until then, with the suffix of `path`.
     """

@@ -1,4 +1,4 @@
-"""Whether the disk and the memory suffice: refused at once, or a run would fail after an hour of calibration."""
+"""Checks that disk and memory suffice. Without them a run would fail after an hour of calibration."""
 
 from __future__ import annotations
 

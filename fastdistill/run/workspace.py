@@ -1,4 +1,4 @@
-"""The output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
+"""Output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.run.files import write_json
 
 
 class Workspace:
-    """`output` with its `work` folder, where every finished stage leaves its result for a run that is started again."""
+    """Folder `output` with its folder `work`, where every finished stage leaves its result for a run that is started again."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
         """Claim `output` for a run with `settings` that ends by writing the file `result`.
@@ -53,21 +53,21 @@ class Workspace:
         return bool(others) or (self.work.is_dir() and any(self.work.iterdir()))
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value of stage `name`: read if it is there, else made and written."""
+        """Return the JSON value of stage `name`: read if it is there, else made and written."""
         path = self.work / f"{name}.json"
         if not path.exists():
             write_json(path, make())
         return json.loads(path.read_text())
 
     def folder(self, name: str) -> Path:
-        """A folder of its own in `work`."""
+        """Make a folder of its own in `work`."""
         path = self.work / name
         path.mkdir(exist_ok=True)
         return path
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Adds the time inside to `seconds[stage]`, over all runs of the command that it took."""
+        """Add the time inside to `seconds[stage]`, over all runs of the command that the stage took."""
         began = time.perf_counter()
         try:
             yield
@@ -76,12 +76,12 @@ class Workspace:
             write_json(self.work / "seconds.json", self.seconds)
 
     def finish(self) -> None:
-        """Remove what only a restart would have needed."""
+        """Remove `work`, which only a restart would have needed."""
         shutil.rmtree(self.work)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the options of a group among the others, as they are given."""
+    """Settings with the options of a group among the others, as a user gives them."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value) if isinstance(value, Mapping) else {name: value}

@@ -1,4 +1,4 @@
-"""What a run says: one JSON object per logged step, its progress, and TensorBoard's files for who wants them."""
+"""Log of a run: one JSON object per logged step, the progress, and on request TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastdistill.run.progress import bar
 
 
 class Log:
-    """Appends metrics to `run/metrics.jsonl`, keeps images, and shows the progress from step `start` to `total`.
+    """Log that appends metrics to `run/metrics.jsonl`, keeps images, and shows the progress from step `start` to `total`.
 
     Args:
         tensorboard: write `run/tensorboard`, too.
-        silent: say and write nothing, as all processes but the first.
+        silent: show and write nothing, for all processes but the first.
 
     Raises:
         UserError: `tensorboard` without the package.
@@ -55,6 +55,7 @@ class Log:
             self.stack.close()
 
     def advance(self, step: int, logs: Mapping[str, float], *, write: bool) -> None:
+        """Show that `step` is done, and `write` its `logs`."""
         if self.silent:
             return
         loss = logs.get("loss", logs.get("student/loss"))

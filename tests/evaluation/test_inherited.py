@@ -1,4 +1,4 @@
-"""What every metric inherits: a metric returns what it declares, people can read it, and the best model has the best value."""
+"""Suite of every metric: it returns the values it declares, people can read them, and a perfect model has the best."""
 
 from __future__ import annotations
 

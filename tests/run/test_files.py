@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and a failure leaves nothing behind."""
+"""Files are written whole or not at all, and a failure leaves no partial file."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""What is seen of a run, and what ends it."""
+"""Observers of a run, and evaluations that end it."""
 
 import json
 import sys

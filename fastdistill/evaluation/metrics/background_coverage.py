@@ -1,4 +1,4 @@
-"""Diversity on the emoji testbed: are the eight background colours drawn with equal odds? Measured from the images."""
+"""Coverage of the eight background colours, which a perfect sampler draws with equal odds. Measured from the images."""
 
 from __future__ import annotations
 

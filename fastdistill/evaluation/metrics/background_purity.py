@@ -1,4 +1,4 @@
-"""Is each emoji image in one background colour? Measured from the images, and from draws for comparison."""
+"""Purity of the backgrounds: an emoji image has one colour. Measured from the images, and from draws to compare."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Need = Literal["truth", "reference", "several prompts", "several images"]
 
 
 class Value(NamedTuple):
-    """One value that a metric returns, a JSON value. With a `label` it is a row for people, in the format `form`."""
+    """JSON value that a metric returns. With a `label` the value is a row for people, in the format `form`."""
 
     key: str
     label: str = ""
@@ -51,7 +51,7 @@ class SampledImages:
     seeds: int
     known_truth: Truth | None = None
     given_reference: Tensor | None = None
-    """Another model's images of the same prompts and seeds."""
+    """Images of another model, of the same prompts and seeds."""
 
     @property
     def truth(self) -> Truth:
@@ -63,7 +63,7 @@ class SampledImages:
 
     @cached_property
     def emoji_pixels(self) -> Tensor:
-        """The images in the size of emoji, (S * N, 3, 64, 64)."""
+        """Images in the size of emoji, (S * N, 3, 64, 64)."""
         return torch.nn.functional.interpolate(self.images, size=(SIZE, SIZE)) if self.images.shape[-1] != SIZE else self.images
 
     def has(self, need: Need) -> bool:
@@ -80,7 +80,7 @@ class SampledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A measurement of `SampledImages`."""
+    """Measurement of `SampledImages`."""
 
     values: tuple[Value, ...]
     """Values that `measure` may return, in the order in which people read them."""

@@ -19,7 +19,7 @@ def joint_stream(
     split_hidden_states: bool = False,
     text_seq_len: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Pass through `Flux2SingleTransformerBlock`, which concatenates a text that it is given and splits if it is told to."""
+    """Pass through `Flux2SingleTransformerBlock`, which concatenates a given text, and splits the streams on request."""
     if encoder_hidden_states is not None:
         text_seq_len = encoder_hidden_states.shape[1]
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
