@@ -1,11 +1,10 @@
-"""``python -m fastdistill.evaluate``: measure a FLUX pipeline against the known truth, or against another pipeline."""
+"""Command `python -m fastdistill.evaluate`: measure a FLUX pipeline against the known truth, or against another pipeline."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -19,13 +18,14 @@ class EvaluateConfig:
     """Measure a FLUX pipeline.
 
     On the emoji testbed: caption accuracy with its confidence interval and spread over seeds, coverage of the background colours,
-    Frechet distance in latent space, PSNR of the autoencoder. With --reference, on any model: PSNR to it from the same noise.
+    Frechet distance in latent space, PSNR of the autoencoder. With --reference, on any model: PSNR to the reference from the same
+    noise, and Frechet distance to the reference.
     """
 
     model: str = "emoji"
-    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    """Folder or hub id of a FLUX pipeline; "emoji" is the pipeline that ships with this package."""
     reference: str | None = None
-    """Another pipeline to compare with, image by image."""
+    """Folder or hub id of a pipeline to compare with, image by image."""
     prompts: Path | None = None
     """Text file with one prompt a line; default: the model's own."""
     per_prompt: int = 4
@@ -34,7 +34,7 @@ class EvaluateConfig:
     batch: int = 64
     """Images at once."""
     output: Path | None = None
-    """JSON file to write as well as the table; it has the values of every seed."""
+    """JSON file to write, with the values of every seed."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the file if it exists."""
     device: str | None = None
@@ -54,28 +54,30 @@ def main(config: EvaluateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastdistill.evaluation.suite import autoencoder_psnr, evaluate
+    from fastdistill.evaluation.suite import ImageSet, evaluate
     from fastdistill.evaluation.table import rows
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.patch import patched
+    from fastdistill.run.files import write_json
     from fastdistill.run.progress import bar
 
     console = Console(stderr=True, highlight=False)
     loaded = load(config.model, config.device)
     distinct = read_prompts(config.prompts) if config.prompts else loaded.prompts
-    prompts = distinct * config.per_prompt
-    sampling = loaded.sampling.replaced(config.sampling)
-
-    def measured(name: str, pipeline: Any, reference: Any = None) -> Any:
-        with patched(pipeline.transformer), bar(console, name, len(prompts) * len(config.seeds)) as tick:
-            return evaluate(pipeline, prompts, sampling, seeds=config.seeds, batch=config.batch, reference=reference, tick=tick)
+    image_set = ImageSet(
+        prompts=distinct * config.per_prompt,
+        seeds=config.seeds,
+        sampling=loaded.sampling.replaced(config.sampling),
+        batch=config.batch,
+    )
 
     reference = None
     if config.reference:
-        reference = measured("reference", load(config.reference, config.device).pipeline).images
-    metrics = measured("evaluate", loaded.pipeline, reference).metrics
-    if "caption_accuracy" in metrics:
-        metrics["autoencoder_psnr"] = autoencoder_psnr(loaded.pipeline.vae)
+        compared = load(config.reference, config.device).pipeline
+        with patched(compared.transformer), bar(console, "reference", len(image_set)) as tick:
+            reference = image_set.draw(compared, tick)
+    with patched(loaded.pipeline.transformer), bar(console, "evaluate", len(image_set)) as tick:
+        metrics = evaluate(loaded.pipeline, image_set, reference=reference, tick=tick, other_parts=True).metrics
     images, seeds = metrics["images"], ", ".join(map(str, config.seeds))
     table = Table(title=f"{config.model}: {images} images, seeds {seeds}, {metrics['steps']} steps", title_justify="left")
     table.add_column("metric")
@@ -84,8 +86,7 @@ def main(config: EvaluateConfig) -> None:
         table.add_row(label, value)
     Console(highlight=False).print(table)
     if config.output:
-        metrics = {"model": config.model, "reference": config.reference, **metrics}
-        config.output.write_text(json.dumps(metrics, indent=1) + "\n")
+        write_json(config.output, {"model": config.model, "reference": config.reference, **metrics})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m fastdistill.sample``: images of any FLUX pipeline, as one labelled grid."""
+"""Command `python -m fastdistill.sample`: images of any FLUX pipeline, as one labelled grid."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from fastdistill.errors import UserError
 from fastdistill.run.cli import run
 from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output
 
@@ -22,9 +23,9 @@ class SampleConfig:
     """
 
     model: str = "emoji"
-    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    """Folder or hub id of a FLUX pipeline; "emoji" is the pipeline that ships with this package."""
     prompts: tuple[str, ...] = ()
-    """What to draw; default: a few of the model's own prompts."""
+    """Prompts to draw; default: a few of the model's own."""
     per_prompt: int = 4
     """Images of each prompt, from seeds SEED, SEED + 1 ..."""
     output: Path = Path("grid.png")
@@ -40,6 +41,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_prompt", "batch")
+        if self.output.suffix.lower() != ".png":
+            raise UserError(f"--output names a PNG file, such as grid.png, got {self.output}")
 
 
 def main(config: SampleConfig) -> None:
@@ -50,6 +53,7 @@ def main(config: SampleConfig) -> None:
     from fastdistill.models.loading import load
     from fastdistill.models.patch import patched
     from fastdistill.models.sampling import sample
+    from fastdistill.run.files import write_image
     from fastdistill.run.grid import grid
     from fastdistill.run.progress import bar
 
@@ -63,7 +67,7 @@ def main(config: SampleConfig) -> None:
     with patched(loaded.pipeline.transformer), bar(console, "sample", len(everything)) as tick:
         images = sample(loaded.pipeline, everything, sampling, seeds=seeds, batch=config.batch, tick=tick)
     rows = images.view(len(prompts), config.per_prompt, *images.shape[1:])
-    grid(rows, prompts, [f"seed {config.seed + i}" for i in range(config.per_prompt)]).save(config.output)
+    write_image(config.output, grid(rows, prompts, [f"seed {config.seed + i}" for i in range(config.per_prompt)]))
     console.print(f"wrote {config.output}")
 
 

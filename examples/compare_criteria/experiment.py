@@ -36,7 +36,7 @@ from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.surgery import boundary_map, cut
-from fastdistill.evaluation.suite import evaluate
+from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId
@@ -202,7 +202,8 @@ class Experiment:
         prompts = [self.prompts[i * len(self.prompts) // min(count, len(self.prompts))] for i in range(min(count, len(self.prompts)))]
         sampling = dataclasses.replace(self.sampling, num_inference_steps=self.config.sampling_steps)
         with swapped(self.pipeline, transformer), patched(transformer):
-            return evaluate(self.pipeline, prompts, sampling, seeds=[self.seed], batch=self.config.batch, reference=reference)
+            image_set = ImageSet(prompts=prompts, seeds=[self.seed], sampling=sampling, batch=self.config.batch)
+            return evaluate(self.pipeline, image_set, reference=reference)
 
     @cached_property
     def reference(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""Step 1 of the emoji FLUX: an ``AutoencoderKL`` with FLUX's geometry (16 latent channels, factor 8), trained by the ELBO.
+"""Step 1 of the emoji FLUX: train an `AutoencoderKL` with FLUX's geometry (16 latent channels, factor 8) by the ELBO.
 
     python examples/train_emoji/autoencoder.py --run runs/emoji/autoencoder
 
-Run it again to resume. Writes ``<run>/vae``.
+Run it again to resume. Writes `<run>/vae`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import Trainer
 
-# Standard deviation of the pixel likelihood, in units of the [-1, 1] range: what it cannot explain below this the code need not carry.
+# Standard deviation of the pixel likelihood, in units of the [-1, 1] range: the code need not carry smaller differences.
 PIXEL_SIGMA = 0.07
 
 
 class Elbo(StudentMethod):
-    """``-ELBO / pixels = mean (x - decode(z))^2 / (2 sigma^2) + KL(q(z|x) || N(0, 1)) / pixels`` (Kingma & Welling 2014, equation 3)."""
+    """Negative ELBO per pixel, `mean (x - decode(z))^2 / (2 sigma^2) + KL(q(z|x) || N(0, 1)) / pixels`.
+
+    (Kingma & Welling 2014, equation 3.)
+    """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.networks = {"student": vae}

@@ -1,9 +1,9 @@
-"""The judge of the emoji testbed: a classifier of captions, trained on fresh real draws only.
+"""Judge of the emoji testbed: a classifier of captions, trained on fresh real draws only.
 
     python examples/train_emoji/classifier.py --run runs/emoji/classifier
 
 Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are blurred and noised a little, as an
-autoencoder does, so that what is judged is the image and not its sharpness.
+autoencoder does, so that the classifier judges the image and not its sharpness.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 
 from fastdistill.data.emoji import Draws, Emoji, assets
 from fastdistill.evaluation.classifier import FILE, Classifier, predict
+from fastdistill.run.files import whole
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import Trainer
 
 
 class Classification(StudentMethod):
-    """Cross-entropy of the caption."""
+    """Method whose loss is the cross-entropy of the caption."""
 
     def __init__(self, network: Classifier) -> None:
         self.networks = {"student": network}
@@ -57,7 +58,8 @@ def main(config: Config) -> None:
     trainer = Trainer(Classification(network), lambda step, rng: data.random(config.batch, rng), config.train, config.run)
     trainer.fit("classifier")
     trainer.emas["student"].copy_to(network)
-    save_file({name: value.half() for name, value in network.state_dict().items()}, assets() / FILE)
+    with whole(assets() / FILE) as partial:
+        save_file({name: value.half() for name, value in network.state_dict().items()}, partial)
     generator = torch.Generator().manual_seed(6)
     judge = Classifier.load(len(data))
     right = [(predict(judge, draws.pixels) == draws.captions).float() for draws in (data.random(1000, generator) for _ in range(20))]

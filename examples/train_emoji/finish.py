@@ -1,8 +1,8 @@
-"""Step 4 of the emoji FLUX: put the pipeline into the package's assets and the training logs beside these scripts.
+"""Step 4 of the emoji FLUX: put the pipeline into the package's assets, and the training logs into `logs`.
 
     python examples/train_emoji/finish.py --run runs/emoji
 
-Writes ``fastdistill/assets/emoji/pipeline``, ``examples/train_emoji/logs/*.jsonl`` and ``curves.png``.
+Writes `fastdistill/assets/emoji/pipeline`, `examples/train_emoji/logs/*.jsonl` and `curves.png`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import matplotlib.pyplot as plt
 import tyro
 
 from fastdistill.data.emoji import Emoji, assets
+from fastdistill.models.loading import PROMPTS_FILE
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.run.files import write_text
 
 LOGS = Path(__file__).parent / "logs"
 STAGES = {"classifier": "loss", "autoencoder": "mse", "transformer": "loss"}
@@ -33,9 +35,9 @@ def main(run: Path, true_cfg_scale: float = 1.25) -> None:
         config = json.loads(path.read_text())
         # Where this machine had the weights concerns nobody else.
         if config.pop("_name_or_path", None):
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            write_text(path, json.dumps(config, indent=2) + "\n")
     SamplingDefaults(true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=8).save(folder)
-    (folder / "prompts.txt").write_text("\n".join(Emoji().captions) + "\n", encoding="utf-8")
+    write_text(folder / PROMPTS_FILE, "\n".join(Emoji().captions) + "\n")
     size = sum(path.stat().st_size for path in assets().rglob("*") if path.is_file())
     print(f"assets: {size / 2**20:.1f} MiB")
     if size > MAX_BYTES:

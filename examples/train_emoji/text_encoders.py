@@ -2,12 +2,13 @@
 
     python examples/train_emoji/text_encoders.py --run runs/emoji
 
-Takes a minute. TrainingData ``<run>/autoencoder/vae`` and writes ``<run>/text``. As CLIP and T5 do for FLUX, the encoders come to the flow
-model already trained, on a task that makes their embeddings say what the image looks like.
+Takes a minute. Reads `<run>/autoencoder/vae` and writes `<run>/text`. The encoders come to the flow model already trained, as CLIP and
+T5 do for FLUX, on a task that makes their embeddings say what the image looks like.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ WIDTH = 96
 
 
 def words(captions: list[str]) -> list[str]:
-    """Every word of the captions, split as the tokenizers split them, plus single letters to spell any other."""
+    """Words of the captions, split as the tokenizers split them, plus single letters to spell any other word."""
     found = {word for caption in captions for word in caption.replace("-", " - ").split()}
     return sorted(found) + list("abcdefghijklmnopqrstuvwxyz0123456789")
 
@@ -40,8 +41,6 @@ def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
         vocab_size=1200, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     tokenizer.train_from_iterator(words(captions) * 2, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     vocab = dict(model["vocab"])
@@ -90,7 +89,7 @@ def ids(tokenizer: CLIPTokenizer | T5TokenizerFast, captions: list[str], length:
 
 @torch.no_grad()
 def mean_latents(vae: AutoencoderKL, data: Emoji, draws: int = 16) -> torch.Tensor:
-    """The mean latents of each caption over fresh draws, flattened: (captions, 1024)."""
+    """Mean latents of each caption over fresh draws, flattened: (captions, 1024)."""
     generator = torch.Generator().manual_seed(2)
     total = torch.zeros(len(data), 0)
     for _ in range(draws):

@@ -1,9 +1,9 @@
-"""Step 3 of the emoji FLUX: the flow-matching transformer, and the stock ``FluxPipeline`` of all parts.
+"""Step 3 of the emoji FLUX: train the flow-matching transformer, and write the stock `FluxPipeline` of all parts.
 
     python examples/train_emoji/transformer.py --run runs/emoji
 
-Hours on two cores, minutes on a GPU; run it again to resume, and with ``--assemble-only`` to write the pipeline of the newest
-checkpoint. TrainingData ``<run>/autoencoder/vae`` and ``<run>/text``; writes ``<run>/pipeline``.
+Hours on two cores, minutes on a GPU; run it again to resume, and with `--assemble-only` to write the pipeline of the newest
+checkpoint. Reads `<run>/autoencoder/vae` and `<run>/text`; writes `<run>/pipeline`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.families.family import Conditioning
 from fastdistill.models.families.flux import Flux
+from fastdistill.run.files import whole
 from fastdistill.train import checkpoint
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising
@@ -39,7 +40,7 @@ class Config:
     draws: int = 128
     """Cached draws of each caption."""
     time_mean: float = 0.0
-    """Location of the logit-normal training times; above 0, more of them near noise, where the background is decided."""
+    """Location of the logit-normal training times; above 0, more times near noise, where the background is decided."""
     assemble_only: bool = False
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -50,7 +51,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What is trained before the transformer."""
+    """Parts of the pipeline that are trained before the transformer."""
 
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
@@ -93,18 +94,19 @@ def build(heads: int) -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents of ``draws`` fresh draws of each caption, in the transformer's scale, and their captions."""
+    """Latents of `draws` fresh draws of each caption, in the transformer's scale, and their captions."""
     if not path.exists():
         generator = torch.Generator().manual_seed(3)
         captions = torch.arange(len(data)).repeat(draws)
         latents = torch.cat([vae.encode(data.draw(chunk, generator).pixels).latent_dist.mean.half() for chunk in captions.split(100)])
-        save_file({"latents": latents.contiguous(), "captions": captions}, path)
+        with whole(path) as partial:
+            save_file({"latents": latents.contiguous(), "captions": captions}, partial)
     cached = load_file(path)
     return (cached["latents"].float() - vae.config.shift_factor) * vae.config.scaling_factor, cached["captions"]
 
 
 def assemble(parts: Parts, transformer: FluxTransformer2DModel, folder: Path) -> None:
-    """Write a stock ``FluxPipeline`` in float16."""
+    """Write a stock `FluxPipeline` in float16."""
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=parts.vae,

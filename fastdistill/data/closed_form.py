@@ -1,7 +1,7 @@
-"""Teachers that are exact: Gaussian mixtures, whose marginals under any process, and every prediction from them, are known in closed form.
+"""Exact teachers: Gaussian mixtures, whose every prediction under any process has a closed form.
 
-A component ``N(mu, S)`` becomes ``N(alpha mu, C)``, ``C = alpha^2 S + sigma^2 I``. With ``r_k`` the posterior weight of component ``k`` at
-``x_t`` (its responsibility)::
+A component `N(mu, S)` becomes `N(alpha mu, C)`, `C = alpha^2 S + sigma^2 I`. With `r_k` the posterior weight of component `k` at
+`x_t` (its responsibility):
 
     score = -sum_k r_k C_k^-1 (x_t - alpha mu_k)
     E[x_0 | x_t] = sum_k r_k (mu_k + alpha S_k C_k^-1 (x_t - alpha mu_k))          E[eps | x_t] = -sigma score
@@ -21,10 +21,11 @@ from fastdistill.diffusion.process import Process, expand_time
 
 
 class GaussianMixture(nn.Module):
-    """``sum_k w_k N(mu_k, S_k)`` over vectors (B, D), with a class label for every component.
+    """Mixture `sum_k w_k N(mu_k, S_k)` over vectors (B, D), with a class label for every component.
 
-    Conditioning on a label leaves the components of that label; the null label, which is the number of labels as in the label embeddings
-    of diffusers' ``DiTTransformer2DModel``, leaves all. Computations run in the dtype of ``means``, and results have that of the points.
+    Conditioning on a label leaves the components of that label. The null label leaves all; it is the number of labels, as in the
+    label embeddings of diffusers' `DiTTransformer2DModel`. Computations run in the dtype of `means`; results have the dtype of the
+    points.
 
     Args:
         weights: (K,), positive; scaled to sum to 1.
@@ -65,20 +66,21 @@ class GaussianMixture(nn.Module):
 
     @classmethod
     def gaussian(cls, mean: Tensor, covariance: Tensor) -> GaussianMixture:
-        """One Gaussian, ``mean`` (D,) and ``covariance`` (D, D)."""
+        """Mixture of a single Gaussian with `mean` (D,) and `covariance` (D, D)."""
         return cls(mean.new_ones(1), mean[None], covariance[None])
 
     @property
     def null_label(self) -> int:
+        """Label that leaves all components."""
         return int(self.labels.max()) + 1
 
     @property
     def covariances(self) -> Tensor:
-        """(K, D, D)."""
+        """Covariance of every component, (K, D, D)."""
         return torch.einsum("kij,kj,klj->kil", self.axes, self.variances, self.axes)
 
     def given(self, label: int) -> GaussianMixture:
-        """The conditional distribution: the components of ``label``, each with a label of its own."""
+        """Conditional distribution: the components of `label`, each with a label of its own."""
         if label == self.null_label:
             chosen = torch.ones_like(self.labels, dtype=torch.bool)
         else:
@@ -88,34 +90,38 @@ class GaussianMixture(nn.Module):
         return GaussianMixture(self.log_weights[chosen].exp(), self.means[chosen], self.covariances[chosen])
 
     def mean(self) -> Tensor:
-        """(D,)."""
+        """Mean of the mixture, (D,)."""
         return self.log_weights.exp() @ self.means
 
     def covariance(self) -> Tensor:
-        """(D, D): within the components and between them."""
+        """Covariance of the mixture (D, D), within the components and between them."""
         weights, centred = self.log_weights.exp(), self.means - self.mean()
         return torch.einsum("k,kij->ij", weights, self.covariances) + torch.einsum("k,ki,kj->ij", weights, centred, centred)
 
     def draw(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``count`` points (count, D) and their labels (count,)."""
+        """Draw `count` points (count, D) and their labels (count,)."""
         components = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=rng)
         z = torch.randn(count, self.means.shape[1], generator=rng, dtype=self.means.dtype)
         spread = torch.einsum("bij,bj->bi", self.axes[components], self.variances[components].sqrt() * z)
         return self.means[components] + spread, self.labels[components]
 
     def responsibilities(self, x_0: Tensor) -> Tensor:
-        """(B, K): the posterior weight of each component at points of the data (B, D)."""
+        """Posterior weight of each component (B, K) at points of the data (B, D)."""
         return self._posterior(x_0, torch.ones_like(x_0[:, :1]), torch.zeros_like(x_0[:, :1]), None).responsibilities.to(x_0.dtype)
 
     def log_density(self, x_t: Tensor, t: Tensor, process: Process, labels: Tensor | None = None) -> Tensor:
-        """``log p_t(x_t | label)`` (B,) in nats, for ``x_t`` (B, D) and ``t`` (B,); labels (B,), by default the null label."""
+        """Log density `log p_t(x_t | label)` (B,) in nats, for `x_t` (B, D) and `t` (B,).
+
+        Args:
+            labels: (B,); by default the null label.
+        """
         alpha, sigma = self._schedule(process, t, x_t)
         return self._posterior(x_t, alpha, sigma, labels).log_density.to(x_t.dtype)
 
     def predict(self, x_t: Tensor, t: Tensor, process: Process, prediction: Prediction, labels: Tensor | None = None) -> Tensor:
-        """The exact conditional mean of any ``prediction`` (B, D): what a network that is trained to the end returns.
+        """Exact conditional mean of any `prediction` (B, D): the output of a network that is trained to the end.
 
-        Defined wherever ``process`` and ``prediction`` are finite; unlike for a network's output, so is the score at ``t = 0``.
+        It is defined wherever `process` and `prediction` are finite. So is the score at `t = 0`, unlike for a network's output.
         """
         alpha, sigma = self._schedule(process, t, x_t)
         posterior = self._posterior(x_t, alpha, sigma, labels)
@@ -125,12 +131,12 @@ class GaussianMixture(nn.Module):
         return (a * posterior.x_0 - b * sigma * posterior.score).to(x_t.dtype)
 
     def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-        """Where the probability-flow ODE takes ``x_t`` (B, D) from ``t`` (B,) to ``s`` (B,), for a single Gaussian.
+        """Point `x_s` (B, D) to which the probability-flow ODE takes `x_t` (B, D), from `t` (B,) to `s` (B,).
 
-        ``x_s = alpha_s mu + C_s^1/2 C_t^-1/2 (x_t - alpha_t mu)``; at ``s = 0`` the consistency function.
+        For a single Gaussian, `x_s = alpha_s mu + C_s^1/2 C_t^-1/2 (x_t - alpha_t mu)`. At `s = 0` the map is the consistency function.
 
         Raises:
-            ValueError: there are several components: their map has no closed form.
+            ValueError: the mixture has several components, whose map has no closed form.
         """
         if len(self.means) > 1:
             raise ValueError("only the flow of a single Gaussian has a closed form")
@@ -159,7 +165,7 @@ class GaussianMixture(nn.Module):
         return _Posterior(log_density, responsibilities, score, x_0)
 
     def _log_prior(self, labels: Tensor | None) -> Tensor:
-        """(B, K), or (1, K) without labels: the weights of the components that a label leaves, minus infinity for others."""
+        """Log weights (B, K), or (1, K) without labels; minus infinity for components that a label does not leave."""
         if labels is None:
             return self.log_weights[None]
         left = (labels[:, None] == self.labels) | (labels[:, None] == self.null_label)
@@ -176,9 +182,10 @@ class _Posterior(NamedTuple):
 
 
 class ExactTeacher(nn.Module):
-    """A mixture as the network that was trained on it to the end: called with ``(x_t, t, labels)``, it returns its ``prediction``.
+    """Mixture in the place of the network that was trained on it to the end.
 
-    Without parameters, so that it takes the teacher's place in a method, or the fake score's of a student whose samples are Gaussian.
+    Called with `(x_t, t, labels)`, it returns its `prediction`. It has no parameters. In a method it stands for the teacher, or for the
+    critic of a student whose samples are Gaussian.
     """
 
     def __init__(self, mixture: GaussianMixture, process: Process, prediction: Prediction) -> None:
@@ -189,7 +196,7 @@ class ExactTeacher(nn.Module):
         return self.mixture.predict(x_t, t, self.process, self.prediction, labels)
 
     def predictor(self, labels: Tensor | None = None, *, scale: float | Tensor = 1.0) -> Predictor:
-        """For samplers: given ``labels`` (B,), under classifier-free guidance of ``scale`` if that is not 1."""
+        """Predictor for samplers, given `labels` (B,), under classifier-free guidance of `scale` if that is not 1."""
 
         def of(condition: Tensor | None) -> Predictor:
             return Predictor(function=lambda x_t, t: self(x_t, t, condition), process=self.process, prediction=self.prediction)

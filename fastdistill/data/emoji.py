@@ -1,10 +1,10 @@
-"""The emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
+"""Emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
 
-A draw of caption ``c`` is the image of ``c`` scaled by ``s ~ U(0.85, 1)``, moved by up to two pixels along each axis and laid over
-a background colour that is uniform over eight. The caption does not name the colour, so ``p(colour | caption)`` has eight equal
+A draw of caption `c` is the image of `c` scaled by `s ~ U(0.85, 1)`, moved by up to two pixels along each axis and laid over
+a background colour that is uniform over eight. The caption does not name the colour, so `p(colour | caption)` has eight equal
 modes: a model that samples in too few steps, or has collapsed, shows it as a measurable loss of diversity.
 
-``python -m fastdistill.data.emoji`` renders the images from the installed Noto Color Emoji font into the sheet that the package ships.
+`python -m fastdistill.data.emoji` renders the images from the installed Noto Color Emoji font into the sheet that the package ships.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from fastdistill.run.files import whole, write_text
 
 SIZE = 64
 SHEET_COLUMNS = 20
@@ -50,13 +52,13 @@ BACKGROUNDS = {
 
 
 def assets() -> Path:
-    """The folder of the embedded emoji model and its images."""
+    """Folder of the embedded emoji model and its images."""
     return Path(str(resources.files("fastdistill"))) / "assets" / "emoji"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """A batch of fresh draws: pixels (B, 3, 64, 64) in [-1, 1], caption and background indices (B,)."""
+    """Batch of fresh draws: pixels (B, 3, 64, 64) in [-1, 1], caption and background indices (B,)."""
 
     pixels: Tensor
     captions: Tensor
@@ -64,7 +66,7 @@ class Draws:
 
 
 class Emoji:
-    """The images and captions of the testbed, and its sampler."""
+    """Images and captions of the testbed, and its sampler."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or assets()
@@ -84,12 +86,12 @@ class Emoji:
         return len(self.captions)
 
     def draw(self, captions: Tensor, generator: torch.Generator) -> Draws:
-        """One fresh draw for each caption index in ``captions`` (B,)."""
+        """Draw one fresh image for each caption index in `captions` (B,)."""
         batch = captions.shape[0]
         scale = 1 - torch.rand(batch, generator=generator) * (1 - MIN_SCALE)
         shift = (torch.rand(batch, 2, generator=generator) * 2 - 1) * (MAX_SHIFT_PIXELS * 2 / SIZE)
         backgrounds = torch.randint(len(BACKGROUNDS), (batch,), generator=generator)
-        # affine_grid maps output to input coordinates, hence the inverse scale and the negated shift.
+        # affine_grid maps output to input coordinates: the scale is inverse and the shift negated.
         theta = torch.zeros(batch, 2, 3)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
         theta[:, :, 2] = -shift / scale[:, None]
@@ -99,12 +101,12 @@ class Emoji:
         return Draws(pixels=rgb * 2 - 1, captions=captions, backgrounds=backgrounds)
 
     def random(self, batch: int, generator: torch.Generator) -> Draws:
-        """``batch`` fresh draws of captions chosen with equal odds."""
+        """Draw `batch` fresh images of captions chosen with equal odds."""
         return self.draw(torch.randint(len(self), (batch,), generator=generator), generator)
 
 
 def render(font_path: Path, folder: Path) -> None:
-    """Render ``CHARACTERS`` from Noto Color Emoji into ``folder/emoji.png`` and their CLDR names into ``folder/captions.json``."""
+    """Render `CHARACTERS` from Noto Color Emoji into `folder/emoji.png` and their CLDR names into `folder/captions.json`."""
     import emoji as cldr
     from PIL import ImageDraw, ImageFont
 
@@ -126,8 +128,9 @@ def render(font_path: Path, folder: Path) -> None:
         row, column = divmod(index, SHEET_COLUMNS)
         sheet.paste(glyph, (column * SIZE + (SIZE - glyph.width) // 2, row * SIZE + (SIZE - glyph.height) // 2))
     folder.mkdir(parents=True, exist_ok=True)
-    sheet.save(folder / "emoji.png", optimize=True)
-    (folder / "captions.json").write_text(json.dumps(captions, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(folder / "emoji.png") as partial:
+        sheet.save(partial, optimize=True)
+    write_text(folder / "captions.json", json.dumps(captions, indent=0, ensure_ascii=False) + "\n")
 
 
 def main(font: Path = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"), output: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A folder of images with captions, as trainers take it: ``name.txt`` beside ``name.jpg``."""
+"""Folder of images with captions, in the layout that trainers take: `name.jpg` with `name.txt`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, kw_only=True)
 class Captioned:
-    """An image's file and what it shows; the empty prompt if the folder has no captions."""
+    """File of an image, and its caption; the empty prompt if the folder has no captions."""
 
     path: Path
     caption: str
 
 
 def read_folder(folder: Path, at_most: int) -> list[Captioned]:
-    """The images of ``folder`` in the order of their names, or ``at_most`` of them, spread evenly.
+    """Read the images of `folder` in the order of their names, or `at_most` of them, spread evenly.
 
-    Every one of these is opened and decoded, so that none fails in the middle of long work.
+    Every image that is returned has been opened and decoded, so that none fails in the middle of long work.
 
     Raises:
-        UserError: no such folder, no image in it, one that is none, captions for some only, or a caption that is no text.
+        UserError: there is no such folder, it holds no image, an image cannot be decoded, some images only have a caption, or a caption
+            is no text.
     """
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, and their captions as .txt files beside them"
+            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, and their captions as .txt files of the same names"
         )
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
@@ -52,7 +53,10 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
 
 
 def pixels(image: Captioned, height: int, width: int) -> Tensor:
-    """(3, height, width) in [-1, 1]: scaled until the shorter side fits, and the centre of it, as diffusers' training scripts do."""
+    """Pixels (3, height, width) in [-1, 1]: the image scaled until its shorter side fits, and cropped to the centre.
+
+    diffusers' training scripts do the same.
+    """
     fitted = ImageOps.fit(_open(image.path), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 

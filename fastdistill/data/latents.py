@@ -1,4 +1,4 @@
-"""Latents with their conditioning: what every training method of the project takes as a batch."""
+"""Latents with their conditioning: the batch of every training method."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastdistill.models.families.family import Conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class LatentBatch:
-    """Clean latents (B, ...), in the scale that the network is trained on, with what its family's ``predict`` takes beside them."""
+    """Clean latents (B, ...), in the scale that the network is trained on, with the conditioning that `predict` takes."""
 
     latents: Tensor
     conditioning: Any
-    """A :class:`~fastdistill.models.families.family.Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
+    """`Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
     shared: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the roles of a step leave for each other, such as the sample that they judge; it goes with the batch."""
 
@@ -31,10 +31,10 @@ class LatentBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPool:
-    """A cached pool of latents (N, C, H, W), the prompt of each (N,), and the conditioning of every prompt (P, ...).
+    """Cached pool of latents (N, C, H, W), the prompt of each (N,), and the conditioning of every prompt (P, ...).
 
-    The last row of ``conditioning`` is that of the empty prompt, which stands in with odds ``dropout`` so that the student can be
-    sampled with classifier-free guidance (Ho & Salimans 2022).
+    The last row of `conditioning` is the empty prompt's. It replaces a prompt with odds `dropout`, so that the student can be sampled
+    with classifier-free guidance (Ho & Salimans 2022).
     """
 
     latents: Tensor
@@ -47,7 +47,7 @@ class LatentPool:
             raise ValueError(f"a pool needs one prompt per latent and at least one: {self.latents.shape[0]} and {self.prompts.shape[0]}")
 
     def batch(self, size: int, generator: torch.Generator) -> LatentBatch:
-        """``size`` latents with replacement."""
+        """Draw `size` latents with replacement."""
         rows = torch.randint(self.latents.shape[0], (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < self.dropout
         prompts = torch.where(dropped, len(self.conditioning) - 1, self.prompts[rows])

@@ -1,4 +1,4 @@
-"""Pairs of noise and the sample that a teacher's flow makes of it."""
+"""Pairs of noise and the sample that a teacher's flow makes of the noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fastdistill.data.latents import LatentBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(LatentBatch):
-    """The ``latents`` (B, ...) are the teacher's samples from ``noise`` (B, ...), under the guidance ``scale`` (B,) if that was drawn."""
+    """Batch whose `latents` (B, ...) are the teacher's samples from `noise` (B, ...).
+
+    The guidance of each is `scale` (B,), if the scale was drawn.
+    """
 
     noise: Tensor
     scale: Tensor | None = None
@@ -37,10 +40,10 @@ class PairPool:
     conditioning: Any
     scale: Tensor | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009, an immutable value
-    """Where batches go; the pool itself may be too large for a GPU."""
+    """Device of the batches; the pool itself may be too large for a GPU."""
 
     def batch(self, size: int, generator: torch.Generator) -> PairBatch:
-        """``size`` pairs with replacement."""
+        """Draw `size` pairs with replacement."""
         rows = torch.randint(len(self.noise), (size,), generator=generator)
         return PairBatch(
             latents=self.latents[rows].to(self.device),

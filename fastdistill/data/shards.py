@@ -1,4 +1,4 @@
-"""Rows of tensors made in shards, each kept on disk, with which an interrupted run continues."""
+"""Rows of tensors made in shards. Each shard is kept on disk, and an interrupted run continues with those there are."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def cached_shards(
     settings: Mapping[str, Any],
     make: Callable[[int, torch.Generator], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """``count`` rows of what ``make(size, generator)`` returns, made ``shard`` rows at a time and each written to ``folder`` when done.
+    """Make `count` rows by `make(size, generator)`, `shard` rows at a time, and write each shard to `folder` when it is done.
 
-    Every shard has a generator of its own, seeded by ``seed`` and its number. So a run that was killed goes on at the first shard that
-    is not there, and ends with the same bits.
+    Every shard has a generator of its own, seeded by `seed` and its number. A run that was killed goes on at the first missing shard,
+    and ends with the same bits.
 
     Raises:
         UserError: the folder holds shards of other settings.

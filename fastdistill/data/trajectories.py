@@ -1,10 +1,12 @@
-"""A model's own images, with where they began and a state on the way; or given images in their place.
+"""Images that a model drew, each with its noise and a state on the way; or given images in their place.
 
-No data set is needed to compress or distil a model: the pipeline samples prompts as a user would, with its own scheduler and guidance.
+No data set is needed to compress or distil a model: the pipeline samples prompts as a user would, with its own scheduler and
+guidance.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +23,96 @@ from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.run.files import whole
 
+UNPROMPTED = 0.1
+"""Share of states with the empty prompt, as guidance evaluates that prompt, too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectories:
-    """Of each of N images: noise, end, and one state on the way, (N, C, H, W)."""
+    """Noise, end, and one state on the way of each of N images, (N, C, H, W)."""
 
     noise: Tensor
     latents: Tensor
     x_t: Tensor
     t: Tensor
-    """Of ``x_t`` (N,), float32."""
+    """Time of `x_t` (N,), float32."""
     state_prompts: Tensor
-    """Of ``x_t`` (N,): that of the image, or for one in ten the empty one, as guidance evaluates it too."""
+    """Prompt of `x_t` (N,): the prompt of the image, or the empty one."""
     times: Tensor
-    """The pipeline's schedule (K + 1,), falling, float32."""
+    """Schedule of the pipeline (K + 1,), falling, float32."""
     prompts: Tensor
-    """Of each image (N,), a row of ``conditioning``."""
+    """Prompt of each image (N,), a row of `conditioning`."""
     conditioning: Conditioning
-    """Of every prompt; the last row is the empty one."""
+    """Conditioning of every prompt; the last row is the empty prompt's."""
 
     def pool(self, *, dropout: float = 0.1) -> LatentPool:
+        """The ends as training data, with the empty prompt in place of their own with odds `dropout`."""
         return LatentPool(latents=self.latents, prompts=self.prompts, conditioning=self.conditioning, dropout=dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choices:
+    """Random choices of N trajectories, drawn before the first is sampled: a cache holds none of them."""
+
+    steps: Tensor
+    """Step of the kept state (N,)."""
+    unprompted: Tensor
+    """Whether the kept state has the empty prompt (N,)."""
+    noise: Tensor
+    """Noise (N, C, H, W)."""
+
+    @classmethod
+    def draw(cls, count: int, steps: int, shape: Sequence[int], generator: torch.Generator) -> _Choices:
+        chosen = torch.randint(steps, (count,), generator=generator)
+        unprompted = torch.rand(count, generator=generator) < UNPROMPTED
+        return cls(steps=chosen, unprompted=unprompted, noise=torch.randn(count, *shape, generator=generator))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """Makes the tensors of trajectories that a cache keeps: ends, states, and the times of the schedule."""
+
+    pipeline: Any
+    family: Family
+    sampling: SamplingDefaults
+    """Sampling in as many steps as a trajectory has."""
+    conditioning: Conditioning
+    prompts: Tensor
+    choices: _Choices
+
+    def make(self, images: Sequence[Captioned], batch: int, tick: Callable[[int], None]) -> dict[str, Tensor]:
+        """`x_t` and `latents` (N, C, H, W) and `times` (K + 1,), on the CPU."""
+        # The schedule may depend on the size of the images; the pipeline knows it once it has sampled one.
+        times = self._run(torch.zeros(1, dtype=torch.long))[1].float().cpu() if images else None
+        parts = []
+        for rows in torch.arange(len(self.prompts)).split(batch):
+            parts.append(self._sampled(rows) if times is None else self._encoded([images[row] for row in rows.tolist()], rows, times))
+            tick(len(rows))
+        return {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {"times": parts[0]["times"]}
+
+    def _run(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        conditioning, device = self.conditioning, self.conditioning.prompt_embeds.device
+        return self.family.trajectory(
+            self.pipeline,
+            self.choices.noise[rows].to(conditioning.prompt_embeds),
+            conditioning[self.prompts[rows].to(device)],
+            conditioning[torch.full_like(rows, len(conditioning) - 1).to(device)],
+            steps=self.sampling.num_inference_steps,
+            true_cfg_scale=self.sampling.true_cfg_scale,
+            guidance_scale=self.sampling.guidance_scale,
+        )
+
+    def _sampled(self, rows: Tensor) -> dict[str, Tensor]:
+        states, times = self._run(rows)
+        chosen = torch.stack(states).cpu()[self.choices.steps[rows], torch.arange(len(rows))]
+        return {"x_t": chosen, "latents": states[-1].cpu(), "times": times.float().cpu()}
+
+    def _encoded(self, images: Sequence[Captioned], rows: Tensor, times: Tensor) -> dict[str, Tensor]:
+        dtype, noise = self.conditioning.prompt_embeds.dtype, self.choices.noise[rows]
+        height, width = (side * self.pipeline.vae_scale_factor for side in noise.shape[2:])
+        x_0 = self.family.encode_images(self.pipeline, torch.stack([pixels(image, height, width) for image in images])).float().cpu()
+        x_t = RectifiedFlow().add_noise(x_0, noise, times[self.choices.steps[rows]])
+        return {"x_t": x_t.to(dtype), "latents": x_0.to(dtype), "times": times}
 
 
 def trajectories(
@@ -58,75 +129,53 @@ def trajectories(
     cache: Path | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Trajectories:
-    """Sample ``count`` images spread evenly over the prompts in ``steps`` steps, or read them from ``cache`` if it is there.
+    """Sample `count` images spread evenly over the prompts in `steps` steps, or read them from `cache` if it is there.
 
-    The state of each is that of a step chosen with equal odds. With ``images`` these and their captions stand in for the ends and the
-    prompts, and a state is ``(1 - t) x_0 + t noise`` at the time of the chosen step.
+    The state of each is that of a step chosen with equal odds. With `images` these and their captions stand in for the ends and the
+    prompts, and a state is `(1 - t) x_0 + t noise` at the time of the chosen step.
     """
-    if images:
-        prompts = list(dict.fromkeys(image.caption for image in images))
-        row_of = {prompt: row for row, prompt in enumerate(prompts)}
-        which = torch.tensor([row_of[image.caption] for image in images])
-        count = len(images)
-    else:
-        which = torch.arange(count) % len(prompts)
+    prompts, prompt_of = _assigned(prompts, count, images)
     conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, batch)
-    device = conditioning.prompt_embeds.device
-    chosen_step = torch.randint(steps, (count,), generator=generator)
-    unprompted = torch.rand(count, generator=generator) < 0.1
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    noise = torch.randn(count, *shape, generator=generator)
-
-    def sample(rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        return family.trajectory(
-            pipeline,
-            noise[rows].to(conditioning.prompt_embeds),
-            conditioning[which[rows].to(device)],
-            conditioning[torch.full_like(rows, len(prompts)).to(device)],
-            steps=steps,
-            true_cfg_scale=sampling.true_cfg_scale,
-            guidance_scale=sampling.guidance_scale,
-        )
-
-    def sampled(rows: Tensor) -> dict[str, Tensor]:
-        states, times = sample(rows)
-        chosen = torch.stack(states).cpu()[chosen_step[rows], torch.arange(len(rows))]
-        return {"x_t": chosen, "latents": states[-1].cpu(), "times": times.float().cpu()}
-
-    def encoded(rows: Tensor) -> dict[str, Tensor]:
-        height, width = (side * pipeline.vae_scale_factor for side in shape[1:])
-        x_0 = family.encode_images(pipeline, torch.stack([pixels(images[row], height, width) for row in rows.tolist()])).float().cpu()
-        x_t = RectifiedFlow().add_noise(x_0, noise[rows], times[chosen_step[rows]])
-        return {"x_t": x_t.to(conditioning.prompt_embeds.dtype), "latents": x_0.to(conditioning.prompt_embeds.dtype), "times": times}
-
+    choices = _Choices.draw(len(prompt_of), steps, shape, generator)
     if cache is not None and cache.exists():
         tensors = load_file(cache)
     else:
-        if images:
-            # The schedule may depend on the size of the images; the pipeline knows it once it has sampled one.
-            times = sample(torch.zeros(1, dtype=torch.long))[1].float().cpu()
-        parts = []
-        for rows in torch.arange(count).split(batch):
-            parts.append(encoded(rows) if images else sampled(rows))
-            tick(len(rows))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {"times": parts[0]["times"]}
+        maker = _Maker(
+            pipeline=pipeline,
+            family=family,
+            sampling=dataclasses.replace(sampling, num_inference_steps=steps),
+            conditioning=conditioning,
+            prompts=prompt_of,
+            choices=choices,
+        )
+        tensors = maker.make(images, batch, tick)
         if cache is not None:
             with whole(cache) as partial:
                 save_file(tensors, partial)
     return Trajectories(
-        noise=noise,
+        noise=choices.noise,
         latents=tensors["latents"],
         x_t=tensors["x_t"],
-        t=tensors["times"][chosen_step],
-        state_prompts=torch.where(unprompted, len(prompts), which),
+        t=tensors["times"][choices.steps],
+        state_prompts=torch.where(choices.unprompted, len(prompts), prompt_of),
         times=tensors["times"],
-        prompts=which,
+        prompts=prompt_of,
         conditioning=conditioning,
     )
 
 
+def _assigned(prompts: Sequence[str], count: int, images: Sequence[Captioned]) -> tuple[list[str], Tensor]:
+    """Distinct prompts, and the index of the prompt of each trajectory (N,)."""
+    if not images:
+        return list(prompts), torch.arange(count) % len(prompts)
+    captions = list(dict.fromkeys(image.caption for image in images))
+    index = {caption: index for index, caption in enumerate(captions)}
+    return captions, torch.tensor([index[image.caption] for image in images])
+
+
 def encode_prompts(prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Conditioning:
-    """The conditioning of ``prompts``, in batches: at FLUX.1-dev's size hundreds at once do not fit the text encoder's activations."""
+    """Conditioning of `prompts`, in batches: at FLUX.1-dev's size hundreds at once do not fit the text encoder's activations."""
     return Conditioning.cat(
         [
             family.encode_prompts(pipeline, list(prompts[start : start + batch]), sampling.guidance_scale, sampling.max_sequence_length)

@@ -1,8 +1,8 @@
-"""Classifier-free guidance, in one convention: ``u + w (c - u)``.
+"""Classifier-free guidance, in one convention: `u + w (c - u)`.
 
-``w = 1`` is no guidance, ``w = 0`` unconditional: diffusers' ``guidance_scale`` and ``true_cfg_scale``, and Imagen's ``w`` (Saharia et al.
-2022, equation 2). Ho & Salimans (2022, equation 6), Self-Forcing and diffusers' LCM script write ``c + w (c - u)`` instead: add 1 to a
-scale of theirs.
+`w = 1` is no guidance, `w = 0` unconditional. This is the convention of diffusers' `guidance_scale` and `true_cfg_scale`, and of
+Imagen's `w` (Saharia et al. 2022, equation 2). Ho & Salimans (2022, equation 6), Self-Forcing and diffusers' LCM script write
+`c + w (c - u)` instead: add 1 to a scale in their convention.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from fastdistill.diffusion.process import expand_time
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
-    """``u + w (c - u)`` for predictions (B, ...) of one kind at the same ``x_t``, and one ``w`` or one per sample (B,).
+    """Guided prediction `u + w (c - u)` of predictions (B, ...) of one kind at the same `x_t`.
 
-    The result does not depend on the kind of prediction, as conversions are affine and the weights ``1 - w`` and ``w`` sum to 1.
+    The result does not depend on the kind of prediction, as conversions are affine and the weights `1 - w` and `w` sum to 1.
+
+    Args:
+        scale: `w`, one for all samples or one per sample (B,).
     """
     if isinstance(scale, Tensor):
         scale = expand_time(scale, conditional).to(conditional.dtype)
@@ -29,10 +32,10 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> 
 def guided(
     conditional: Predictor, unconditional: Predictor, scale: float | Tensor, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Predictor:
-    """The guided field as a predictor: both functions are called at every step.
+    """Guided field as a predictor: both functions are called at every step.
 
     Args:
-        interval: guide at ``low <= t <= high`` only, as guidance near noise costs diversity and near data does nothing (Kynkäänniemi et
+        interval: guide at `low <= t <= high` only, as guidance near noise costs diversity and near data does nothing (Kynkäänniemi et
             al. 2024).
 
     Raises:

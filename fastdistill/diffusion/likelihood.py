@@ -1,4 +1,4 @@
-"""The exact log-likelihood under a probability flow, by the instantaneous change of variables."""
+"""Exact log-likelihood under a probability flow, by the instantaneous change of variables."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from fastdistill.diffusion.process import repeat_time
 def log_likelihood(
     predictor: Predictor, x: Tensor, times: Tensor, *, probes: int | None = None, rng: torch.Generator | None = None
 ) -> Tensor:
-    """``log p(x)`` (B,) in nats of ``x`` (B, ...), for what the flow ``dx/dt = velocity`` makes of noise ``N(0, sigma_1^2 I)``.
+    """Log-likelihood `log p(x)` (B,) in nats of `x` (B, ...), under the samples of a flow.
 
-    ``log p_0(x_0) = log N(x_1; 0, sigma_1^2 I) + int_0^1 div velocity(x_t, t) dt`` (Chen et al. 2018, theorem 1; FFJORD, Grathwohl et
+    The flow `dx/dt = velocity` makes samples of noise `N(0, sigma_1^2 I)`.
+
+    `log p_0(x_0) = log N(x_1; 0, sigma_1^2 I) + int_0^1 div velocity(x_t, t) dt` (Chen et al. 2018, theorem 1; FFJORD, Grathwohl et
     al. 2019; Song et al. 2021, equation 39), integrated from data to noise by the classical Runge-Kutta method, an error of fourth order.
-    The data's own density differs from it where ``alpha_1 > 0``, by ``alpha_1 E[x_0] x_1 / sigma_1^2`` to first order.
+    The density of the data differs from `p` where `alpha_1 > 0`, by `alpha_1 E[x_0] x_1 / sigma_1^2` to first order.
 
     Args:
-        times: (steps + 1,), rising, from that of ``x`` (0, or a little later where the velocity is not defined at 0: the density is then
-            that of ``x_t``) to 1.
-        probes: estimate the divergence by as many Rademacher vectors, the same along the whole path, ``E[z^T J z] = tr J`` (Hutchinson
-            1990): unbiased, and ``probes`` backward passes a call of the velocity. By default it is exact, one for each dimension.
+        times: (steps + 1,), rising, from the time of `x` to 1. The time of `x` is 0, or a little later where the velocity is not defined
+            at 0: the density is then the density of `x_t`.
+        probes: number of Rademacher vectors to estimate the divergence by, the same along the whole path: `E[z^T J z] = tr J`
+            (Hutchinson 1990). The estimate is unbiased, and takes `probes` backward passes a call of the velocity. By default the
+            divergence is exact, and takes one backward pass for each dimension.
 
     Raises:
-        ValueError: ``times`` do not rise, or the velocity is not defined at one of them.
+        ValueError: `times` do not rise, or the velocity is not defined at one of them.
     """
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() > 0).all()):
         raise ValueError(f"times must rise, from data to noise, got {times.tolist()}")
@@ -60,7 +63,7 @@ def log_likelihood(
 
 @torch.enable_grad()
 def _velocity_and_divergence(predictor: Predictor, x_t: Tensor, t: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity (B, ...) and ``sum_i z_i^T J z_i`` (B,) over ``directions`` (N, B, ...)."""
+    """Velocity (B, ...) and `sum_i z_i^T J z_i` (B,) over `directions` (N, B, ...)."""
     x_t = x_t.detach().requires_grad_()
     velocity = predictor(x_t, t, Prediction.VELOCITY)
     divergence = x_t.new_zeros(x_t.shape[0])

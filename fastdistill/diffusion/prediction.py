@@ -1,14 +1,14 @@
-"""What a network's output means, and the one conversion between all of it.
+"""Meaning of a network's output, and the one conversion between all meanings.
 
-Every target is ``p = a x_0 + b eps``. Solved together with ``x_t = alpha x_0 + sigma eps``, with ``d = a sigma - b alpha``::
+Every target is `p = a x_0 + b eps`. Solved together with `x_t = alpha x_0 + sigma eps`, with `d = a sigma - b alpha`:
 
     x_0 = (sigma p - b x_t) / d          eps = (a x_t - alpha p) / d
 
-and projected on the coefficients ``a', b'`` of another target (``d'`` likewise)::
+and projected on the coefficients `a', b'` of another target (`d'` likewise):
 
     p' = (d' p + (a b' - a' b) x_t) / d
 
-For a network's conditional mean in place of ``p`` the same holds, as everything is linear given ``x_t``.
+The conversion holds for a network's conditional mean in place of `p`, too, as everything is linear given `x_t`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from fastdistill.diffusion.process import Process, expand_time
 
 
 class Prediction(Enum):
-    """A target of training. ``velocity`` and ``v`` are two things, although papers on flows use the one letter for both."""
+    """Target of training. `velocity` and `v` are two things, although papers on flows use one letter for both."""
 
     X0 = "x0"
-    """The data (a denoiser, EDM's ``D``)."""
+    """The data (a denoiser, EDM's `D`)."""
     EPSILON = "epsilon"
     """The noise (Ho et al. 2020)."""
     V = "v"
-    """``alpha eps - sigma x_0`` (Salimans & Ho 2022, appendix D; diffusers' ``v_prediction``)."""
+    """`alpha eps - sigma x_0` (Salimans & Ho 2022, appendix D; diffusers' `v_prediction`)."""
     SCORE = "score"
-    """``grad_x log p_t(x_t) = -E[eps | x_t] / sigma`` (Vincent 2011); undefined for a single point where ``sigma = 0``."""
+    """`grad_x log p_t(x_t) = -E[eps | x_t] / sigma` (Vincent 2011); undefined for a single point where `sigma = 0`."""
     VELOCITY = "velocity"
-    """``dx_t / dt = alpha' x_0 + sigma' eps`` (Lipman et al. 2023), with ``t = 1`` noise: FLUX's output, ``eps - x_0``."""
+    """`dx_t / dt = alpha' x_0 + sigma' eps` (Lipman et al. 2023), with `t = 1` noise: FLUX's output, `eps - x_0`."""
 
     def coefficients(self, process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``a`` and ``b`` at ``t``, in its shape and dtype."""
+        """Coefficients `a` and `b` at `t`, in the shape and dtype of `t`."""
         match self:
             case Prediction.X0:
                 return torch.ones_like(t), torch.zeros_like(t)
@@ -52,21 +52,21 @@ class Prediction(Enum):
                 return process.alpha_dot(t), process.sigma_dot(t)
 
     def target(self, process: Process, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``a x_0 + b noise`` (B, ...) in the dtype of ``x_0``, for ``t`` (B,)."""
+        """Target `a x_0 + b noise` (B, ...) in the dtype of `x_0`, for `t` (B,)."""
         a, b = self.coefficients(process, expand_time(t, x_0))
         return a.to(x_0.dtype) * x_0 + b.to(x_0.dtype) * noise
 
 
 def convert(p: Tensor, x_t: Tensor, t: Tensor, process: Process, source: Prediction, target: Prediction) -> Tensor:
-    """``p`` (B, ...), a ``source`` at ``x_t`` and ``t`` (B,), as a ``target``.
+    """Convert `p` (B, ...), a `source` at `x_t` and `t` (B,), to a `target`.
 
-    Coefficients are computed in float64; the result has the dtype of ``p`` and ``x_t`` together, and float32 for the half types, in whose
-    few bits ``x_t - x_0`` would drown. A conversion looks at its coefficients, which on a GPU waits for what is queued there.
+    Coefficients are computed in float64. The result has the dtype of `p` and `x_t` together; it is float32 for the half types, in
+    whose few bits `x_t - x_0` would drown. A conversion looks at its coefficients, which on a GPU waits for the queued kernels.
 
     Raises:
-        ValueError: the target is not determined, or infinite: where ``alpha`` is 0, ``epsilon`` and ``score`` say nothing about ``x_0``;
-            where ``sigma`` is 0, ``x0`` says nothing about the noise, and there is no ``score`` of a single point; the velocity of
-            variance-preserving schedules other than TrigFlow is infinite there.
+        ValueError: the target is not determined, or infinite. Where `alpha` is 0, `epsilon` and `score` say nothing about `x_0`.
+            Where `sigma` is 0, `x0` says nothing about the noise, a single point has no `score`, and the velocity of
+            variance-preserving schedules other than TrigFlow is infinite.
     """
     dtype = torch.promote_types(torch.promote_types(p.dtype, x_t.dtype), torch.float32)
     if source is target:
@@ -90,12 +90,12 @@ def convert(p: Tensor, x_t: Tensor, t: Tensor, process: Process, source: Predict
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """A function of ``x_t`` (B, ...) and ``t`` (B,) together with what its values mean: all that samplers and metrics know of a network."""
+    """Function of `x_t` (B, ...) and `t` (B,), with the meaning of its values: all that samplers know of a network."""
 
     function: Callable[[Tensor, Tensor], Tensor]
     process: Process
     prediction: Prediction
 
     def __call__(self, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """The function's value as a ``prediction``. Raises as :func:`convert` does."""
+        """Value of the function as a `prediction`. Raises the errors of `convert`."""
         return convert(self.function(x_t, t), x_t, t, self.process, self.prediction, prediction)

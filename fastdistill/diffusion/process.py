@@ -1,4 +1,4 @@
-"""Forward processes ``x_t = alpha(t) x_0 + sigma(t) eps``: data at ``t = 0``, noise at ``t = 1``, whatever a paper counts in."""
+"""Forward processes `x_t = alpha(t) x_0 + sigma(t) eps`: data at `t = 0`, noise at `t = 1`, for every paper."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from fastdistill.diffusion.timesteps import TimeDistribution
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` (B,) with trailing singleton dimensions, to broadcast against ``like`` (B, ...), in float64.
+    """Times `t` (B,) with trailing singleton dimensions, to broadcast against `like` (B, ...), in float64.
 
-    The schedules are evaluated in it, as their ends cancel; it costs nothing, being one number per sample.
+    Schedules are evaluated in float64, as their ends cancel. It costs nothing for one number per sample.
+
+    Raises:
+        ValueError: `t` is not one time per sample.
     """
     if t.ndim != 1 or t.shape[0] != like.shape[0]:
         raise ValueError(f"t must have shape ({like.shape[0]},), one time per sample, got {tuple(t.shape)}")
@@ -24,20 +27,23 @@ def expand_time(t: Tensor, like: Tensor) -> Tensor:
 
 
 def repeat_time(t: Tensor, like: Tensor) -> Tensor:
-    """One time ``t`` () for all samples of ``like`` (B, ...): (B,), on its device, in its dtype but float32 at least."""
+    """Repeat one time `t` () for all samples of `like` (B, ...): (B,), on the device of `like`, in its dtype or float32."""
     return t.to(like.device, torch.promote_types(like.dtype, torch.float32)).expand(like.shape[0])
 
 
 def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of ``x``, drawn on ``rng``'s device: the same bits wherever ``x`` lives."""
+    """Standard normal noise in the shape and dtype and on the device of `x`.
+
+    It is drawn on the device of `rng`: the same bits wherever `x` lives.
+    """
     return torch.randn(x.shape, generator=rng, device=rng.device).to(x)
 
 
 class Process(ABC):
-    """A schedule ``alpha(t), sigma(t)`` with its derivatives, and what follows from them.
+    """Schedule `alpha(t), sigma(t)` with its derivatives, and what follows from them.
 
-    The functions of ``t`` work on tensors of any shape and keep their dtype. As an SDE the process is
-    ``dx = f(t) x dt + g(t) dw`` (Song et al. 2021, equation 5), with the marginals above if (Kingma et al. 2021)::
+    The functions of `t` work on tensors of any shape and keep their dtype. As an SDE the process is
+    `dx = f(t) x dt + g(t) dw` (Song et al. 2021, equation 5), with the marginals above if (Kingma et al. 2021):
 
         f = alpha' / alpha          g^2 = 2 sigma sigma' - 2 f sigma^2 = -sigma^2 d(log_snr)/dt
     """
@@ -52,43 +58,43 @@ class Process(ABC):
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """``d alpha / dt``."""
+        """Derivative `d alpha / dt`."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """``d sigma / dt``."""
+        """Derivative `d sigma / dt`."""
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse of :meth:`log_snr`; outside [0, 1] for a ratio that the process does not reach."""
+        """Inverse of `log_snr`; outside [0, 1] for a ratio that the process does not reach."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """``log(alpha^2 / sigma^2)``, falling in ``t``; infinite where ``sigma`` or ``alpha`` is zero."""
+        """Log of the signal-to-noise ratio, `log(alpha^2 / sigma^2)`, falling in `t`; infinite where `sigma` or `alpha` is zero."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def drift(self, t: Tensor) -> Tensor:
-        """``f(t)``; minus infinity where ``alpha`` is zero."""
+        """Drift `f(t)` of the SDE; minus infinity where `alpha` is zero."""
         return self.alpha_dot(t) / self.alpha(t)
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
-        """``g(t)^2``; infinite where ``alpha`` is zero."""
+        """Squared diffusion `g(t)^2` of the SDE; infinite where `alpha` is zero."""
         sigma = self.sigma(t)
         return 2 * sigma * (self.sigma_dot(t) - self.drift(t) * sigma)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``x_t`` (B, ...) in the dtype of ``x_0``, for ``t`` (B,).
+        """Noisy point `x_t` (B, ...) in the dtype of `x_0`, for `t` (B,).
 
         Raises:
-            ValueError: ``t`` is not one time per sample.
+            ValueError: `t` is not one time per sample.
         """
         time = expand_time(t, x_0)
         return self.alpha(time).to(x_0.dtype) * x_0 + self.sigma(time).to(x_0.dtype) * noise
 
     def ddim_step(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """``alpha_s x_0 + sigma_s eps`` (B, ...) with the ``eps`` that is in ``x_t`` beside ``x_0``; ``t``, ``s`` (B,) (Song et al. 2020).
+        """Point `alpha_s x_0 + sigma_s eps` (B, ...) with the `eps` of `x_t` given `x_0`; `t`, `s` (B,) (Song et al. 2020).
 
-        Where the probability-flow ODE goes from ``t`` to ``s`` as long as it sees the same ``x_0``. On rectified flow it is Euler's
-        step ``x_t + (s - t) v``, which ``FlowMatchEulerDiscreteScheduler`` takes.
+        The probability-flow ODE goes there from `t` to `s` as long as it sees the same `x_0`. On rectified flow this is Euler's
+        step `x_t + (s - t) v`, which `FlowMatchEulerDiscreteScheduler` takes.
         """
         t, s = expand_time(t, x_t), expand_time(s, x_t)
         of_x_t = self.sigma(s) / self.sigma(t)
@@ -96,23 +102,23 @@ class Process(ABC):
         return of_x_t.to(x_t.dtype) * x_t + of_x_0.to(x_t.dtype) * x_0
 
     def ddim_data(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The ``x_0`` (B, ...) with which :meth:`ddim_step` goes from ``x_t`` to ``x_s`` (Salimans & Ho 2022, algorithm 2)."""
+        """Data `x_0` (B, ...) with which `ddim_step` goes from `x_t` to `x_s` (Salimans & Ho 2022, algorithm 2)."""
         t, s = expand_time(t, x_t), expand_time(s, x_t)
         of_x_t = self.sigma(s) / self.sigma(t)
         of_x_0 = self.alpha(s) - of_x_t * self.alpha(t)
         return (x_s - of_x_t.to(x_t.dtype) * x_t) / of_x_0.to(x_t.dtype)
 
     def draw(self, x_0: Tensor, times: TimeDistribution, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A training point ``(x_t, t, noise)`` for each ``x_0`` (B, ...): fresh noise, and ``t`` (B,) of ``times``."""
+        """Draw a training point `(x_t, t, noise)` for each `x_0` (B, ...): fresh noise, and `t` (B,) of `times`."""
         noise = noise_like(x_0, rng)
         t = times(x_0.shape[0], rng).to(x_0.device)
         return self.add_noise(x_0, noise, t), t, noise
 
     def log_snr_times(self, steps: int, *, low: float = -10.0, high: float = 10.0) -> Tensor:
-        """``steps`` falling times, evenly spaced in ``log_snr`` from ``low`` to ``high``, or as far as the process goes.
+        """Falling times (steps,), evenly spaced in `log_snr` from `low` to `high`, or as far as the process goes.
 
-        The spacing at which the linear part of the reverse SDE is equally stiff everywhere (``g^2 dt = sigma^2 |d log_snr|``). The bounds
-        keep clear of the ends, where some processes are singular; at 10, ``sigma / alpha`` is 0.7 %.
+        At this spacing the linear part of the reverse SDE is equally stiff everywhere (`g^2 dt = sigma^2 |d log_snr|`). The bounds
+        keep clear of the ends, where some processes are singular. At 10, `sigma / alpha` is 0.7 %.
         """
         first, last = self.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64)).clamp(low, high).tolist()
         return self.time_of_log_snr(torch.linspace(first, last, steps, dtype=torch.float64)).clamp(0, 1)
@@ -120,7 +126,7 @@ class Process(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RectifiedFlow(Process):
-    """Straight paths, ``alpha = 1 - t`` and ``sigma = t`` (Liu et al. 2022, equation 1; FLUX's process)."""
+    """Straight paths, `alpha = 1 - t` and `sigma = t` (Liu et al. 2022, equation 1; FLUX's process)."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -139,26 +145,26 @@ class RectifiedFlow(Process):
 
 
 class VariancePreserving(Process):
-    """``alpha^2 + sigma^2 = 1`` (Ho et al. 2020; Song et al. 2021, equation 11): a schedule is its ``alpha``.
+    """Processes with `alpha^2 + sigma^2 = 1` (Ho et al. 2020; Song et al. 2021, equation 11): a schedule is its `alpha`.
 
-    ``sigma`` starts like ``sqrt(t)`` unless a schedule says otherwise: ``sigma_dot``, and the velocity with it, is infinite at ``t = 0``.
+    `sigma` starts like `sqrt(t)` unless a schedule says otherwise: `sigma_dot`, and the velocity with it, is infinite at `t = 0`.
     """
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
 
     def diffusion_squared(self, t: Tensor) -> Tensor:
-        """``beta(t) = -2 alpha' / alpha``, finite where ``sigma_dot`` is not."""
+        """Squared diffusion `beta(t) = -2 alpha' / alpha`, finite where `sigma_dot` is not."""
         return -2 * self.drift(t)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearVariancePreserving(VariancePreserving):
-    """``beta(t) = beta_min + t (beta_max - beta_min)`` and ``alpha = exp(-1/2 int_0^t beta)`` (Song et al. 2021, equation 33).
+    """DDPM's process: `beta(t) = beta_min + t (beta_max - beta_min)`, `alpha = exp(-1/2 int_0^t beta)`.
 
-    The limit of DDPM's ``N`` betas from ``beta_min / N`` to ``beta_max / N``. Row ``i`` of diffusers' ``alphas_cumprod`` with
-    ``beta_schedule="linear"`` belongs to ``t = (i + 1) / N``; at ``N = 1000`` it differs from ``alpha(t)^2`` by less than 1e-3, and
-    from ``t`` the time of its signal-to-noise ratio by less than 4e-3.
+    (Song et al. 2021, equation 33.) It is the limit of DDPM's `N` betas from `beta_min / N` to `beta_max / N`. Row `i` of diffusers' `alphas_cumprod` with
+    `beta_schedule="linear"` belongs to `t = (i + 1) / N`; at `N = 1000` the row differs from `alpha(t)^2` by less than 1e-3, and
+    the time of its signal-to-noise ratio differs from `t` by less than 4e-3.
     """
 
     beta_min: float = 0.1
@@ -183,10 +189,12 @@ class LinearVariancePreserving(VariancePreserving):
 
 @dataclass(frozen=True, kw_only=True)
 class CosineVariancePreserving(VariancePreserving):
-    """``alpha = cos(theta(t)) / cos(theta(0))``, ``theta = pi/2 (t + s) / (1 + s)`` (Nichol & Dhariwal 2021, equation 17).
+    """Cosine schedule: `alpha = cos(theta(t)) / cos(theta(0))`, `theta = pi/2 (t + s) / (1 + s)`.
 
-    Row ``i`` of diffusers' ``alphas_cumprod`` with ``beta_schedule="squaredcos_cap_v2"`` is ``alpha((i + 1) / N)^2`` up to rounding,
-    but for the last: there ``alpha(1) = 0``, and diffusers keeps its betas at or below 0.999.
+    (Nichol & Dhariwal 2021, equation 17.)
+
+    Row `i` of diffusers' `alphas_cumprod` with `beta_schedule="squaredcos_cap_v2"` is `alpha((i + 1) / N)^2` up to rounding,
+    but for the last: there `alpha(1) = 0`, and diffusers keeps its betas at or below 0.999.
     """
 
     offset: float = 0.008
@@ -219,10 +227,10 @@ class CosineVariancePreserving(VariancePreserving):
 
 @dataclass(frozen=True, kw_only=True)
 class TrigFlow(VariancePreserving):
-    """``alpha = cos(pi t / 2)`` and ``sigma = sin(pi t / 2)`` (sCM, Lu & Song 2024, whose time is the angle).
+    """TrigFlow: `alpha = cos(pi t / 2)` and `sigma = sin(pi t / 2)` (sCM, Lu & Song 2024, whose time is the angle).
 
-    For data of unit standard deviation: sCM scales both data and noise by ``sigma_d``. A derivative by the angle, which is v, is
-    ``2 / pi`` of one by ``t``.
+    The data has unit standard deviation: sCM scales both data and noise by `sigma_d`. A derivative by the angle, which is v, is
+    `2 / pi` of a derivative by `t`.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -244,10 +252,10 @@ class TrigFlow(VariancePreserving):
 
 @dataclass(frozen=True, kw_only=True)
 class VarianceExploding(Process):
-    """``alpha = 1`` and ``sigma = sigma_min (sigma_max / sigma_min)^t`` (NCSN, Song & Ermon 2019; Song et al. 2021, equation 30).
+    """NCSN's process: `alpha = 1` and `sigma = sigma_min (sigma_max / sigma_min)^t`.
 
-    Noise of ``sigma_min`` is left at ``t = 0``. ``sigma_max`` should exceed the distance of any two data points (Song & Ermon 2020,
-    technique 1): what is left of the data at ``t = 1`` is their mean, seen through it.
+    (Song & Ermon 2019; Song et al. 2021, equation 30.) Noise of `sigma_min` is left at `t = 0`. `sigma_max` should exceed the distance
+    of any two data points (Song & Ermon 2020, technique 1): through that much noise only the mean of the data is seen at `t = 1`.
     """
 
     sigma_min: float = 0.01

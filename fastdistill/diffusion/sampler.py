@@ -1,4 +1,4 @@
-"""One function that samples any predictor, by diffusers' schedulers or by the solvers that diffusers has not."""
+"""Sampling of any predictor by name: by diffusers' schedulers, or by solvers that diffusers lacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdistill.diffusion import schedulers, solvers
 from fastdistill.diffusion.prediction import Predictor
 
 Sampler = Callable[[Predictor, Tensor, Tensor, torch.Generator], Tensor]
-"""``(predictor, noise (B, ...), times (steps,), rng) -> samples (B, ...)``."""
+"""`(predictor, noise (B, ...), times (steps,), rng) -> samples (B, ...)`."""
 
 
 def _discrete(kind: type, **options: Any) -> Sampler:
@@ -50,12 +50,12 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def sample(predictor: Predictor, noise: Tensor, times: Tensor, *, sampler: str, rng: torch.Generator | None = None) -> Tensor:
-    """Samples (B, ...) of the data from standard normal ``noise`` (B, ...), by one of ``SAMPLERS``.
+    """Samples (B, ...) of the data from standard normal `noise` (B, ...), by one of `SAMPLERS`.
 
     Args:
-        times: (steps,), falling: where the predictor is called. After the last a sampler goes to ``x_0``. With
-            :func:`~fastdistill.diffusion.timesteps.few_step_times` and ``flow_euler``, a rectified flow is sampled as FLUX is.
-        rng: for those that draw noise; by default seeded with 0.
+        times: (steps,), falling: the times at which the predictor is called. After the last a sampler goes to `x_0`. With
+            `few_step_times` and `flow_euler`, a rectified flow is sampled as FLUX is.
+        rng: generator of samplers that draw noise; by default seeded with 0.
 
     Raises:
         ValueError: there is no such sampler, or it cannot visit these times (its docstring says why).

@@ -1,8 +1,8 @@
-"""Any predictor under diffusers' schedulers.
+"""Sampling of any predictor by diffusers' schedulers.
 
-A scheduler steps a state ``alpha_s x_0 + sigma_s eps`` of its own: variance preserving, exploding, or rectified flow. It differs from the
-predictor's ``x_t`` of equal signal-to-noise ratio by a factor only. So a predictor is asked at that ratio's time, with the state rescaled,
-and every scheduler fits every process.
+A scheduler steps a state `alpha_s x_0 + sigma_s eps` of its own: variance preserving, exploding, or rectified flow. The state differs
+by a factor only from the predictor's `x_t` of equal signal-to-noise ratio. The predictor is asked at the time of that ratio, with the
+state rescaled, so that every scheduler fits every process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALLEST_SNR = 1e-6
 TIME_SLACK = 1e-3
 
 Coordinates = Callable[[Any, int], tuple[Tensor, Tensor]]
-"""``(scheduler, index of the call) -> (alpha_s, sigma_s)``."""
+"""`(scheduler, index of the call) -> (alpha_s, sigma_s)`."""
 
 
 def _of_cumulated_alphas(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
@@ -69,10 +69,10 @@ COORDINATES: dict[type, Coordinates] = {
 
 @torch.no_grad()
 def run(predictor: Predictor, scheduler: Any, noise: Tensor, rng: torch.Generator) -> Tensor:
-    """Samples (B, ...) from ``noise`` (B, ...) by ``scheduler``, after its ``set_timesteps``.
+    """Draw samples (B, ...) from `noise` (B, ...) by `scheduler`, after its `set_timesteps`.
 
     Raises:
-        ValueError: the scheduler is none of ``COORDINATES``, wants another output than ``epsilon``, ``sample`` or a velocity, or starts
+        ValueError: the scheduler is none of `COORDINATES`, wants another output than `epsilon`, `sample` or a velocity, or starts
             at more noise than the predictor's process has.
     """
     if type(scheduler) not in COORDINATES:
@@ -107,7 +107,7 @@ def _time(process: Process, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _output(scheduler: Any, x_0: Tensor, state: Tensor, alpha: float, sigma: float) -> Tensor:
-    """What the scheduler takes for a network's output: by its own state, so that it finds exactly ``x_0`` in it."""
+    """Network output in which the scheduler, by its own state, finds exactly `x_0`."""
     if COORDINATES[type(scheduler)] is _rectified_flow:
         return (state - x_0) / sigma
     match scheduler.config.prediction_type:
@@ -120,9 +120,9 @@ def _output(scheduler: Any, x_0: Tensor, state: Tensor, alpha: float, sigma: flo
 
 
 def betas(process: Process, times: Tensor) -> list[float]:
-    """The ``trained_betas`` of a discrete schedule with one row for each of the falling ``times`` (steps,).
+    """`trained_betas` of a discrete schedule with one row for each of the falling `times` (steps,).
 
-    Row ``i`` of its ``alphas_cumprod`` is ``alpha^2 / (alpha^2 + sigma^2)`` at the ``i``-th time from the clean end.
+    Row `i` of its `alphas_cumprod` is `alpha^2 / (alpha^2 + sigma^2)` at the `i`-th time from the clean end.
 
     Raises:
         ValueError: the times do not fall strictly, or end without noise, where no step is left to take.
@@ -135,7 +135,7 @@ def betas(process: Process, times: Tensor) -> list[float]:
 
 
 def discrete(kind: type, process: Process, times: Tensor, **options: Any) -> Any:
-    """A scheduler of discrete betas that visits exactly ``times`` (steps,), ready to :func:`run`."""
+    """Scheduler of discrete betas that visits exactly `times` (steps,), ready to `run`."""
     # "trailing" visits every row of a table with as many rows as steps, in every kind.
     scheduler = kind(num_train_timesteps=len(times), trained_betas=betas(process, times), timestep_spacing="trailing", **options)
     scheduler.set_timesteps(len(times))
@@ -143,7 +143,7 @@ def discrete(kind: type, process: Process, times: Tensor, **options: Any) -> Any
 
 
 def flow_euler(process: Process, times: Tensor) -> Any:
-    """A ``FlowMatchEulerDiscreteScheduler`` that visits ``times`` (steps,): ``sigma / (alpha + sigma)`` in its own coordinates."""
+    """`FlowMatchEulerDiscreteScheduler` that visits `times` (steps,): `sigma / (alpha + sigma)` in its own coordinates."""
     time = times.double()
     alpha, sigma = process.alpha(time), process.sigma(time)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0)

@@ -1,7 +1,7 @@
-"""What diffusers has no scheduler for, for any process: the probability-flow ODE and the reverse SDE in ``t``, and Langevin dynamics.
+"""Solvers that diffusers lacks, for any process: the ODE and the SDE in `t`, and Langevin dynamics.
 
-All call the predictor at the falling ``times`` (steps,) and end with its ``x_0`` at the last of them, which removes the noise left there
-(Tweedie's formula; Jolicoeur-Martineau et al. 2021). From rectified flow's last time that is Euler's step to ``t = 0``.
+A solver calls the predictor at the falling `times` (steps,) and ends with its `x_0` at the last time, which removes the noise that is
+left there (Tweedie's formula; Jolicoeur-Martineau et al. 2021). On rectified flow the end is Euler's step to `t = 0`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def _start(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
-    """The probability-flow ODE ``dx/dt = velocity`` (Song et al. 2021, equation 13) by Euler's method: an error of first order."""
+    """Solve the probability-flow ODE `dx/dt = velocity` by Euler's method, an error of first order.
+
+    (Song et al. 2021, equation 13.)
+    """
     x = _start(predictor, noise, times)
     for t, t_next in pairwise(times):
         x = x + float(t_next - t) * predictor(x, repeat_time(t, x), Prediction.VELOCITY)
@@ -30,7 +33,10 @@ def euler(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def heun(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
-    """The probability-flow ODE by Heun's method, two calls a step and an error of second order (Karras et al. 2022, algorithm 1)."""
+    """Solve the probability-flow ODE by Heun's method, two calls a step and an error of second order.
+
+    (Karras et al. 2022, algorithm 1.)
+    """
     x = _start(predictor, noise, times)
     for t, t_next in pairwise(times):
         step = float(t_next - t)
@@ -42,12 +48,13 @@ def heun(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator) -> Tensor:
-    """The reverse SDE ``dx = (f x - g^2 score) dt + g dw`` (Song et al. 2021, equation 6): an error of first order in distribution.
+    """Solve the reverse SDE `dx = (f x - g^2 score) dt + g dw`, an error of first order in distribution.
 
-    Stable where ``log_snr`` changes by less than 2 a step, so that its times are best those of :meth:`Process.log_snr_times`.
+    (Song et al. 2021, equation 6.) The solver is stable where `log_snr` changes by less than 2 a step: `Process.log_snr_times` are the
+    best times for it.
 
     Raises:
-        ValueError: a time but the last has ``alpha = 0``, where ``f`` and ``g`` are infinite.
+        ValueError: a time but the last has `alpha = 0`, where `f` and `g` are infinite.
     """
     process = predictor.process
     drift, diffusion_squared = process.drift(times.double()), process.diffusion_squared(times.double())
@@ -65,10 +72,10 @@ def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torc
 def annealed_langevin(
     predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator, *, corrections: int = 20, step_size: float = 0.4
 ) -> Tensor:
-    """``corrections`` steps ``x <- x + h/2 score + sqrt(h) z`` at each time, ``h = step_size sigma^2`` (Song & Ermon 2019, algorithm 1).
+    """Take `corrections` steps `x <- x + h/2 score + sqrt(h) z` at each time, `h = step_size sigma^2`.
 
-    ``step_size`` is that of the standardised state ``x / sigma``: the paper's ``epsilon / sigma_L^2``. Its stationary variance is too large
-    by ``step_size / 4`` of ``sigma^2``, which later levels forget.
+    (Song & Ermon 2019, algorithm 1.) `step_size` is the step of the standardised state `x / sigma`: the paper's `epsilon / sigma_L^2`.
+    The stationary variance is too large by `step_size / 4` of `sigma^2`, which later levels forget.
     """
     process = predictor.process
     sigmas, scales = process.sigma(times.double()), torch.hypot(process.alpha(times.double()), process.sigma(times.double()))

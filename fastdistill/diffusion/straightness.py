@@ -1,4 +1,4 @@
-"""How straight a flow is, and so how few steps it needs (Liu et al. 2022, arXiv 2209.03003, equation 7)."""
+"""Straightness of a flow, on which the number of steps depends (Liu et al. 2022, arXiv 2209.03003, equation 7)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from fastdistill.diffusion.process import RectifiedFlow, repeat_time
 
 @torch.no_grad()
 def straightness(predictor: Predictor, noise: Tensor, steps: int = 64) -> float:
-    """``int_0^1 E |(x_1 - x_0) - v(x_t, t)|^2 dt`` of the rectified flow from ``noise`` (B, ...), by ``steps`` of Heun's method.
+    """Integral `int_0^1 E |(x_1 - x_0) - v(x_t, t)|^2 dt`, relative to `E |x_1 - x_0|^2`.
 
-    Relative to ``E |x_1 - x_0|^2``: zero if and only if every trajectory is a straight line of constant speed, which one step of Euler's
-    method solves exactly. The squared speed, averaged by the trapezoidal rule at the steps.
+    The rectified flow from `noise` (B, ...) is solved by `steps` of Heun's method, and the squared speed averaged by the trapezoidal
+    rule at the steps. The result is zero if and only if every trajectory is a straight line of constant speed, which one step of
+    Euler's method solves exactly.
 
     Raises:
-        ValueError: the process is not rectified flow, whose ``t`` measures the way.
+        ValueError: the process is not rectified flow, whose `t` measures the way.
     """
     if not isinstance(predictor.process, RectifiedFlow):
         raise ValueError(f"straightness is a property of rectified flow, not of {type(predictor.process).__name__}")

@@ -1,4 +1,4 @@
-"""Times in [0, 1]: the distributions that training draws from, and the grids that few-step samplers visit."""
+"""Times in [0, 1]: distributions that training draws from, and grids that few-step samplers visit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class TimeDistribution(Protocol):
-    """Where on the path from data to noise training looks."""
+    """Distribution of the times, on the path from data to noise, that training looks at."""
 
     def __call__(self, batch: int, rng: torch.Generator) -> Tensor:
-        """``batch`` times, float32 on ``rng``'s device."""
+        """Draw `batch` times, float32 on the device of `rng`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """``t ~ U[low, high)``: DDPM's choice on [0, 1), and DMD's on [0.02, 0.98) (Yin et al. 2024, section 3.2)."""
+    """Uniform times `t ~ U[low, high)`: DDPM's choice on [0, 1), and DMD's on [0.02, 0.98) (Yin et al. 2024, section 3.2)."""
 
     low: float = 0.0
     high: float = 1.0
@@ -35,10 +35,10 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal:
-    """``t = sigmoid(mean + std z)``, ``z ~ N(0, 1)`` (Esser et al. 2024, equation 19).
+    """Logit-normal times `t = sigmoid(mean + std z)`, `z ~ N(0, 1)` (Esser et al. 2024, equation 19).
 
-    Above 0, ``mean`` draws more times near noise, where a sample's coarse features are decided: ``mean = log(s)`` is the density of the
-    times of ``mean = 0`` under the shift ``s`` (:func:`shifted`).
+    A `mean` above 0 draws more times near noise, where a sample's coarse features are decided. `mean = log(s)` gives the density of the
+    times of `mean = 0` under the shift `s` (`shifted`).
     """
 
     mean: float = 0.0
@@ -50,7 +50,7 @@ class LogitNormal:
 
 @dataclass(frozen=True, kw_only=True)
 class Shifted:
-    """Times of ``base`` under the shift ``shift`` (:func:`shifted`)."""
+    """Times of `base` under the shift `shift` (`shifted`)."""
 
     base: TimeDistribution
     shift: float
@@ -60,18 +60,19 @@ class Shifted:
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """``t' = s t / (1 + (s - 1) t)``, towards noise for ``s > 1`` (Esser et al. 2024, equation 23).
+    """Shifted times `t' = s t / (1 + (s - 1) t)`, towards noise for `s > 1` (Esser et al. 2024, equation 23).
 
-    On rectified flow it divides the signal-to-noise ratio ``((1 - t) / t)^2`` by ``s^2``, which is what an image of ``s^2`` times as many
-    pixels needs to be equally uncertain. diffusers' ``mu`` is ``log(s)``.
+    On rectified flow the shift divides the signal-to-noise ratio `((1 - t) / t)^2` by `s^2`: an image of `s^2` times as many pixels
+    is then equally uncertain. diffusers' `mu` is `log(s)`.
     """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flux_shift(image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tuple[float, float] = (0.5, 1.15)) -> float:
-    """The shift that ``FluxPipeline`` gives an image of ``image_tokens`` tokens: ``exp(mu)``, ``mu`` linear in them.
+    """Shift that `FluxPipeline` gives an image of `image_tokens` tokens: `exp(mu)`, `mu` linear in the tokens.
 
-    0.5 at 256 tokens (256 pixels squared) and 1.15 at 4096 (1024 pixels squared), the defaults of ``calculate_shift`` in diffusers.
+    `mu` is 0.5 at 256 tokens (256 pixels squared) and 1.15 at 4096 (1024 pixels squared), the defaults of `calculate_shift` in
+    diffusers.
     """
     return math.exp(mu[0] + (mu[1] - mu[0]) * (image_tokens - tokens[0]) / (tokens[1] - tokens[0]))
 
@@ -82,11 +83,15 @@ def time_of_batch(time: Tensor, like: Tensor) -> Tensor:
 
 
 def few_step_times(steps: int, shift: float = 1.0) -> Tensor:
-    """The times (steps,) at which a sampler of ``steps`` steps calls its network: falling from 1, evenly spaced before the shift.
+    """Times (steps,) at which a sampler of `steps` steps calls its network: falling from 1, evenly spaced before the shift.
 
-    ``[1, 0.75, 0.5, 0.25]`` for 4 steps; with FLUX.1's shift at 1024 pixels squared, ``exp(1.15)``, ``[1, 0.9045, 0.7595, 0.5128]``. These
-    are the ``sigmas`` of ``FlowMatchEulerDiscreteScheduler`` in ``FluxPipeline``, without their last, 0. (Called without ``sigmas``, that
-    scheduler ends its grid at ``sigma_min`` instead, and shifts it twice; pipelines of FLUX's kind do not call it so.)
+    For 4 steps the times are `[1, 0.75, 0.5, 0.25]`; with FLUX.1's shift at 1024 pixels squared, `exp(1.15)`,
+    `[1, 0.9045, 0.7595, 0.5128]`. They are the `sigmas` of `FlowMatchEulerDiscreteScheduler` in `FluxPipeline`, without the last, 0.
+    (Called without `sigmas`, that scheduler ends its grid at `sigma_min` instead, and shifts the grid twice. Pipelines of FLUX's kind
+    do not call it so.)
+
+    Raises:
+        ValueError: `steps` is less than 1.
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, got {steps}")

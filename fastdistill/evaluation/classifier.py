@@ -1,4 +1,4 @@
-"""The classifier that reads the caption off an emoji image, trained by ``examples/train_emoji/classifier.py``."""
+"""Classifier that reads the caption off an emoji image, trained by `examples/train_emoji/classifier.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ FILE = "classifier.safetensors"
 
 
 class Classifier(nn.Module):
-    """(B, 3, 64, 64) pixels in [-1, 1] to (B, captions) logits. The image's place and scale vary little, so no pooling: 4x4 cells."""
+    """Map pixels (B, 3, 64, 64) in [-1, 1] to logits (B, captions).
+
+    Place and scale of an image vary little, so that 4x4 cells stay apart and nothing is pooled.
+    """
 
     def __init__(self, captions: int, width: int = 24) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, captions: int, folder: Path | None = None) -> Classifier:
-        """The shipped classifier, in float32."""
+        """Load the shipped classifier, in float32."""
         network = cls(captions)
         network.load_state_dict({name: value.float() for name, value in load_file((folder or assets()) / FILE).items()})
         return network.eval()
@@ -42,5 +45,5 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def predict(network: Classifier, pixels: Tensor, batch: int = 256) -> Tensor:
-    """The caption index of every image, (N,)."""
+    """Predict the caption index of every image, (N,)."""
     return torch.cat([network(chunk).argmax(dim=1) for chunk in pixels.split(batch)])

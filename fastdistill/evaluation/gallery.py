@@ -1,4 +1,4 @@
-"""The images of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
+"""Images of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdistill.evaluation.suite import evaluate
+from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.run.files import whole, write_json
@@ -26,7 +26,7 @@ GRID_COLUMNS = 10
 
 
 class Gallery:
-    """Of each model a file in ``folder``; the one that is called ``reference`` is what the others are compared with."""
+    """File of images in `folder` for each model. The model that is called `reference` is compared with the others."""
 
     def __init__(
         self,
@@ -41,11 +41,12 @@ class Gallery:
         console: Console,
         shared: Path | None = None,
     ) -> None:
-        """``count`` images of each model, spread over the prompts and then over seeds; with 0 only a grid is drawn and nothing is measured.
-
+        """
         Args:
-            shared: a folder for what is measured of the reference, in however many steps, that galleries which measure the same share;
-                by default ``folder``.
+            count: number of images of each model, spread over the prompts and then over seeds. With 0 only a grid is drawn, and nothing
+                is measured.
+            shared: folder for the images and measurements of the reference, in any number of steps. Galleries that measure the same
+                share it. By default it is `folder`.
         """
         shown = max(count, GRID_COLUMNS)
         self.prompts = [prompts[i * len(prompts) // min(shown, len(prompts))] for i in range(min(shown, len(prompts)))]
@@ -55,18 +56,17 @@ class Gallery:
         self.reference, self.shared = reference, folder if shared is None else shared
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
-        """The measurements of ``pipeline``, a JSON object; sampled as the gallery says, unless ``sampling`` says otherwise."""
+        """Measure `pipeline`, a JSON object; it is sampled as the gallery says, unless `sampling` says otherwise."""
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
         reference = None if name == self.reference else self._images(self.reference)
-        images = len(self.prompts) * len(self.seeds)
+        image_set = ImageSet(prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch)
         transformer = pipeline.transformer
-        # One that is in training may be patched already.
-        with nullcontext() if is_patched(transformer) else patched(transformer), bar(self.console, f"evaluate {name}", images) as tick:
-            result = evaluate(
-                pipeline, self.prompts, sampling or self.sampling, seeds=self.seeds, batch=self.batch, reference=reference, tick=tick
-            )
+        # A transformer in training may be patched already.
+        patching = nullcontext() if is_patched(transformer) else patched(transformer)
+        with patching, bar(self.console, f"evaluate {name}", len(image_set)) as tick:
+            result = evaluate(pipeline, image_set, reference=reference, tick=tick)
         metrics = result.metrics if self.measure else {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
         with whole(self._file(name)) as partial:
@@ -76,7 +76,7 @@ class Gallery:
         return metrics
 
     def grid(self, names: Sequence[str]) -> Image.Image:
-        """A row of images for each of ``names``, which have been evaluated."""
+        """Draw a row of images for each of `names`, which have been evaluated."""
         columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
         images = torch.stack([self._images(name)[columns] for name in names])
         return grid(images, names, [self.prompts[i] for i in columns])
@@ -89,5 +89,5 @@ class Gallery:
         return folder / f"images-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
     def _is_reference(self, name: str) -> bool:
-        """Whether it is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
+        """Whether `name` is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
         return name.split(",")[0] == self.reference

@@ -1,6 +1,6 @@
-"""How far samples are from a distribution: distances between two sets of vectors, and what becomes of the modes of a mixture.
+"""Distances between two sets of vectors, and the modes of a mixture that samples reach.
 
-Images need features before such distances mean something; vectors of few dimensions do not, and a mixture's modes are known.
+Images need features before such distances mean something. Vectors of few dimensions do not, and the modes of a mixture are known.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS = 1024
 
 
 def directions(count: int, dimensions: int) -> Tensor:
-    """``count`` unit vectors (count, D) in float64, the same ones at every call: in the plane evenly spaced, else drawn at random."""
+    """Unit vectors (count, D) in float64, the same at every call: in the plane evenly spaced, else drawn at random."""
     if dimensions == 2:
         # A direction and its opposite give the same projection, so half of the circle is all.
         angle = math.pi * torch.arange(count, dtype=torch.float64) / count
@@ -28,10 +28,11 @@ def directions(count: int, dimensions: int) -> Tensor:
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> float:
-    """The mean over :func:`directions` of the Wasserstein-1 distance between projections (Bonneel et al. 2015), (N, D) and (N, D).
+    """Mean over `directions` of the Wasserstein-1 distance between projections of two sets (N, D).
 
-    In one dimension the best coupling pairs sorted points: ``mean |a_(i) - b_(i)|``. Above zero even between two sets of one
-    distribution, in the order of ``1 / sqrt(N)``: compare only values of equal sample counts, and with that of such sets.
+    (Bonneel et al. 2015.) In one dimension the best coupling pairs sorted points: `mean |a_(i) - b_(i)|`. The distance is above zero
+    even between two sets of one distribution, in the order of `1 / sqrt(N)`: compare only values of equal sample counts, and compare
+    them with the distance between two such sets.
 
     Raises:
         ValueError: shapes differ.
@@ -46,10 +47,10 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> 
 
 
 def energy_distance(first: Tensor, second: Tensor) -> float:
-    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, zero for equal distributions only (Szekely & Rizzo 2013), (N, D) and (M, D).
+    """Energy distance `2 E|X - Y| - E|X - X'| - E|Y - Y'|` of two sets (N, D) and (M, D).
 
-    The U-statistic: a point is not compared with itself, so that the estimate is unbiased. Between two sets of one distribution it
-    scatters around zero, and may be negative.
+    It is zero for equal distributions only (Szekely & Rizzo 2013). The estimate is the U-statistic: a point is not compared with
+    itself, so that the estimate is unbiased. Between two sets of one distribution it scatters around zero, and may be negative.
 
     Raises:
         ValueError: a set has fewer than two points.
@@ -69,23 +70,23 @@ def _sum_of_distances(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Modes:
-    """What :func:`modes` finds."""
+    """Result of `modes`."""
 
     weights: tuple[float, ...]
-    """The share of the samples in each component."""
+    """Share of the samples in each component."""
     total_variation: float
-    """``sum_k |share_k - w_k| / 2``: the share of the samples that are in a component that has too many."""
+    """Distance `sum_k |share_k - w_k| / 2`: the share of samples in excess of their component's."""
     outside: float
-    """The share of samples in no mode."""
+    """Share of samples in no mode."""
     spread: float
-    """The variance within modes, relative to the true one: below 1 the samples are too narrow. NaN if all are outside."""
+    """Variance within modes, relative to the true one: below 1 the samples are too narrow. NaN if all are outside."""
 
 
 def modes(samples: Tensor, mixture: GaussianMixture, radius: float = 4.0) -> Modes:
-    """Assign each of ``samples`` (N, D) to its most probable component.
+    """Assign each of `samples` (N, D) to its most probable component.
 
-    A sample is in no mode if its Mahalanobis distance ``m_k = |S_k^-1/2 (x - mu_k)|`` is above ``radius`` for each component, as for
-    ``exp(-radius^2 / 2)`` of a Gaussian's own samples in two dimensions. The spread is the mean of ``m_k^2 / D``, ``k`` the sample's
+    A sample is in no mode if its Mahalanobis distance `m_k = |S_k^-1/2 (x - mu_k)|` is above `radius` for each component, as for
+    `exp(-radius^2 / 2)` of a Gaussian's own samples in two dimensions. The spread is the mean of `m_k^2 / D`, `k` the sample's
     own component, over those in a mode.
     """
     along = torch.einsum("kij,bki->bkj", mixture.axes, samples.to(mixture.means.dtype)[:, None] - mixture.means)

@@ -13,12 +13,12 @@ from fastdistill.errors import UserError
 
 
 def embeds_guidance(network: nn.Module) -> bool:
-    """Whether ``network`` takes a guidance scale, by the config field that diffusers' transformers have for it."""
+    """Whether `network` takes a guidance scale, by the config field that diffusers' transformers have for it."""
     return bool(getattr(getattr(network, "config", None), "guidance_embeds", False))
 
 
 def with_scale(conditioning: Any, network: nn.Module, scale: Tensor) -> Any:
-    """``conditioning`` as ``network`` takes it: with ``scale`` (B,) as its ``guidance`` if the network embeds one, without otherwise."""
+    """Conditioning for `network`: with `scale` (B,) as its `guidance` if the network embeds guidance, without otherwise."""
     if embeds_guidance(network):
         return dataclasses.replace(conditioning, guidance=scale)
     if getattr(conditioning, "guidance", None) is not None:
@@ -27,10 +27,11 @@ def with_scale(conditioning: Any, network: nn.Module, scale: Tensor) -> Any:
 
 
 def with_guidance_embedder(transformer: Any) -> Any:
-    """A stock ``FluxTransformer2DModel`` with ``guidance_embeds=True`` that starts with the outputs of ``transformer``, which has none.
+    """Give `transformer` a guidance embedder: a stock `FluxTransformer2DModel` with `guidance_embeds=True` and equal outputs.
 
-    The new embedder's last layer is zero, so that no scale changes anything until it is trained: the linear layer initialised to zero
-    of Meng et al. (2023, section 3.1). Its first layer is a copy of the time embedder's, which reads the same sinusoidal features.
+    The last layer of the new embedder is zero, so that no scale changes anything until the layer is trained: the linear layer
+    initialised to zero of Meng et al. (2023, section 3.1). The first layer is a copy of the time embedder's, which reads the same
+    sinusoidal features.
 
     Raises:
         UserError: the transformer embeds guidance already, or its class cannot.
@@ -46,6 +47,6 @@ def with_guidance_embedder(transformer: Any) -> Any:
     for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"):
         time = state[f"time_text_embed.timestep_embedder.{name}"]
         state[f"time_text_embed.guidance_embedder.{name}"] = time if name.startswith("linear_1") else torch.zeros_like(time)
-    # Cloned, as the source's owner may train it on.
+    # Cloned, as the owner of the source may go on to train it.
     sibling.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return sibling.train(transformer.training)

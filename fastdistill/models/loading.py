@@ -1,4 +1,4 @@
-"""Opening a pipeline, and saying what is wrong with a folder that is none."""
+"""Loading of a pipeline, with a message that says what is wrong with a folder that does not load."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from fastdistill.models.weights import check_computable, check_finite
 
 EMBEDDED = "emoji"
 PIPELINES = ("FluxPipeline",)
+PROMPTS_FILE = "prompts.txt"
+"""Prompts of a pipeline's folder, one a line."""
 
 # For a model that brings no prompts.txt: subjects, styles, text, counting and places that a general model should keep.
 GENERAL_PROMPTS = (
@@ -44,7 +46,7 @@ GENERAL_PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A pipeline with what its folder says of it."""
+    """Pipeline with its sampling defaults and prompts."""
 
     name: str
     pipeline: Any
@@ -53,20 +55,25 @@ class Loaded:
 
 
 def embedded_folder() -> Path:
+    """Folder of the pipeline that ships with the package."""
     return Path(str(resources.files("fastdistill"))) / "assets" / "emoji" / "pipeline"
 
 
 def default_device() -> str:
+    """`cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def dtype_on(device: str) -> torch.dtype:
-    """In which a pipeline is loaded."""
+    """Dtype in which a pipeline is loaded on `device`."""
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def load(model: str, device: str | None = None) -> Loaded:
-    """Open a FLUX pipeline: ``"emoji"`` for the embedded one, a local folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
+    """Load a FLUX pipeline, in float32 on a CPU and in bfloat16 on a GPU.
+
+    Args:
+        model: `"emoji"` for the embedded pipeline, a local folder, or a hub id.
 
     Raises:
         UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite, or not of a type
@@ -98,10 +105,10 @@ def load(model: str, device: str | None = None) -> Loaded:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a text file.
+    """Read the non-empty lines of a text file.
 
     Raises:
-        UserError: no such file, no text, or no line in it.
+        UserError: there is no such file, it is not text, or it has no such line.
     """
     if not path.is_file():
         raise UserError(f"there is no prompt file {path}")
@@ -115,7 +122,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def quiet() -> None:
-    """Keep libraries from showing progress of their own, and a warning that has no consequence."""
+    """Keep libraries from showing progress of their own, and warnings that have no consequence."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -154,7 +161,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_weight_files(part: Path) -> None:
-    """Weights are one file, or those that an index names. There may be several sets, as of half precision, and one has to be complete."""
+    """Raise `UserError` unless a set of weights is complete: one file, or the files that an index names.
+
+    There may be several sets, such as one of half precision. One complete set suffices.
+    """
     files = {path.name for pattern in ("*.safetensors", "*.bin") for path in part.glob(pattern)}
     lost: list[str] = []
     for index in sorted(part.glob("*.index*.json")):
@@ -177,5 +187,5 @@ def _check_class(name: str, transformer: str | None, model: str) -> None:
 
 
 def _prompts(folder: Path) -> list[str]:
-    path = folder / "prompts.txt"
+    path = folder / PROMPTS_FILE
     return read_prompts(path) if path.exists() else list(GENERAL_PROMPTS)

@@ -1,4 +1,4 @@
-"""How a pipeline is meant to be sampled, kept beside its weights, and sampling it through diffusers."""
+"""Sampling of a pipeline through diffusers, by defaults that are kept with its weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import UserError
+from fastdistill.run.files import write_json
 
 FILE = "fastdistill.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's ``fastdistill.json`` overrides them."""
+    """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's `fastdistill.json` overrides them."""
 
     num_inference_steps: int = 28
     true_cfg_scale: float = 1.0
-    """Classifier-free guidance with the empty prompt, ``u + w (c - u)``; 1 is off."""
+    """Classifier-free guidance with the empty prompt, `u + w (c - u)`; 1 is off."""
     guidance_scale: float = 3.5
     """Embedded guidance of a guidance-distilled model; others ignore it."""
     height: int = 1024
@@ -35,10 +36,10 @@ class SamplingDefaults:
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
-        """Those of ``folder``, or FLUX.1-dev's if it names none (diffusers ignores the file).
+        """Read the defaults of `folder`, or FLUX.1-dev's if the folder has none (diffusers ignores the file).
 
         Raises:
-            UserError: the file is not JSON, or holds other names than these.
+            UserError: the file is not JSON, or holds names of no field.
         """
         path = folder / FILE
         if not path.exists():
@@ -50,12 +51,13 @@ class SamplingDefaults:
             raise UserError(f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted") from error
 
     def replaced(self, options: Any) -> SamplingDefaults:
-        """These with the values of the equally named attributes of ``options`` that are there and not None."""
+        """Defaults with the values of the equally named attributes of `options` that are there and not None."""
         given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def save(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write the file that `load` reads."""
+        write_json(folder / FILE, dataclasses.asdict(self))
 
 
 @torch.no_grad()
@@ -68,7 +70,13 @@ def sample(
     batch: int,
     tick: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] of ``prompts``, image ``i`` from noise of seed ``seeds[i]`` whatever the model and the batch."""
+    """Draw images (N, 3, H, W) in [-1, 1] of `prompts`, image `i` from noise of seed `seeds[i]` for every model and batch size.
+
+    Args:
+        seeds: one for each prompt.
+        batch: images at once.
+        tick: called with the number of images after each batch.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
     images = []

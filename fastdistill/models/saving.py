@@ -1,4 +1,4 @@
-"""A pipeline with another transformer: to sample it, and to save it as stock diffusers loads it."""
+"""Pipeline with another transformer, to sample it, and to save it for stock diffusers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from fastdistill.models.loading import PROMPTS_FILE
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.run.files import write_text
 
 
 @contextmanager
 def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Iterator[None]:
-    """The pipeline with another transformer, and another scheduler if one is given, inside the block."""
+    """Give the pipeline another transformer inside the block, and another scheduler if one is given."""
     earlier = pipeline.transformer, pipeline.scheduler
     pipeline.transformer, pipeline.scheduler = transformer, scheduler or pipeline.scheduler
     try:
@@ -25,13 +27,18 @@ def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Ite
 
 
 def save(pipeline: Any, transformer: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> None:
-    """Write the pipeline with ``transformer``, sampling defaults and prompts, whole or not at all; what is in ``folder`` already stays."""
+    """Write the pipeline with `transformer`, sampling defaults and prompts, whole or not at all. An existing `folder` stays as it is."""
     if folder.exists():
         return
-    unfinished = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with swapped(pipeline, transformer):
-        pipeline.save_pretrained(unfinished)
-    sampling.save(unfinished)
-    (unfinished / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    unfinished.replace(folder)
+    # One name for all attempts: models are large, and a killed process cannot clean up after itself.
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with swapped(pipeline, transformer):
+            pipeline.save_pretrained(partial)
+        sampling.save(partial)
+        write_text(partial / PROMPTS_FILE, "\n".join(prompts) + "\n")
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

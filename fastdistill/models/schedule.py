@@ -1,4 +1,4 @@
-"""The schedule of a few-step student, from that of its teacher."""
+"""Shift of the times of a pipeline's scheduler, and the scheduler of a few-step student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastdistill.diffusion.timesteps import flux_shift
 
 
 def shift_of(scheduler: Any, image_tokens: int) -> float:
-    """By how much a pipeline's ``scheduler`` moves the times of an image of ``image_tokens`` towards noise; 1 is not at all."""
+    """Shift of a pipeline's `scheduler` for an image of `image_tokens` tokens: above 1 towards noise; 1 is none."""
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
@@ -21,5 +21,5 @@ def shift_of(scheduler: Any, image_tokens: int) -> float:
 
 
 def few_step_scheduler(shift: float, *, stochastic_sampling: bool) -> Any:
-    """Visits ``few_step_times(steps, shift)`` in a ``FluxPipeline``, whatever the size of the image."""
+    """Scheduler that visits `few_step_times(steps, shift)` in a `FluxPipeline`, for every size of the image."""
     return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic_sampling)

@@ -1,4 +1,4 @@
-"""A transformer by its config alone, for what can be planned without weights."""
+"""Transformer by its config alone, for plans that need no weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from fastdistill.models.sampling import SamplingDefaults
 
 
 def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
-    """A transformer without weights."""
+    """Build a transformer without weights."""
     with torch.device("meta"):
         return transformer_class.from_config(config).eval()
 
 
 def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
-    """A transformer without weights, how it is sampled, and pixels per latent.
+    """Read a transformer without weights, its sampling defaults, and the number of pixels per latent.
 
     Args:
-        model: a pipeline's folder, which needs no more than ``transformer/config.json``; a transformer's folder or config file; a hub id.
+        model: a pipeline's folder, which needs no more than `transformer/config.json`; a transformer's folder or config file; or a hub id.
+
+    Raises:
+        UserError: there is no such config, or it describes no supported transformer.
     """
     folder = embedded_folder() if model == EMBEDDED else Path(model)
     paths = [folder] if folder.is_file() else [folder / "transformer" / "config.json", folder / "config.json"]

@@ -1,4 +1,4 @@
-"""Whether weights can be computed with."""
+"""Checks that weights can be computed with."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_finite(module: nn.Module, name: str) -> None:
-    """Raise :class:`UserError`, naming the tensor, for a weight of ``name`` that is not finite. Quantised ones are not looked into."""
+    """Raise `UserError`, naming the tensor, for a weight of `name` that is not finite. Quantised weights are not looked into."""
     for parameter_name, parameter in module.named_parameters():
         if parameter.dtype in COMPUTED and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{name} weight {parameter_name} has NaN or infinite values; get a sound copy of the weights")
 
 
 def check_computable(module: nn.Module, name: str) -> None:
-    """Raise :class:`UserError`, naming the tensor, for a weight of ``name`` that is quantised or not loaded."""
+    """Raise `UserError`, naming the tensor, for a weight of `name` that is quantised or not loaded."""
     for parameter_name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise UserError(f"{name} weight {parameter_name} is not in memory; load the whole model, without sequential or disk offloading")

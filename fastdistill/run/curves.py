@@ -1,4 +1,4 @@
-"""Curves of a training run, from its ``metrics.jsonl``."""
+"""Curves of a training run, from its `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ matplotlib.use("Agg")  # no window: there may be no screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from fastdistill.run.files import whole
+
 PREFIX = "evaluation/"
 NO_LOSSES = ("seconds", "learning_rate", "gradient_norm", "student_steps")
-"""How the names of other logs end."""
+"""Endings of the names of other logs."""
 
 
 def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw what was measured of the student, and the losses, over the training steps.
+    """Draw the student's measurements and the losses over the training steps.
 
     Args:
-        others: what was measured of other models, by name, such as the teacher; drawn as dashed lines.
+        others: measurements of other models by name, such as the teacher; drawn as dashed lines.
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     series: dict[str, list[tuple[int, float]]] = {}
@@ -45,9 +47,10 @@ def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, An
     for name in losses:
         axes[-1].plot(*zip(*series[name], strict=True), linewidth=1, label=name)
     axes[-1].set_title("losses", loc="left", fontsize=10)
-    # Those of several roles differ by orders of magnitude, and some are negative.
+    # Losses of several roles differ by orders of magnitude, and some are negative.
     axes[-1].set_yscale("symlog", linthresh=1e-3)
     axes[-1].legend(fontsize=8)
     axes[-1].set_xlabel("training steps")
-    figure.savefig(image, dpi=110)
+    with whole(image) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)

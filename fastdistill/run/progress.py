@@ -1,4 +1,4 @@
-"""A progress bar with the time left on a terminal; without one, a line every ten seconds."""
+"""Progress bar with the time left on a terminal; elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN_EVERY_SECONDS = 10.0
 
 @contextmanager
 def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields ``advance(count, note="")``."""
+    """Yield `advance(count, note="")`."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
     began = spoke = time.monotonic()
     done = start
@@ -36,7 +36,7 @@ def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Itera
 
 @contextmanager
 def share_bar(console: Console, describe: str, total: int = 100) -> Iterator[Callable[[float], None]]:
-    """Yields ``tick(share)`` for work that knows what share of it is done."""
+    """Yield `tick(share)`, for work that knows the share that is done."""
     shown = 0
     with bar(console, describe, total) as advance:
 

@@ -1,4 +1,4 @@
-"""What a result was made with, and in what time."""
+"""Versions and times for the end of a report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ CLOSING = """\
 {% endfor %}
 fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, {{ versions.machine }}.
 """
-"""How every report ends: a template of ``seconds``, by stage, and :func:`versions`."""
+"""End of every report: a template of `seconds`, by stage, and `versions`."""
 
 
 def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on, and the kind of machine."""
     return {
         "fastdistill": __version__,
         "python": platform.python_version(),

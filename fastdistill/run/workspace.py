@@ -1,4 +1,4 @@
-"""The output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
+"""Output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastdistill.run.files import write_json
 
 
 class Workspace:
-    """``output`` with its ``work`` folder, where every finished stage leaves its result for a run that is started again."""
+    """Folder `output` with its folder `work`, where every finished stage leaves its result for a run that is started again."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
-        """Claim ``output`` for a run with ``settings`` that ends by writing the file ``result``.
+        """Claim `output` for a run with `settings` that ends by writing the file `result`.
 
         Raises:
             UserError: the folder holds a finished run, another run, or other files.
@@ -38,28 +38,36 @@ class Workspace:
             timed = self.work / "seconds.json"
             self.seconds: dict[str, float] = json.loads(timed.read_text()) if timed.exists() else {}
             return
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if self._holds_files():
             raise UserError(f"{output} exists and is not empty; choose another --output")
-        self.work.mkdir(parents=True)
+        # An empty one is left by a run that ended before it had written its settings.
+        self.work.mkdir(parents=True, exist_ok=True)
         write_json(recorded, settings)
         self.resumed, self.seconds = False, {}
 
+    def _holds_files(self) -> bool:
+        """Whether `output` is there and holds more than an empty `work`."""
+        if not self.output.is_dir():
+            return self.output.exists()
+        others = [path for path in self.output.iterdir() if path != self.work or not path.is_dir()]
+        return bool(others) or (self.work.is_dir() and any(self.work.iterdir()))
+
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value of stage ``name``: read if it is there, else made and written."""
+        """Return the JSON value of stage `name`: read if it is there, else made and written."""
         path = self.work / f"{name}.json"
         if not path.exists():
             write_json(path, make())
         return json.loads(path.read_text())
 
     def folder(self, name: str) -> Path:
-        """A folder of its own in ``work``."""
+        """Make a folder of its own in `work`."""
         path = self.work / name
         path.mkdir(exist_ok=True)
         return path
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Adds the time inside to ``seconds[stage]``, over all runs of the command that it took."""
+        """Add the time inside to `seconds[stage]`, over all runs of the command that the stage took."""
         began = time.perf_counter()
         try:
             yield
@@ -68,12 +76,12 @@ class Workspace:
             write_json(self.work / "seconds.json", self.seconds)
 
     def finish(self) -> None:
-        """Remove what only a restart would have needed."""
+        """Remove `work`, which only a restart would have needed."""
         shutil.rmtree(self.work)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the options of a group among the others, as they are given."""
+    """Settings with the options of a group among the others, as a user gives them."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value) if isinstance(value, Mapping) else {name: value}

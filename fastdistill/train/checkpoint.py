@@ -1,11 +1,12 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, written whole or not at all.
 
-A checkpoint is a folder ``checkpoint-<step>`` with one file per role for weights, optimizer moments and averaged weights, one for what
-the method keeps beside them, and ``state.json``. It is written under a temporary name and renamed when complete: a process killed at any
-moment leaves the previous checkpoint in place. Nothing is pickled.
+A checkpoint is a folder `checkpoint-<step>` with one file per role for weights, optimizer moments and averaged weights, one file for the
+state of the method, and `state.json`. It is written under a temporary name and renamed when complete: a process killed at any moment
+leaves the previous checkpoint in place. Nothing is pickled.
 
-Of sharded networks the first process writes whole tensors, so its host needs room for the largest file, which is an optimizer's: 8 bytes
-per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process; all have to see the folder.
+The first process writes whole tensors of sharded networks, so that its host needs room for the largest file. This file is an
+optimizer's: 8 bytes per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process; all processes have to see
+the folder.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
+    """Return the newest complete checkpoint of a run folder, if there is one."""
     return max(_complete(run), key=_step, default=None)
 
 
@@ -45,7 +46,7 @@ def save(
     keep: int = 1,
     kept: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``run/checkpoint-<step>``, unless it is there, and remove all but the ``keep`` newest. All processes call this together.
+    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest. All processes call this together.
 
     Args:
         networks: by role; those with an optimizer are written.
@@ -80,10 +81,10 @@ def load(
     optimizers: Mapping[str, torch.optim.Optimizer],
     emas: Mapping[str, EMA],
 ) -> dict[str, Any]:
-    """Restore what :func:`save` wrote, in place, and return its ``state.json``.
+    """Restore what `save` wrote, in place, and return its `state.json`.
 
     Raises:
-        UserError: it is the checkpoint of other networks.
+        UserError: the checkpoint is of other networks.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     for role, optimizer in optimizers.items():
@@ -96,7 +97,7 @@ def load(
 
 
 def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The further tensors of a checkpoint, sharded where those of the same name in ``like`` are."""
+    """Read the tensors of the method's state, sharded where the tensors of the same name in `like` are."""
     file = path / "method.safetensors"
     if not file.exists():
         return {}
@@ -110,7 +111,7 @@ def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @torch.no_grad()
 def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy the tensors of ``file`` into those of the same name.
+    """Copy the tensors of `file` into `tensors` of the same name.
 
     Raises:
         UserError: names or shapes differ.
@@ -126,7 +127,7 @@ def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def write(target: Path, files: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
-    """A folder of safetensors and JSON files, by stem, in place of what was there. All processes call this together."""
+    """Write a folder of safetensors and JSON files, by stem, in place of what was there. All processes call this together."""
     partial, replaced = (target.with_name(prefix + target.name) for prefix in (PARTIAL, REPLACED))
     first = parallel.rank() == 0
     if first:
@@ -168,7 +169,7 @@ def _remove(path: Path) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, none in the memory of another (tied weights, tables of quantisation), as safetensors asks for."""
+    """Contiguous tensors, none in the memory of another (tied weights, tables of quantisation), as safetensors asks for."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -179,7 +180,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer moments as ``<parameter index>.<name>``; hyperparameters are the configuration's, not the checkpoint's."""
+    """Optimizer moments as `<parameter index>.<name>`; hyperparameters are the configuration's, not the checkpoint's."""
     return {
         f"{index}.{name}": torch.as_tensor(value)
         for index, parameter in enumerate(_parameters(optimizer))

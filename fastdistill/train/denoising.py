@@ -1,4 +1,4 @@
-"""Training from data: one loss, which is DDPM's, denoising score matching's or flow matching's by what the network predicts."""
+"""Training from data: one loss, which is that of DDPM, denoising score matching or flow matching by the network's prediction."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fastdistill.train.method import Loss, StudentMethod
 
 
 class Denoising(StudentMethod):
-    """``L = E || p(x_t, t, c) - (a x_0 + b eps) ||^2``, minimal at the conditional mean of the target, by which the score is known.
+    """Denoising loss `L = E || p(x_t, t, c) - (a x_0 + b eps) ||^2`.
 
-    ==================  ================  ==============  ==========  =========================================
-    loss                process           prediction      error_in    source
-    ==================  ================  ==============  ==========  =========================================
-    DDPM                variance pres.    ``EPSILON``                 Ho et al. 2020, equation 14
-    score matching      any               ``SCORE``       ``EPSILON`` Song et al. 2021, equation 7
-    flow matching       rectified flow    ``VELOCITY``                Lipman et al. 2023; Esser et al. 2024
-    ==================  ================  ==============  ==========  =========================================
+    It is minimal at the conditional mean of the target, by which the score is known.
+
+    | loss | process | prediction | error_in | source |
+    |---|---|---|---|---|
+    | DDPM | variance preserving | `EPSILON` | | Ho et al. 2020, equation 14 |
+    | score matching | any | `SCORE` | `EPSILON` | Song et al. 2021, equation 7 |
+    | flow matching | rectified flow | `VELOCITY` | | Lipman et al. 2023; Esser et al. 2024 |
 
     Args:
-        family: calls the student; a :class:`~fastdistill.models.families.family.Family`'s networks predict the velocity of rectified flow.
-        error_in: measure the error in another prediction than the network's, which weights it: in ``EPSILON`` for a score, by
-            ``sigma^2``; in ``X0`` for rectified flow's velocity, by ``t^2``.
+        family: calls the student. Networks of a `Family` predict the velocity of rectified flow.
+        error_in: prediction to measure the error in; by default the network's. Another one weights the error: in `EPSILON` for a score,
+            by `sigma^2`; in `X0` for rectified flow's velocity, by `t^2`.
     """
 
     def __init__(

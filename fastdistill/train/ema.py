@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """``shadow <- decay * shadow + (1 - decay) * parameter``, kept in float32.
+    """Moving average `shadow <- decay * shadow + (1 - decay) * parameter`, kept in float32.
 
-    The decay is warmed up as ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, so that a short run is not dominated by its
-    initial weights (Tensorflow's ``ExponentialMovingAverage``, ``num_updates``). Of a sharded network every process averages its part.
+    The decay is warmed up as `min(decay, (1 + n) / (10 + n))` after `n` updates, so that a short run is not dominated by its
+    initial weights (Tensorflow's `ExponentialMovingAverage`, `num_updates`). Every process averages its part of a sharded network.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -27,6 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
+        """Average the parameters of `network` in."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(network.named_parameters())
@@ -35,13 +36,14 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
+        """Give `network` the averaged weights."""
         parameters = dict(network.named_parameters())
         for name, value in self.shadow.items():
             parameters[name].copy_(value)
 
     @contextmanager
     def applied(self, network: nn.Module) -> Iterator[None]:
-        """The averaged weights inside the block, the trained ones again after it."""
+        """Give `network` the averaged weights inside the block, and the trained ones again after it."""
         trained = {name: parameter.detach().clone() for name, parameter in network.named_parameters() if name in self.shadow}
         self.copy_to(network)
         try:

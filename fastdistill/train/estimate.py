@@ -1,4 +1,4 @@
-"""What a run will be and what memory it needs, before it is begun."""
+"""Estimate of the memory that a run needs, before the run begins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """So many bytes of the device's memory, in each process."""
+    """Part of the device's memory in each process, in bytes."""
 
     role: str
     what: str
@@ -31,13 +31,14 @@ class Item:
 
 
 def memory(method: Method, config: TrainConfig, processes: int = 1) -> list[Item]:
-    """What weights, gradients, moments and averages take; the method's networks may be on the meta device.
+    """Memory of weights, gradients, moments and averages; the method's networks may be on the meta device.
 
-    One role has gradients at a time, so only the largest set is in the list. Several processes each hold, of the network that runs,
-    all that is outside of blocks and two blocks, one that runs and the next, with their gradients; the largest is in the list.
+    One role has gradients at a time, so that only the largest set is in the list. Each of several processes puts together a part of the
+    network that runs: all that is outside of blocks, and two blocks, the one that runs and the next, with their gradients. The largest
+    such part is in the list.
 
-    Not in the list are activations, which depend on the method, the batch and gradient checkpointing, what runs beside the method (text
-    encoders, autoencoder), and, while an average is evaluated, another set of the student's trained weights.
+    Not in the list are activations, which depend on the method, the batch size and gradient checkpointing; networks that the method does
+    not hold (text encoders, autoencoder); and, while an average is evaluated, another set of the student's trained weights.
     """
     items: list[Item] = []
     gradients: list[list[Item]] = []
@@ -61,7 +62,7 @@ def memory(method: Method, config: TrainConfig, processes: int = 1) -> list[Item
 
 
 def dry_run(method: Method, config: TrainConfig, processes: int = 1) -> str:
-    """The resolved configuration and :func:`memory`, as text."""
+    """Resolved configuration and `memory`, as text."""
     items = memory(method, config, processes)
     rows = [(item.role, item.what, item.dtype, item.bytes) for item in items]
     rows.append(("in all", "", "", sum(item.bytes for item in items)))

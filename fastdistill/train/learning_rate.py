@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""Learning rate over a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WSD_DECAY = 0.25
 
 
 def learning_rate(config: RoleConfig, step: int, steps: int) -> float:
-    """Of optimizer step ``step``, counted from 0, in a run of ``steps``; see :class:`~fastdistill.train.config.RoleConfig`."""
+    """Learning rate of optimizer step `step`, counted from 0, in a run of `steps`; see `RoleConfig.schedule`."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.learning_rate * warm

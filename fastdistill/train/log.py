@@ -1,4 +1,4 @@
-"""What a run says: one JSON object per logged step, its progress, and TensorBoard's files for who wants them."""
+"""Log of a run: one JSON object per logged step, the progress, and on request TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from PIL.Image import Image
 from rich.console import Console
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import whole
+from fastdistill.run.files import write_image, write_text
 from fastdistill.run.progress import bar
 
 
 class Log:
-    """Appends metrics to ``run/metrics.jsonl``, keeps images, and shows the progress from step ``start`` to ``total``.
+    """Log that appends metrics to `run/metrics.jsonl`, keeps images, and shows the progress from step `start` to `total`.
 
     Args:
-        tensorboard: write ``run/tensorboard``, too.
-        silent: say and write nothing, as all processes but the first.
+        tensorboard: write `run/tensorboard`, too.
+        silent: show and write nothing, for all processes but the first.
 
     Raises:
-        UserError: ``tensorboard`` without the package.
+        UserError: `tensorboard` without the package.
     """
 
     def __init__(self, run: Path, describe: str, *, start: int, total: int, tensorboard: bool = False, silent: bool = False) -> None:
@@ -41,8 +41,7 @@ class Log:
         # Steps after the checkpoint that is resumed from are run and logged again: drop their old lines.
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= self.start]
-            with whole(path) as partial:
-                partial.write_text("".join(line + "\n" for line in lines))
+            write_text(path, "".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(path.open("a"))
             self.advance_bar = stack.enter_context(bar(Console(file=sys.stderr), self.describe, self.total, start=self.start))
@@ -56,6 +55,7 @@ class Log:
             self.stack.close()
 
     def advance(self, step: int, logs: Mapping[str, float], *, write: bool) -> None:
+        """Show that `step` is done, and `write` its `logs`."""
         if self.silent:
             return
         loss = logs.get("loss", logs.get("student/loss"))
@@ -68,12 +68,12 @@ class Log:
                     self.writer.add_scalar(name, value, step)
 
     def image(self, name: str, step: int, image: Image) -> None:
-        """Keep ``image`` as ``run/<name>/<step>.png``."""
+        """Keep `image` as `run/<name>/<step>.png`."""
         if self.silent:
             return
         path = self.run / name / f"{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        write_image(path, image)
         if self.writer:
             self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 

@@ -1,4 +1,4 @@
-"""The optimizers: AdamW, fused, with moments in float32 or in 8 bits."""
+"""Optimizers: AdamW, fused, with moments in float32 or in 8 bits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastdistill.train.config import RoleConfig
 
 
 def build(parameters: Sequence[nn.Parameter], config: RoleConfig) -> torch.optim.Optimizer:
-    """The optimizer of a role; its learning rate is set anew in every step.
+    """Build the optimizer of a role; the trainer sets its learning rate in every step.
 
     Raises:
-        UserError: ``adamw8bit`` without bitsandbytes, or under torchrun.
+        UserError: `adamw8bit` without bitsandbytes, or under torchrun.
     """
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)

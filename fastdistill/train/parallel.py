@@ -1,11 +1,11 @@
 """Several processes with a part of every network each: torchrun, FSDP2. One process runs the same code and needs no process group.
 
-Every process draws a step's whole batch and takes its share of the ``micro_batches``, each of which has noise of its own. Which process
-computes a part changes nothing but the order in which gradients are added, so a run gives the same losses in every layout, and
-checkpoints, which hold whole tensors, go from one to another.
+Every process draws a step's whole batch and takes its share of the `micro_batches`, each of which has noise of its own. The process that
+computes a part changes nothing but the order in which gradients are added. A run gives the same losses in every layout, and checkpoints,
+which hold whole tensors, go from one layout to another.
 
-A process has to call a network as often as the others do, as they exchange its weights. How often that is, if it is drawn, is drawn in
-``before_step`` of :class:`~fastdistill.train.method.BeforeStep`.
+A process has to call a network as often as the others do, as the processes exchange its weights. A method that draws how often a network
+is called does so in `before_step` of `BeforeStep`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Inside, the processes that torchrun has started form a group, each with a GPU of its own if there are GPUs."""
+    """Join the processes that torchrun has started into a group inside the block, each with a GPU of its own if there are GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -36,19 +36,21 @@ def processes() -> Iterator[None]:
 
 
 def world_size() -> int:
+    """Number of processes."""
     return distributed.get_world_size() if _grouped() else 1
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return distributed.get_rank() if _grouped() else 0
 
 
 def shard(network: nn.Module) -> None:
-    """Give every process a part of each tensor of ``network``, trained or frozen; among several processes only.
+    """Give every process a part of each tensor of `network`, trained or frozen; among several processes only.
 
     A network's blocks, the members of its outermost module lists, are put together one at a time where they run, and then all that is
-    outside of them. Gradients are averaged over the processes. The classes of these modules get other names, so a network is patched and
-    its family looked up before this.
+    outside of the blocks. Gradients are averaged over the processes. The classes of these modules get other names: a network is patched
+    and its family looked up before.
     """
     if world_size() == 1:
         return
@@ -62,14 +64,14 @@ def shard(network: nn.Module) -> None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The members with parameters of the outermost module lists."""
+    """Members with parameters of the outermost module lists."""
     if isinstance(network, nn.ModuleList):
         return [block for block in network if any(True for _ in block.parameters())]
     return [block for child in network.children() for block in blocks(child)]
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes call this together."""
+    """Whole tensor of one that may be sharded; all processes call this together."""
     if world_size() == 1:
         return tensor
     from torch.distributed.tensor import DTensor
@@ -78,9 +80,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors in the memory of the first process; an empty dict in the others. All processes call this together.
+    """Whole tensors in the memory of the first process, and an empty dict in the others. All processes call this together.
 
-    Whole tensors are put together one at a time, so that a GPU needs room for the largest, and the first process's host for all.
+    Whole tensors are put together one at a time: a GPU needs room for the largest, and the first process's host for all.
     """
     if world_size() == 1:
         return dict(tensors)
@@ -89,7 +91,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of ``whole``, on the device of ``like``, if that is sharded; else all of it."""
+    """Part of `whole` of this process, on the device of `like`, if `like` is sharded; else all of `whole`."""
     if world_size() > 1:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -100,7 +102,7 @@ def placed(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def averaged(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars with the same names in every process, as their mean over the processes."""
+    """Mean over the processes of scalars that have the same names in each."""
     numbers = {name: float(full(value)) for name, value in values.items()}
     if world_size() > 1 and numbers:
         total = torch.tensor(list(numbers.values()), dtype=torch.float64)
@@ -110,7 +112,7 @@ def averaged(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         distributed.barrier()
 

@@ -1,7 +1,8 @@
-"""Watching a run: what is called every so many steps, with the averaged weights in the student and modules in evaluation mode.
+"""Observers and evaluations of a run, called every so many steps.
 
-The trainer knows neither images nor metrics. A job gives it observers, and an evaluation by which the best weights are kept and the
-run may be ended: the quality of a few-step student peaks and then decays, while its losses look no worse.
+The student has its averaged weights meanwhile, and modules are in evaluation mode. The trainer knows neither images nor metrics. A job
+gives it observers, and an evaluation by which the best weights are kept and the run may be ended: the quality of a few-step student
+peaks and then decays, while its losses look no worse.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from fastdistill.train.log import Log
 
 
 class Observer(Protocol):
-    """Called after every ``every`` steps and after the last. Under torchrun all processes call it, and the log of one speaks."""
+    """Callable that the trainer calls after every `every` steps and after the last.
+
+    Under torchrun all processes call the observer, and the log of the first one writes.
+    """
 
     @property
-    def every(self) -> int: ...
+    def every(self) -> int:
+        """Number of steps between two calls."""
+        ...
 
     def __call__(self, step: int, log: Log) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """Keeps rows of images as ``run/samples/<step>.png``, such as those of ``student``, ``x0_real`` and ``x0_critic``."""
+    """Observer that keeps rows of images, such as `student`, `x0_real` and `x0_critic`, as `run/samples/<step>.png`."""
 
     every: int
     draw: Callable[[], Mapping[str, Tensor]]
@@ -43,18 +49,18 @@ class SampleGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good is the student? Its best averaged weights are kept in ``run/best``."""
+    """Evaluation of the student, whose best averaged weights are kept in `run/best`."""
 
     evaluate: Callable[[], Mapping[str, float]]
     """Measurements of the student by name."""
     every: int
     """Steps."""
     monitor: str
-    """The measurement that decides."""
+    """Name of the measurement that decides."""
     direction: Literal["lower", "higher"] = "lower"
-    """Which is better."""
+    """Direction of better measurements."""
     patience: int | None = None
-    """The run ends after so many evaluations in a row without a better one; None: it does not end early."""
+    """Number of evaluations in a row without a better one after which the run ends; None: the run does not end early."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or (self.patience is not None and self.patience < 1):
@@ -62,20 +68,20 @@ class Evaluation:
 
 
 class Best:
-    """The best of a run so far."""
+    """Best evaluation of a run so far."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
         self.value: float | None = None
         self.step = 0
         self.failures = 0
-        """Evaluations since."""
+        """Number of evaluations since the best."""
 
     def judge(self, step: int, measured: Mapping[str, float]) -> bool:
-        """Whether this is the best. What is not a number never is.
+        """Whether `measured` is the best so far. A value that is not a number never is.
 
         Raises:
-            UserError: the measurements have none of the name in ``monitor``.
+            UserError: no measurement has the name in `monitor`.
         """
         monitor = self.evaluation.monitor
         if monitor not in measured:
@@ -89,15 +95,18 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
+        """Whether `patience` is at its end."""
         return self.evaluation.patience is not None and self.failures >= self.evaluation.patience
 
     def record(self) -> dict[str, Any]:
+        """Return the state as JSON."""
         return {"monitor": self.evaluation.monitor, "value": self.value, "step": self.step, "failures": self.failures}
 
     def continue_from(self, record: Mapping[str, Any]) -> None:
-        """
+        """Continue from what `record` returned.
+
         Raises:
-            UserError: it was made by another ``monitor``.
+            UserError: the record was made with another `monitor`.
         """
         if record["monitor"] != self.evaluation.monitor:
             raise UserError(f"this run was monitored by {record['monitor']!r}: keep it, or choose another folder for a new run")

@@ -15,7 +15,7 @@ every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCE
 
 
 def marginal(data: GaussianMixture, process: Process, t: float) -> MixtureSameFamily:
-    """``p_t`` as torch writes it."""
+    """`p_t` as torch writes it."""
     alpha, sigma = (float(f(torch.tensor(t, dtype=torch.float64))) for f in (process.alpha, process.sigma))
     covariances = alpha**2 * data.covariances + sigma**2 * torch.eye(2, dtype=torch.float64)
     return MixtureSameFamily(Categorical(data.log_weights.exp()), MultivariateNormal(alpha * data.means, covariances))
@@ -116,7 +116,7 @@ def test_the_flow_of_a_gaussian_solves_its_ode(process: Process) -> None:
 
 
 def test_the_gradient_of_distribution_matching_on_gaussians() -> None:
-    """``E[(x0_fake - x0_real)]`` for ``x = m + b z``: ``(m - mu) t^2 / V_r`` in ``m``, in closed form for rectified flow."""
+    """`E[(x0_fake - x0_real)]` for `x = m + b z`: `(m - mu) t^2 / V_r` in `m`, in closed form for rectified flow."""
     mu, s, m, b, t = 1.3, 0.7, -0.4, 1.6, 0.5
     real, fake = (
         GaussianMixture.gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([[sd**2]], dtype=torch.float64))

@@ -38,7 +38,7 @@ def test_the_centre_is_kept_and_the_shorter_side_fits(tmp_path):
     (image,) = read_folder(tmp_path, 1)
     square = pixels(image, 16, 16)
     assert square.shape == (3, 16, 16)
-    # White but for what the filter takes from beside the crop.
+    # White but for what the filter takes from outside the crop.
     assert float(square[:, :, 2:-2].min()) > 0.98
     wide = pixels(image, 16, 48)
     torch.testing.assert_close(wide[:, 8, 2], torch.tensor([-1.0, -1.0, 1.0]))

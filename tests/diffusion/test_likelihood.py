@@ -22,7 +22,7 @@ def test_it_is_the_density_of_the_data_where_the_flow_has_both_ends(process: Pro
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_it_is_the_density_of_what_the_flow_makes_of_noise(process: Process) -> None:
-    """On a Gaussian, whose flow is a known affine map, from the last time's noise to the first time's points."""
+    """Exact on a Gaussian, whose flow is a known affine map, from the last time's noise to the first time's points."""
     data, count = gaussian(), 20
     times = process.log_snr_times(120, low=-8, high=6).flip(0)
     first, last = times[:1].expand(count), times[-1:].expand(count)
@@ -52,7 +52,7 @@ def test_an_error_of_fourth_order() -> None:
 
 
 def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
-    """A Gaussian with diagonal covariance: ``z^T J z = tr J`` for every ``z`` of signs."""
+    """A Gaussian with diagonal covariance: `z^T J z = tr J` for every `z` of signs."""
     data = GaussianMixture.gaussian(torch.zeros(3, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).diag())
     x, _ = data.draw(10, generator())
     predictor = ExactTeacher(data, RectifiedFlow(), Prediction.VELOCITY).predictor()

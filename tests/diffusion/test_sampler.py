@@ -32,11 +32,11 @@ def test_the_tables_name_every_sampler() -> None:
 @every_process
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_the_moments_and_mode_weights_of_the_mixture(process: Process, sampler: str) -> None:
-    """Mode weights, mean, covariance, and the volume ``sqrt(det)`` of each mode's covariance, relative to the true one.
+    """Mode weights, mean, covariance, and the volume `sqrt(det)` of each mode's covariance, relative to the true one.
 
     Deterministic samplers map 1024 evenly spread points, which scatter little: the tolerances are their errors at these steps. Those
-    that draw noise have 4096 samples, and four standard errors: ``sqrt(w (1 - w) / N)`` of a weight, 1.04 / sqrt(N) of the mean,
-    ``sqrt(2 / N)`` of a variance, ``1 / sqrt(w N)`` of a mode's volume.
+    that draw noise have 4096 samples, and four standard errors: `sqrt(w (1 - w) / N)` of a weight, 1.04 / sqrt(N) of the mean,
+    `sqrt(2 / N)` of a variance, `1 / sqrt(w N)` of a mode's volume.
     """
     data = mixture()
     if sampler in DETERMINISTIC:
@@ -96,7 +96,7 @@ def test_the_same_generator_draws_the_same_samples(sampler: str) -> None:
 
 
 def test_few_steps_are_those_of_a_flux_pipeline() -> None:
-    """The loop of ``FluxPipeline``: the scheduler's step on the raw velocity. ODE, DDIM and flow matching are one thing here."""
+    """The loop of `FluxPipeline`: the scheduler's step on the raw velocity. ODE, DDIM and flow matching are one thing here."""
     process, shift = RectifiedFlow(), 3.0
     teacher = ExactTeacher(mixture().float(), process, Prediction.VELOCITY)
     noise = torch.randn(32, 2, generator=generator())

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fastdistill.data.emoji import BACKGROUNDS, Emoji
-from fastdistill.evaluation.background_coverage import backgrounds, expected_total_variation, purity, total_variation
+from fastdistill.evaluation.backgrounds import backgrounds
 from fastdistill.evaluation.classifier import Classifier, predict
 from fastdistill.evaluation.frechet import frechet_distance
+from fastdistill.evaluation.metrics.background_coverage import expected_total_variation, total_variation
+from fastdistill.evaluation.metrics.background_purity import purity
 from fastdistill.evaluation.psnr import psnr
 from fastdistill.evaluation.statistics import over_seeds, spread, wilson_interval
 

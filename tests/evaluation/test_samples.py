@@ -31,7 +31,7 @@ def test_sliced_wasserstein_of_a_shift():
 
 
 def test_sliced_wasserstein_of_shifted_and_of_scaled_gaussians():
-    """Of independent draws: W1(N(0, 1), N(d, 1)) = |d|, and W1(N(0, 1), N(0, s^2)) = (s - 1) E|z|."""
+    """Distances of independent draws: W1(N(0, 1), N(d, 1)) = |d|, and W1(N(0, 1), N(0, s^2)) = (s - 1) E|z|."""
     first, second = normal(40_000, 2), normal(40_000, 2, seed=1)
     assert sliced_wasserstein(first, second + torch.tensor([1.0, 0.0])) == pytest.approx(2 / math.pi, rel=0.02)
     assert sliced_wasserstein(first, 1.5 * second) == pytest.approx(0.5 * math.sqrt(2 / math.pi), rel=0.02)
@@ -58,7 +58,7 @@ def test_energy_distance_of_point_masses():
 
 
 def test_energy_distance_of_gaussians_on_the_line():
-    """By the mean of the folded normal: for ``N(m, 2)``, the difference of two draws, ``2 exp(-m^2/4) / sqrt(pi) + m erf(m/2)``."""
+    """Closed form by the mean of the folded normal: for `N(m, 2)`, the difference of two draws, `2 exp(-m^2/4) / sqrt(pi) + m erf(m/2)`."""
     shift = 0.7
     ranks = (torch.arange(1500, dtype=torch.float64) + 0.5) / 1500
     quantiles = math.sqrt(2) * torch.erfinv(2 * ranks - 1)[:, None]

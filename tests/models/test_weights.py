@@ -9,7 +9,7 @@ from fastdistill.models.weights import check_computable, check_finite
 
 
 class Quantised(torch.Tensor):
-    """As torchao's tensors: of a class of their own, with the type that they stand for."""
+    """Tensor like torchao's: of a class of its own, with the type that it stands for."""
 
 
 def of(tensor):

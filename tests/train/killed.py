@@ -1,4 +1,4 @@
-"""Trains :class:`Rivals` in children that are killed: ``python -m tests.train.killed FOLDER``, its own process as it forks."""
+"""Trains `Rivals` in children that are killed: `python -m tests.train.killed FOLDER`, its own process as it forks."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def train(run: Path, at: Callable[[Trainer], None] = lambda trainer: None) -> No
 
 
 def dying(owner: Any, name: str, number: int) -> Callable[[Trainer], None]:
-    """Dies in call ``number`` of ``owner.name``, before it does anything."""
+    """Dies in call `number` of `owner.name`, before it does anything."""
 
     def arm(trainer: Trainer) -> None:
         target = trainer.method if owner is Rivals else owner

@@ -1,4 +1,4 @@
-"""The runs that several layouts have to agree on: ``[torchrun --nproc-per-node 2] -m tests.train.layouts FOLDER``."""
+"""The runs that several layouts have to agree on: `[torchrun --nproc-per-node 2] -m tests.train.layouts FOLDER`."""
 
 import copy
 import sys
@@ -61,7 +61,7 @@ def finish(trainer: Trainer) -> None:
 
 
 def main(folder: Path) -> None:
-    """``rivals`` and ``flux`` from their beginning, ``continued`` from the checkpoint that it has."""
+    """`rivals` and `flux` from their beginning, `continued` from the checkpoint that it has."""
     torch.set_num_threads(1)
     with parallel.processes():
         finish(rivals(folder / "rivals"))

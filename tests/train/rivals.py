@@ -1,4 +1,4 @@
-"""A method with all that the trainer has to keep: several roles, unequal turns, a target that nobody trains, a phase, dropout."""
+"""Method with all that the trainer has to keep: several roles, unequal turns, a target that nobody trains, a phase, dropout."""
 
 import copy
 import os
@@ -31,7 +31,7 @@ class Blocks(nn.Module):
 
 
 class Rivals:
-    """``student`` follows ``teacher`` and ``target``, its own average, and flees ``critic``, which follows it."""
+    """`student` follows `teacher` and `target`, its own average, and flees `critic`, which follows it."""
 
     trains = ("student", "fake")
 
@@ -94,7 +94,7 @@ def rivals_config(**changes: Any) -> TrainConfig:
 
 
 def weights(method: Any, emas: dict[str, EMA]) -> dict[str, Tensor]:
-    """All that training has changed."""
+    """Everything that training has changed."""
     networks = {f"{role}.{name}": value for role, network in method.networks.items() for name, value in network.state_dict().items()}
     return networks | {f"{role}.ema.{name}": value for role, ema in emas.items() for name, value in ema.shadow.items()}
 
@@ -104,5 +104,5 @@ def folders(run: Path) -> list[str]:
 
 
 def die() -> None:
-    """As by ``kill -9``: nothing is flushed, nothing is cleaned up."""
+    """Die like a process under `kill -9`: nothing is flushed, nothing is cleaned up."""
     os.kill(os.getpid(), 9)

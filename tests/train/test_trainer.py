@@ -15,7 +15,7 @@ from fastdistill.train.trainer import Diverged, Trainer
 
 
 class Regression(StudentMethod):
-    """Fits ``student`` to a fixed linear map; ``teacher`` is there to be left alone."""
+    """Fits `student` to a fixed linear map; `teacher` is there to be left alone."""
 
     def __init__(self):
         torch.manual_seed(0)

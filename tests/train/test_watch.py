@@ -1,4 +1,4 @@
-"""What is seen of a run, and what ends it."""
+"""Observers of a run, and evaluations that end it."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ class Counter(StudentMethod):
 
 
 def counting(run: Path, quality: list[float], *, source=batches, **settings) -> tuple[Counter, Trainer]:
-    """Evaluated every 2 steps; ``quality`` is the measurement by number of evaluation."""
+    """Evaluated every 2 steps; `quality` is the measurement by number of evaluation."""
     method = Counter()
     evaluation = Evaluation(
         **({"every": 2, "monitor": "error", "evaluate": lambda: {"error": quality[int(method.value) // 2 - 1]}} | settings)

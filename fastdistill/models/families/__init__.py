@@ -29,7 +29,7 @@ FAMILIES: Table[type[Anatomy]] = Table(
 
 
 def anatomy_of(transformer: nn.Module) -> Anatomy:
-    """What cutting a diffusers transformer needs to know of it.
+    """Anatomy of a diffusers transformer, which cutting needs.
 
     Raises:
         UserError: the class is not supported.
@@ -38,10 +38,10 @@ def anatomy_of(transformer: nn.Module) -> Anatomy:
 
 
 def anatomy_named(name: str) -> Anatomy:
-    """The same by the name of the class.
+    """Anatomy of the transformers of class `name`.
 
     Raises:
-        UserError: it is not supported.
+        UserError: the class is not supported.
     """
     if name not in FAMILIES:
         raise UserError(f"{name} is not a supported transformer; supported: {', '.join(FAMILIES)}")
@@ -49,7 +49,7 @@ def anatomy_named(name: str) -> Anatomy:
 
 
 def family_of(transformer: nn.Module) -> Family:
-    """The family of a diffusers transformer, if it can be sampled, scored and recovered.
+    """Family of a diffusers transformer that can be sampled, scored and recovered.
 
     Raises:
         UserError: the class is not supported, or can only be cut.

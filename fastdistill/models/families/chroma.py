@@ -1,8 +1,8 @@
-"""Chroma: ``ChromaTransformer2DModel``, whose blocks have no modulation of their own.
+"""Chroma: `ChromaTransformer2DModel`, whose blocks have no modulation of their own.
 
 One small network, the approximator, makes all modulations as the rows of a table: three for each single block, six for the image and six
-for the text of each double block, two for the output. It knows a row by the sinusoidal embedding of its number, and stock diffusers
-numbers the rows of a smaller model from zero. A cut therefore has to teach the approximator the new numbers.
+for the text of each double block, two for the output. The approximator knows a row by the sinusoidal embedding of its number, and stock
+diffusers numbers the rows of a smaller model from zero. A cut therefore has to teach the approximator the new numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WIDENINGS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Chroma(Anatomy):
-    """The approximator's first layer is fitted to the new row numbers; see :func:`renumbered`."""
+    """Chroma, whose approximator's first layer is fitted to the new row numbers; see `renumbered`."""
 
     name = "chroma"
     remark = (
@@ -64,19 +64,19 @@ def kept_rows(kept_doubles: Sequence[int], kept_singles: Sequence[int], doubles:
 
 
 def renumbered(weight: Tensor, rows: Sequence[int]) -> Tensor:
-    """A first layer that gives row ``r`` what ``weight`` gives row ``rows[r]``.
+    """Fit a first layer that gives row `r` the output that `weight` gives row `rows[r]`.
 
-    The layer is linear in the embedding ``e`` of the row number: the new ``W'`` must satisfy ``W' e'(r) = W e(rows[r])`` for every ``r``.
-    That has a solution once ``e'`` has about as many channels as there are rows; so the embedding is widened, through the config, until
-    the smallest solution, rounded to the weights' dtype, is as near to the largest target as the target's own rounding. At the real depth
-    of 19 + 38 blocks this takes 16 times the channels, and weights of the size they had. Frequencies are ``10000^(-k / K)``: of ``f K``
+    The layer is linear in the embedding `e` of the row number: the new `W'` must satisfy `W' e'(r) = W e(rows[r])` for every `r`. A
+    solution exists once `e'` has about as many channels as there are rows. The embedding is widened, through the config, until the error
+    of the smallest solution, rounded to the weights' dtype, is at most the rounding of the largest target. At the real depth of 19 + 38
+    blocks this takes 16 times the channels, and weights of the size they had. Frequencies are `10000^(-k / K)`: of `f K` frequencies
     every f-th is an old one, where the weights of the time find their channels again, and the new ones get zeros.
 
     Args:
         weight: (H, 4 N), for the embeddings of the time (N channels), of a constant (N) and of the row's number (2 N).
 
     Returns:
-        (H, 4 N f), in the dtype and on the device of ``weight``.
+        (H, 4 N f), in the dtype and on the device of `weight`.
 
     Raises:
         UserError: N is odd, so that widening moves the frequencies, or no width suffices.
@@ -100,7 +100,7 @@ def renumbered(weight: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def row_embedding(rows: int, channels: int) -> Tensor:
-    """(rows, channels) in float64 of the values that ``ChromaCombinedTimestepTextProjEmbeddings`` computes in float32."""
+    """Embedding (rows, channels) in float64 of the values that `ChromaCombinedTimestepTextProjEmbeddings` computes in float32."""
     from diffusers.models.embeddings import get_timestep_embedding
 
     embedding: Tensor = get_timestep_embedding(torch.arange(rows) * 1000, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -108,6 +108,6 @@ def row_embedding(rows: int, channels: int) -> Tensor:
 
 
 def spread(weight: Tensor, factor: int) -> Tensor:
-    """The weights (H, N) of N/2 cosines and N/2 sines, with zeros for the ``factor - 1`` new frequencies after each."""
+    """Weights (H, N) of N/2 cosines and N/2 sines, with zeros for the `factor - 1` new frequencies after each."""
     halves = weight.unflatten(1, (2, -1, 1))
     return nn.functional.pad(halves, (0, factor - 1)).flatten(1)

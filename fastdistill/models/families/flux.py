@@ -1,4 +1,4 @@
-"""FLUX.1: ``FluxTransformer2DModel`` with its double (text and image apart) and single (joint) blocks, inside ``FluxPipeline``."""
+"""FLUX.1: `FluxTransformer2DModel` with its double (text and image apart) and single (joint) blocks, inside `FluxPipeline`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PATCH = 2
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) to tokens (B, H/2 * W/2, 4 C), channel-major within a patch as ``FluxPipeline`` packs them."""
+    """Pack latents (B, C, H, W) into tokens (B, H/2 * W/2, 4 C), channel-major within a patch, in the order of `FluxPipeline`."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`pack` for latents of ``height`` x ``width``."""
+    """Inverse of `pack` for latents of `height` x `width`."""
     batch, _, dim = tokens.shape
     patches = tokens.reshape(batch, height // PATCH, width // PATCH, dim // PATCH**2, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, dim // PATCH**2, height, width)
@@ -113,7 +113,7 @@ class Flux(Family):
         return unpack(velocity, height, width).to(x_t.dtype)
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
-        # As FluxPipeline.prepare_latents: rounded down to whole patches.
+        # Rounded down to whole patches, as FluxPipeline.prepare_latents does.
         step = pipeline.vae_scale_factor * PATCH
         return pipeline.transformer.config.in_channels // PATCH**2, PATCH * (height // step), PATCH * (width // step)
 

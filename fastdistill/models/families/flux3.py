@@ -1,7 +1,7 @@
-"""FLUX.3: ``Flux3Transformer2DModel``, whose text, image and reference tokens run through lists of their own before the joint blocks.
+"""FLUX.3: `Flux3Transformer2DModel`, whose text, image and reference tokens have lists of their own before the joint blocks.
 
-One ``num_layers`` counts the three lists, so a cut takes equally many blocks from each. They need not be the same ones, as no block of one
-list knows of the others. Modulations are shared by all blocks of a list and stay as they are.
+One `num_layers` counts the three lists: a cut takes equally many blocks from each. The blocks need not have the same indices, as no block
+of one list knows of the other lists. Modulations are shared by all blocks of a list and stay as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Flux3(Anatomy):
     )
 
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:
-        """Without reference images, whose blocks then have nothing to do."""
+        """Arguments without reference images, whose blocks then have nothing to do."""
         rows, columns, batch = workload.height // PATCH, workload.width // PATCH, workload.batch
         return {
             "hidden_states": noise(network, batch, rows * columns, network.config.in_channels),

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: ``SD3Transformer2DModel``."""
+"""Stable Diffusion 3 and 3.5: `SD3Transformer2DModel`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ BLOCKS = "transformer_blocks"
 
 
 class SD3(Anatomy):
-    """Two things depend on a block's place: which blocks have a second attention, and that the last one only reads the text.
+    """Stable Diffusion 3, where two things depend on a block's place: the second attention, and that the last block only reads the text.
 
-    diffusers builds the last block without what updates the text (``context_pre_only``). A block that becomes the last loses these parts,
-    whose result nothing reads, and keeps the two of six text modulations that come before its attention. Both are exact.
+    The config lists the blocks with a second attention. diffusers builds the last block without the parts that update the text
+    (`context_pre_only`). A block that becomes the last loses these parts, whose result nothing reads, and keeps the two of six text
+    modulations that come before its attention. Both changes are exact.
     """
 
     name = "sd3"

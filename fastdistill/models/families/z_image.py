@@ -1,7 +1,7 @@
-"""Z-Image: ``ZImageTransformer2DModel``, with its main layers behind refiners of the noise, the caption and, in Omni, SigLIP features.
+"""Z-Image: `ZImageTransformer2DModel`, with refiners of noise, caption and, in Omni, SigLIP features before its main layers.
 
-Refiners may be cut, too: each adds to its own tokens and nothing else knows of it. One ``n_refiner_layers`` counts those of every kind, so
-a cut takes equally many of each, though not the same ones.
+Refiners may be cut, too: each adds to its own tokens, and nothing else knows of it. One `n_refiner_layers` counts the refiners of every
+kind: a cut takes equally many of each kind, though not the same indices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ZImage(Anatomy):
     )
 
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:
-        """Without SigLIP features, whose refiner then has nothing to do."""
+        """Arguments without SigLIP features, whose refiner then has nothing to do."""
         patch, samples = network.config.all_patch_size[0], range(workload.batch)
         height, width = (patch * (side // patch) for side in (workload.height, workload.width))
         return {

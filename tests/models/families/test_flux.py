@@ -27,7 +27,7 @@ def test_packing_is_the_pipelines():
 
 
 def test_trajectory_follows_the_predicted_velocity():
-    """Euler over the pipeline's own times with ``predict`` and guidance gives the states that the pipeline visits."""
+    """Euler over the pipeline's own times with `predict` and guidance gives the states that the pipeline visits."""
     pipeline, family = tiny_flux_pipeline(), Flux()
     conditioning = family.encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
     conditional, unconditional = conditioning[:2], conditioning[2:][torch.tensor([0, 0])]
