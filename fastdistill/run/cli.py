@@ -27,7 +27,7 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        main(tyro.cli(config_type, prog=prog))
+        main(tyro.cli(config_type, prog=_as_called(prog)))
     except UserError as error:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -47,6 +47,12 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
         if type(error).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(error):
             _leave(DISK_FULL, 1)
         raise
+
+
+def _as_called(prog: str) -> str:
+    """`fastdistill compress` for the program `python -m fastdistill.compress` where `fastdistill` has dispatched to it."""
+    module = prog.split()[-1]
+    return prog if module in sys.orig_argv else module.replace(".", " ")
 
 
 def _leave(message: str, code: int) -> NoReturn:

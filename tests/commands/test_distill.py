@@ -49,6 +49,7 @@ def test_every_method_can_be_named():
     assert set(MethodName.__args__) == set(METHODS) >= set(TRAINING)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("method", METHODS)
 def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_folder, tmp_path, method):
     output, steps = tmp_path / "out", 1 if method == "dmd" else 2
@@ -86,6 +87,7 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     assert scheduler.config.stochastic_sampling == (method == "consistency")
 
 
+@pytest.mark.slow
 def test_the_report_says_what_diffusers_does_with_the_result(command, pipeline_folder, tmp_path):
     """In a process that cannot import fastdistill: the times of the scheduler are those that were trained at."""
     output = tmp_path / "out"
@@ -101,6 +103,7 @@ def test_the_report_says_what_diffusers_does_with_the_result(command, pipeline_f
     torch.testing.assert_close(sigmas, torch.cat([few_step_times(4, 3.0), torch.zeros(1)]))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--method", "dmd2", "--steps", "2", "--model", pipeline_folder, *QUICK]
     assert command("distill", *options, "--output", tmp_path / "whole").code == 0
@@ -133,6 +136,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     assert "finished run" in again.message
 
 
+@pytest.mark.slow
 def test_a_smaller_student(command, pipeline_folder, tmp_path):
     smaller = save_tiny(tiny_flux_pipeline(num_layers=1, num_single_layers=2), tmp_path / "smaller")
     output = tmp_path / "out"
@@ -170,6 +174,7 @@ def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_gan_no_image_is_drawn(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "teacher_pairs", lambda *args, **kwargs: pytest.fail("the teacher has drawn"))
     options = ["--method", "dmd2", "--steps", "2", "--gan-weight", "0", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
@@ -177,6 +182,7 @@ def test_without_gan_no_image_is_drawn(command, pipeline_folder, tmp_path, monke
     assert "3 prompts and no images" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_of_ones_own(command, pipeline_folder, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -194,6 +200,7 @@ def test_images_of_ones_own(command, pipeline_folder, tmp_path):
         assert "leave out --images" in refused.message
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypatch):
     values = iter([10.0, 5.0, 6.0, 7.0, 8.0, 9.0])
     real = job._observing
@@ -213,6 +220,7 @@ def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypat
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_student_of_the_teachers_steps_is_compared_with_it_once(command, pipeline_folder, tmp_path):
     options = ["--method", "guidance", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     assert command("distill", *options).code == 0
@@ -298,6 +306,7 @@ def test_an_interruption_before_training_keeps_what_the_teacher_drew(command, pi
     assert len(list((tmp_path / "out" / "work" / "pairs").glob("*.safetensors"))) == 2
 
 
+@pytest.mark.slow
 def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, monkeypatch):
     shared = ["--steps", "1", "--model", pipeline_folder, "--teacher-cache", tmp_path / "drawn", *QUICK]
     assert command("distill", "--method", "reflow", "--output", tmp_path / "a", *shared).code == 0
@@ -315,6 +324,7 @@ def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, mo
     assert "pairs of another true_cfg_scale" in ended.message
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_in_bfloat16(command, pipeline_folder, tmp_path, monkeypatch, precision):
     """As a GPU loads it: the student trains in float32, and is sampled by a pipeline of the teacher's dtype."""

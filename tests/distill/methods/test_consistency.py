@@ -117,6 +117,7 @@ def test_the_exact_consistency_function_has_no_loss(process: Any) -> None:
     assert losses[1] < losses[0] / 6
 
 
+@pytest.mark.slow
 def test_a_student_hits_the_linear_flow(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """``E |f(x, t) - flow_map|^2`` < 1e-4 of the data's variance (4e-6 to 2e-5) at three times; and diffusers' stochastic sampling."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)

@@ -67,6 +67,7 @@ def test_the_gradients(regression_loss: Any) -> None:
         assert_same_gradient(chosen, role, batch, formula)
 
 
+@pytest.mark.slow
 def test_it_reaches_the_teachers_distribution_and_its_map(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """Matching gives the moments (to 0.01), and regression, of the maps that have them, the teacher's (to 3e-4 of the variance)."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)

@@ -263,12 +263,14 @@ def x_0_of_each_step(student: nn.Module, steps: int, rollout: str = "ode") -> li
     return [found[index] for index in range(steps)]
 
 
+@pytest.mark.slow
 def test_with_a_learned_critic_it_reaches_the_same_limit(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """Student and critic start as the teacher, whose one step gives the mean alone. Errors of the moments: 0.01."""
     method = distilled(flow_of_the_teacher, tmp_path, steps=1)
     assert_moments(sampled(method.networks["student"], method.times), gaussian(), 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollout", ["ode", "sde"])
 def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path, rollout: str) -> None:
     """The moments of ``x_0`` over both steps together are the teacher's within 0.01.
@@ -293,6 +295,7 @@ class PerStep(nn.Module):
         return (self.first if guidance[0] == 1 else self.others)(x_t, t, labels)
 
 
+@pytest.mark.slow
 def test_with_a_critic_that_knows_the_step_each_step_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """The moments of ``x_0`` of either step, which are 0.1 off where the critic sees both steps as one distribution."""
     student = copy.deepcopy(flow_of_the_teacher)
@@ -316,6 +319,7 @@ def test_a_critic_that_knows_the_step_of_a_transformer() -> None:
         DMD2Options(critic_knows_step=True, guidance_range=(1.0, 2.0))
 
 
+@pytest.mark.slow
 def test_a_student_of_noised_data_is_not_ready_for_its_own_states(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """The variance over four steps, relative to the teacher's: 3 % too large with backward simulation, 72 % without."""
     spreads = {}

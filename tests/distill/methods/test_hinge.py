@@ -42,6 +42,7 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
     return sum(idle[steps // 2 :]) / (steps - steps // 2)
 
 
+@pytest.mark.slow
 def test_hinge_at_a_batch_of_one_lets_the_heads_idle() -> None:
     """Where one real and one generated sample are beyond the margin there is nothing to learn: in 59 % of the steps.
 

@@ -94,6 +94,7 @@ def test_the_gradient_of_guidance_distillation() -> None:
     assert_same_gradient(method, "student", batch, formula)
 
 
+@pytest.mark.slow
 def test_one_network_has_the_guided_field_of_every_scale(tmp_path: Path) -> None:
     """``E |v_S - v_w|^2 < 1 %`` of ``E |v_w|^2``: 0.58 % at ``w = 1``, the end of the range, 0.03 % at 2.5 and 0.06 % at 4."""
     data, student = two_classes(), Perceptron(labels=2, width=64, guidance=True)

@@ -88,6 +88,7 @@ def test_pairs_are_the_guided_teachers_samples(tmp_path: Path) -> None:
     loss_of(method, "student", replace(batch, latents=batch.latents.double(), noise=batch.noise.double()), generator())
 
 
+@pytest.mark.slow
 def test_one_round_straightens_the_flow_of_a_gaussian(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """``int E |(x_1 - x_0) - v|^2 dt`` falls from 50 % to 0.001 % of ``E |x_1 - x_0|^2``; one Euler step is the flow to 2e-6."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)

@@ -101,6 +101,7 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
     torch.testing.assert_close(centred.T.cov(), expected, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "excess"), [("x_0", 0.17), ("score", -0.02)])
 def test_in_four_steps_with_a_learned_critic(flow_of_the_teacher: AffineFlow, tmp_path: Path, target: str, excess: float) -> None:
     """The moments of its samples are the teacher's, but for the bias of the critic that learns the mean of ``x_0``."""
