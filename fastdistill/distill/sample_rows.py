@@ -1,8 +1,9 @@
-"""Images of a student in training, always from the same noise."""
+"""Rows of images of a student in training, always from the same noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,40 +13,40 @@ from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.timesteps import shifted, time_of_batch
 from fastdistill.distill.methods.critic import Critic
 from fastdistill.distill.methods.distillation import Distillation
-from fastdistill.models.families.family import Conditioning, Family
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import Conditioning
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
 
 
-class Rows:
-    """The rows ``teacher`` and ``student``, and for a method with a critic ``x0_real`` and ``x0_critic``.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where every row begins: noise (N, C, H, W) and the conditioning of each image."""
 
-    These are what teacher and critic see in the student's images behind noise, at ``t = 1/2`` before the shift; their difference is what
-    the student learns from. Teacher and student are sampled by ``sampling`` and ``drawn``.
+    noise: Tensor
+    conditioning: Conditioning
+
+
+class SampleRows:
+    """Rows `teacher` and `student`, and for a method with a critic `x0_real` and `x0_critic`.
+
+    The last two are what teacher and critic see in the student's images behind noise, at `t = 1/2` before the shift; their difference is
+    what the student learns from.
     """
 
-    def __init__(
-        self,
-        method: Distillation,
-        pipeline: Any,
-        family: Family,
-        scheduler: Any,
-        sampling: SamplingDefaults,
-        drawn: SamplingDefaults,
-        conditioning: Conditioning,
-        noise: Tensor,
-    ) -> None:
-        self.method, self.pipeline, self.family, self.scheduler = method, pipeline, family, scheduler
-        self.sampling, self.drawn = sampling, drawn
-        self.conditioning, self.noise = conditioning, noise
+    def __init__(self, method: Distillation, pipeline: Any, scheduler: Any, start: Start) -> None:
+        self.method, self.pipeline, self.scheduler = method, pipeline, scheduler
+        self.family = family_of(pipeline.transformer)
+        self.noise, self.conditioning = start.noise, start.conditioning
         self._teacher: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self) -> Mapping[str, Tensor]:
+    def draw(self, teacher: SamplingDefaults, student: SamplingDefaults) -> Mapping[str, Tensor]:
+        """Images (N, 3, H, W) of each row, by how teacher and student are sampled; the teacher draws in the first call only."""
         if self._teacher is None:
-            self._teacher = self._decoded(self._end(self.sampling))
-        with swapped(self.pipeline, self.method.networks["student"], self.scheduler):
-            x_0 = self._end(self.drawn)
+            self._teacher = self._decoded(self._end(teacher))
+        with swapped(self.pipeline, self.method.student.network, self.scheduler):
+            x_0 = self._end(student)
         rows = {"teacher": self._teacher, "student": self._decoded(x_0)}
         critic: Critic | None = getattr(self.method, "critic", None)
         if critic is not None:

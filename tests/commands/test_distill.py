@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill import METHODS, job
-from fastdistill.distill.config import TRAINING, MethodName
+from fastdistill.distill.config import config_of
 from fastdistill.models import loading
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import interrupt, save_tiny
@@ -46,7 +46,9 @@ def weights(folder):
 
 
 def test_every_method_can_be_named():
-    assert set(MethodName.__args__) == set(METHODS) >= set(TRAINING)
+    for name, method in METHODS.items():
+        found = config_of(["--method", name])(method=name, steps=1 if name == "dmd" else 4).flags()
+        assert {option: found[option] for option in method.command_defaults} == method.command_defaults
 
 
 @pytest.mark.slow_but_first
@@ -63,7 +65,7 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     short = f"teacher, {steps} step{'s' if steps > 1 else ''}"
     assert record["calls"] == {"teacher": 6, short: 2 * steps, "student": steps}
     assert list(record["evaluation"]) == ["teacher", short, "student"]
-    assert record["command"].startswith(f"python -m fastdistill.distill --method {method} --steps {steps}")
+    assert record["command"].startswith(f"fastdistill distill --method {method} --steps {steps}")
     assert record["chosen"]["monitor"] == "frechet_distance_to_reference"
     assert record["chosen"]["step"] in (3, 6)
     assert json.loads((output / "model" / "distill.json").read_text()) == record
@@ -203,15 +205,7 @@ def test_images_of_ones_own(command, pipeline_folder, tmp_path):
 @pytest.mark.slow
 def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypatch):
     values = iter([10.0, 5.0, 6.0, 7.0, 8.0, 9.0])
-    real = job._observing
-
-    def worse_and_worse(*args):
-        found = real(*args)
-        evaluation = found["evaluation"]
-        object.__setattr__(evaluation, "evaluate", lambda: {evaluation.monitor: next(values)})
-        return found
-
-    monkeypatch.setattr(job, "_observing", worse_and_worse)
+    monkeypatch.setattr(job.FewStepStudent, "measure", lambda self: {job.WATCHED[0]: next(values)})
     options = ["--method", "output_kd", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     options += ["--training-steps", "12", "--watch-every", "2", "--patience", "2"]
     assert command("distill", *options).code == 0

@@ -87,7 +87,7 @@ class Rollout:
         if self._agreed is None:
             return self.sample(batch, rng)
         if batch.shared.get("stop") is not self._agreed:
-            batch.shared |= {"stop": self._agreed, "judged": self.sample(batch, rng)}
+            batch.shared.update(stop=self._agreed, judged=self.sample(batch, rng))
         visit, x_0 = batch.shared["judged"]
         return visit, x_0
 
