@@ -18,6 +18,7 @@ def run(*arguments: str, module: str = "fastdistill") -> subprocess.CompletedPro
 
 def called(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]) -> int:
     monkeypatch.setattr(sys, "argv", ["fastdistill", *arguments])
+    monkeypatch.delitem(sys.modules, "fastdistill.info", raising=False)  # of another test; runpy would warn
     try:
         entry.main()
     except SystemExit as end:
