@@ -57,6 +57,7 @@ def missing_square(damage):
     return sum(float(rows.missing.square().sum()) for chunk in watch(damage, damage.spans()[0]) for rows in chunk)
 
 
+@pytest.mark.slow_but_first("kind")
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("kind", ["ridge", "scale"])
 def test_a_closed_form_repair_brings_the_block_ahead_of_the_gap_closer(gap, kind):
