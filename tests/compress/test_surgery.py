@@ -189,6 +189,7 @@ print("loaded", len(sys.argv) - 1)
 """
 
 
+@pytest.mark.slow
 def test_saved_cuts_load_where_fastdistill_cannot_be_imported(tmp_path: Any) -> None:
     """And compute there, with buffers that no file holds, what the full model does without the dropped blocks."""
     for name, case in CASES.items():

@@ -98,6 +98,7 @@ def test_a_planted_useless_block_scores_lowest_and_a_vital_one_highest(planted, 
     assert scores[VITAL] == max(others)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_same_seed_gives_the_same_scores_and_the_batch_none_other(transformer, criterion):
     first, second = (scored(criterion, transformer, batch=6, seed=3) for _ in range(2))
@@ -114,6 +115,7 @@ class Kill(Exception):
     pass
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("criterion", [name for name in INFORMED if name not in ("cka", "probe")])
 def test_a_killed_scoring_goes_on_with_the_next_piece(transformer, tmp_path, criterion):
     # A piece is a chunk of the points, but for a training.

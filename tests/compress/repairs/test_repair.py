@@ -57,6 +57,7 @@ def missing_square(damage):
     return sum(float(rows.missing.square().sum()) for chunk in watch(damage, damage.spans()[0]) for rows in chunk)
 
 
+@pytest.mark.slow_but_first("kind")
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("kind", ["ridge", "scale"])
 def test_a_closed_form_repair_brings_the_block_ahead_of_the_gap_closer(gap, kind):
@@ -66,6 +67,7 @@ def test_a_closed_form_repair_brings_the_block_ahead_of_the_gap_closer(gap, kind
     assert missing_square(damage) < 0.97 * before
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("gap", ["between doubles", "between singles", "at the end"])
 def test_ridge_is_the_gate_weighted_solution_of_every_row(gap, monkeypatch):
     """Against one Gram matrix a row and a direct solve, in float64."""
@@ -93,6 +95,7 @@ def test_ridge_is_the_gate_weighted_solution_of_every_row(gap, monkeypatch):
         torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], dim=1).double(), wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_iterations_leave_little_of_what_a_converged_ridge_gains(monkeypatch):
     errors = {}
     for iterations in (0, ridge.ITERATIONS, 30):
