@@ -22,10 +22,11 @@ from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
 from fastdistill.run.files import write_json, write_text
 from fastdistill.run.options import JobConfig, TrainingOptions
-from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.run.versions import versions
 from fastdistill.run.workspace import Workspace
 from fastdistill.train.config import TrainConfig
+from fastdistill.train.estimate import memory
+from fastdistill.train.method import Method
 
 ConfigT = TypeVar("ConfigT", bound=JobConfig)
 
@@ -103,17 +104,6 @@ class Job(ABC, Generic[ConfigT]):
     @abstractmethod
     def run(self) -> None:
         """Run every stage, or read its result from the workspace if an interrupted run has finished it."""
-
-    def require(self, *, memory: int, disk: int, what: str, remedy: str) -> None:
-        """Raise `UserError` if training or the output folder need more bytes than there are.
-
-        Args:
-            memory: bytes of the device that `what` takes.
-            disk: bytes that the output folder will hold at most.
-            remedy: what to do if the memory does not suffice.
-        """
-        require_disk(self.output, disk)
-        require_memory(self.pipeline.device, memory, what, remedy)
 
     def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
         """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""
@@ -200,6 +190,17 @@ def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: floa
         checkpoint_every=100,
         tensorboard=options.tensorboard,
     )
+
+
+def training_bytes(method: Method, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of memory that training takes, and bytes of disk that its checkpoints take.
+
+    The memory is without activations, and without the teacher, which is there already. The networks of `method`
+    may be on the meta device.
+    """
+    items = [item for item in memory(method, config) if item.role != "teacher"]
+    # The newest checkpoint is there until the next one is written.
+    return sum(item.bytes for item in items), 2 * sum(item.bytes for item in items if item.what != "gradients")
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -10,10 +10,9 @@ from itertools import product
 import torch
 
 from fastdistill.compress.choice.budget import Budget, show
-from fastdistill.compress.choice.choose import Request, limit_of, nothing_meets, parse, spell
+from fastdistill.compress.choice.choose import limit_of, nothing_meets, requested, spell
 from fastdistill.compress.choice.costs import Costs, flops, kinds, sizes, workload
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.surgery import check, check_count
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import tied
 from fastdistill.models.families import anatomy_of
@@ -33,14 +32,14 @@ def plan(config: CompressConfig) -> str:
     Raises:
         UserError: no such model, not a supported one, or a demand that cannot be met.
     """
-    network, sampling, vae_scale_factor = read_config(config.model)
+    network, sampling, vae_scale_factor = read_config(config.run.model)
     sampling = sampling.replaced(config.sampling)
     anatomy = anatomy_of(network)
-    costs = sizes(network, anatomy, getattr(torch, config.save_dtype).itemsize)
+    costs = sizes(network, anatomy, getattr(torch, config.run.save_dtype).itemsize)
     costs["flops"] = flops(network, anatomy, workload(sampling, vae_scale_factor))
     groups = kinds(network, anatomy)
     text = [
-        f"{type(network).__name__}, weights in {config.save_dtype}, one forward pass at {sampling.width} x {sampling.height} pixels "
+        f"{type(network).__name__}, weights in {config.run.save_dtype}, one forward pass at {sampling.width} x {sampling.height} pixels "
         f"and {sampling.max_sequence_length} text tokens.",
         *([anatomy.remark] if anatomy.remark else []),
         "",
@@ -48,9 +47,8 @@ def plan(config: CompressConfig) -> str:
         "|---" * (len(COLUMNS) + 1) + "|",
         _row([len(group) for group in groups], [], costs),
     ]
-    request = Request(budget=config.parsed_budget()) if config.budget else parse(config.drop_blocks, anatomy)
+    request = requested(config.drop_blocks, config.parsed_budget(), network, anatomy)
     if request.blocks:
-        check(network, anatomy, request.blocks)
         left = [sum(block_id not in request.blocks for block_id in group) for group in groups]
         return "\n".join([*text, _row(left, request.blocks, costs), "", f"Without {spell(request.blocks, anatomy)}."])
     shared = tied(network, anatomy)
@@ -62,7 +60,6 @@ def plan(config: CompressConfig) -> str:
             "go is chosen by scores, for which the weights are needed."
         )
     else:
-        check_count(request.count or 0, costs["blocks"].total)
         found = [drop for drop in drops if len(drop.blocks) == request.count]
         closing = f"Every way to drop {request.count}; which blocks go is chosen by scores, for which the weights are needed."
     if not found:

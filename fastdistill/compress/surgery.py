@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,7 +13,30 @@ from torch import Tensor, nn
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, blocks_of, tied
 from fastdistill.models.families import anatomy_of
-from fastdistill.models.families.family import Anatomy, BlockId
+from fastdistill.models.families.family import Anatomy, BlockId, Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutModel:
+    """A cut model, the full one, and where both should agree.
+
+    Attributes:
+        student: the cut model.
+        teacher: the full one.
+        boundaries: for each kept block of the full model, in the order of the cut one's, the block whose output it should give.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    family: Family
+    boundaries: Mapping[BlockId, BlockId]
+
+
+def cut_model(teacher: nn.Module, family: Family, dropped: Iterable[BlockId]) -> CutModel:
+    """The teacher with a copy of it that lacks `dropped`."""
+    gone = list(dropped)
+    boundaries = boundary_map(block_ids(teacher, family), gone)
+    return CutModel(student=cut(teacher, gone), teacher=teacher, family=family, boundaries=boundaries)
 
 
 def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> Any:

@@ -7,7 +7,7 @@ fields of its config, where `OmitArgPrefixes` gives each a box in `--help` and i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,7 +19,8 @@ from fastdistill.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to sample, where it should differ from the model's fastdistill.json (without one: FLUX.1-dev's defaults)."""
+    """How to sample, where it should differ from the model's fastdistill.json; without that file, from
+    FLUX.1-dev's defaults."""
 
     num_inference_steps: int | None = None
     """Sampling steps."""
@@ -54,8 +55,8 @@ class RunOptions:
     prompts: Path | None = None
     """Text file with one prompt a line; default: the model's own prompts.txt, else a small general list."""
     images: Path | None = None
-    """Folder of jpg, png or webp images to use instead of images that the model draws, scaled and cropped to the size to sample at.
-    Their captions are in .txt files of the same names, or there are none."""
+    """Folder of jpg, png or webp images to use instead of images that the model draws, scaled and cropped to the size to sample
+    at. Their captions are in .txt files of the same names, or there are none."""
     evaluate_images: int = 200
     """Images of each model to measure; 0 skips the measurement."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -169,6 +170,12 @@ def decay(options: object, *names: str) -> None:
     for name, value in _numbers(options, names):
         if not 0 <= value < 1:
             raise UserError(f"{flag(name)} must be at least 0 and less than 1, got {value:g}")
+
+
+def check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise `UserError` if a plug-in is named that is not among the `known` ones of its kind."""
+    if name not in (names := list(known)):
+        raise UserError(f"there is no {kind} {name!r}; there are {', '.join(names)}")
 
 
 def flag(name: str) -> str:

@@ -6,7 +6,6 @@ from collections import namedtuple
 import pytest
 
 from fastdistill.compress.__main__ import main as compress_main
-from fastdistill.compress.config import CompressConfig
 from fastdistill.distill.__main__ import main as distill_main
 from fastdistill.distill.config import config_of
 from fastdistill.evaluate import EvaluateConfig
@@ -18,11 +17,12 @@ from fastdistill.sample import main as sample_main
 from tests.tiny import tiny_flux_pipeline
 
 COMMANDS = {
-    "compress": (lambda arguments: CompressConfig, compress_main),
-    "distill": (config_of, distill_main),
-    "sample": (lambda arguments: SampleConfig, sample_main),
-    "evaluate": (lambda arguments: EvaluateConfig, evaluate_main),
+    "compress": compress_main,
+    "distill": lambda: cli.run(config_of(sys.argv[1:]), distill_main, prog="distill"),
+    "sample": lambda: cli.run(SampleConfig, sample_main, prog="sample"),
+    "evaluate": lambda: cli.run(EvaluateConfig, evaluate_main, prog="evaluate"),
 }
+"""By name, what runs the command of `sys.argv`."""
 
 Ended = namedtuple("Ended", "code message")
 
@@ -42,12 +42,10 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys):
     def call(name, *options):
-        config_of, main = COMMANDS[name]
-        arguments = [*map(str, options)]
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
         capsys.readouterr()
         try:
-            cli.run(config_of(arguments), main, prog=name)
+            COMMANDS[name]()
         except SystemExit as stop:
             code = stop.code
         else:

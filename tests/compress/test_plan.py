@@ -17,6 +17,7 @@ from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import anatomy_of, family_of
 from fastdistill.models.families.family import BlockId, Workload
 from fastdistill.models.skeleton import read_config
+from fastdistill.run.options import RunOptions
 from tests.tiny import tiny_flux_pipeline
 
 # What FLUX.1-dev's config says beside the class's defaults.
@@ -99,7 +100,7 @@ def test_published_sizes(tmp_path, config, billions):
 
 def rows_of(tmp_path, config, **options):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = plan(CompressConfig(model=str(tmp_path), dry_run=True, **options))
+    text = plan(CompressConfig(run=RunOptions(model=str(tmp_path)), **options))
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
 
 
@@ -127,7 +128,7 @@ def test_a_plan_takes_equally_many_from_lists_that_share_a_count(tmp_path):
 
 def test_the_plan_of_flux_lite(flux_dev):
     """8 double and 38 single blocks: flux.1-lite-8B, published as 8.16 B."""
-    text = plan(CompressConfig(model=flux_dev, drop_blocks=("double:4-14",), dry_run=True))
+    text = plan(CompressConfig(run=RunOptions(model=flux_dev), drop_blocks=("double:4-14",)))
     whole, cut_row = (line.split(" | ") for line in text.splitlines()[4:6])
     assert whole[0] == "| 19 + 38"
     assert whole[1] == "11.901 B"
@@ -141,7 +142,7 @@ def test_the_plan_of_flux_lite(flux_dev):
 
 def test_the_plan_of_a_count_and_of_budgets(flux_dev):
     def rows(**options):
-        text = plan(CompressConfig(model=flux_dev, dry_run=True, **options))
+        text = plan(CompressConfig(run=RunOptions(model=flux_dev), **options))
         return [line for line in text.splitlines() if line.startswith("| ")][2:]
 
     assert len(rows(drop_blocks=("6",))) == 7

@@ -37,35 +37,42 @@ class Choice:
     error: float
 
 
-def solve(
-    errors: Sequence[float],
-    costs: Sequence[int],
-    intervals: Mapping[Interval, float] | None = None,
-    *,
-    best: int = 1,
-    exact_cost: bool = False,
-    tied: Sequence[Sequence[range]] = (),
-) -> list[Choice]:
-    """Choices by falling ``saved``, then rising ``error``; no budget needs another.
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What dropping blocks costs and saves.
 
-    For every ``needed``, the first ``best`` entries of :func:`within` are the ``best`` of all subsets that leave at least one block.
+    Attributes:
+        errors: of dropping each block alone, in the order of the forward pass; infinite for a block that must stay.
+        costs: what dropping each block saves, whole numbers.
+        intervals: errors of dropping contiguous blocks together. A run of dropped blocks that was scored counts as
+            scored, even where its blocks alone promise less. A longer run counts as the cheapest way to put it
+            together from pieces of which no two neighbours were scored as one.
+        tied: groups of ranges of positions; only choices are made that drop equally many in all ranges of a group.
+    """
+
+    errors: Sequence[float]
+    costs: Sequence[int]
+    intervals: Mapping[Interval, float] | None = None
+    tied: Sequence[Sequence[range]] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.errors) != len(self.costs):
+            raise ValueError(f"one cost per block: {len(self.errors)} errors, {len(self.costs)} costs")
+
+
+def solve(problem: Problem, *, best: int = 1, exact_cost: bool = False) -> list[Choice]:
+    """Choices by falling `saved`, then rising `error`; no budget needs another.
+
+    For every `needed`, the first `best` entries of `within` are the `best` of all subsets that leave at least one block.
     Of equal choices the one that drops later blocks goes first.
 
     Args:
-        errors: of dropping each block alone, in the order of the forward pass; infinite for a block that must stay.
-        costs: what dropping each block saves, whole numbers.
-        intervals: errors of dropping contiguous blocks together. A run of dropped blocks that was scored counts as scored, even where
-            its blocks alone promise less. A longer run counts as the cheapest way to put it together from pieces of which no two
-            neighbours were scored as one.
         best: how many choices a budget may be asked for.
-        exact_cost: compare only choices that save the same: for a demand to save exactly so much.
-        tied: groups of ranges of positions; only choices are made that drop equally many in all ranges of a group.
+        exact_cost: compare only choices that save equally much: for a demand to save exactly so much.
     """
-    count = len(errors)
-    if count != len(costs):
-        raise ValueError(f"one cost per block: {count} errors, {len(costs)} costs")
-    price = _prices(errors, intervals)
-    saves = [0, *accumulate(costs)]
+    count, intervals, tied = len(problem.errors), problem.intervals, problem.tied
+    price = _prices(problem.errors, intervals)
+    saves = [0, *accumulate(problem.costs)]
     fronts: list[list[Partial]] = [[] for _ in range(count + 1)]
     fronts[0].append((0, 0.0, 0))
     for start in range(count):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastdistill.compress.choice.budget import parse_budget
-from fastdistill.compress.choice.choose import Request, choose, limit_of, parse, spell
+from fastdistill.compress.choice.choose import Evidence, Request, Trial, choose, limit_of, parse, spell
 from fastdistill.compress.choice.costs import Cost, flops, sizes
 from fastdistill.compress.choice.verify import Verified, additivity, intervals
 from fastdistill.compress.importance.criterion import CalibrationPoints
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
+from fastdistill.compress.importance.output_error import OutputError
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families.family import BlockId, Workload
@@ -64,7 +64,7 @@ def chosen(request, costs, errors, best=1, joint=None, runs=None):
     """``joint`` is the error of a set of positions; by default errors add up."""
     scores = dict(zip(TINY, errors, strict=True))
     adds_up = joint or (lambda positions: sum(errors[position] for position in positions))
-    return choose(request, costs, scores, joint=adds_up, intervals=runs, best=best)
+    return choose(request, costs, Evidence(scores=scores, intervals=runs), Trial(joint=adds_up, sets=best))
 
 
 def count_costs():
@@ -171,10 +171,10 @@ def test_on_a_real_network_the_choice_is_the_best_of_what_was_measured():
                 parameter.mul_(5)
     x_t, t, conditioning = tiny_inputs(transformer, batch=4)
     points = CalibrationPoints(x_t=x_t, t=t, conditioning=conditioning)
-    reference = predictions(transformer, Flux(), points, 4)
+    error = OutputError(transformer, Flux(), points, 4)
 
     def joint(positions):
-        return joint_output_error(transformer, Flux(), points, 4, [TINY[position] for position in positions], reference)
+        return error.without([TINY[position] for position in positions])
 
     errors = [joint((position,)) for position in range(5)]
     runs = {run: joint(tuple(range(run[0], run[1] + 1))) for run in intervals(5, 2)}

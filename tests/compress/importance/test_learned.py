@@ -10,7 +10,7 @@ import torch
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.learned import Masks, Objective, Search, learned, partition
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
+from fastdistill.compress.importance.output_error import OutputError, predictions
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
@@ -171,7 +171,7 @@ def test_the_objective_is_the_joint_output_error_and_the_update_lowers_it(transf
         values.append(objective.backward(search, torch.arange(6), gates))
         optimizer.step()
         optimizer.zero_grad()
-    expected = joint_output_error(transformer, family, objective.points, 6, gone, objective.reference)
+    expected = OutputError(transformer, family, objective.points, 6).without(gone)
     assert values[0] == pytest.approx(expected, rel=1e-4)
     assert values[-1] < 0.9 * values[0]
 

@@ -1,11 +1,8 @@
 """Repairs in closed form: against a float64 solution by the book, at every kind of gap, and what they must not touch."""
 
-from typing import get_args, get_type_hints
-
 import pytest
 import torch
 
-from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.repairs import REPAIRS, ridge
 from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.repairs.rows import linears, watch
@@ -46,10 +43,6 @@ def damaged(gap, teacher=None, points=96, batch=16, **options):
         batch=batch,
         **options,
     )
-
-
-def test_the_command_line_knows_every_repair():
-    assert set(get_args(get_type_hints(CompressConfig)["repair"])) == {*REPAIRS, "none"}
 
 
 def missing_square(damage):
