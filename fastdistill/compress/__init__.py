@@ -1,7 +1,7 @@
 """Make a diffusers transformer smaller.
 
-From Python: `calibrate`, `score`, `select`, `cut`, `repair`. End to end: `Compression(CompressConfig(...)).run()`,
-or `python -m fastdistill.compress`.
+From Python: `calibrate`, `score`, `select`, `cut`, `repair`. End to end:
+`Compression(CompressConfig(...)).run()`, or `python -m fastdistill.compress`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,8 @@
-"""`calibrate`, `score`, `select` and `repair` for Python, around `cut` (`fastdistill.compress.surgery`).
+"""`calibrate`, `score`, `select` and `repair` for Python, around `cut`
+(`fastdistill.compress.surgery`).
 
-The command makes the same objects by the same functions. It also keeps the result of every stage, so that
-a long run goes on after a kill.
+The command makes the same objects by the same functions. It also keeps the result of every stage,
+so that a long run goes on after a kill.
 """
 
 from __future__ import annotations
@@ -49,21 +50,24 @@ def calibrate(
     max_sequence_length: int | None = None,
     console: Console | None = None,
 ) -> Calibration:
-    """Sample what the blocks of the pipeline's transformer are scored on, and a cut model is mended on.
+    """Sample what the blocks of the pipeline's transformer are scored on, and a cut model is mended
+    on.
 
     Args:
         pipeline: a diffusers pipeline of a family that can be scored; left as it is.
         prompts: to sample from; `points` images are drawn, in `steps` steps each.
         images: a folder of images to take instead, with captions in `.txt` files of the same names.
-        points: at how many points blocks are scored; the command's 256 give steadier scores for four times the time.
+        points: at how many points blocks are scored; the command's 256 give steadier scores for
+            four times the time.
         batch: samples per forward pass, here and wherever the calibration is used.
-        height: of the images in pixels. It and the arguments below are those of the pipeline's call; by default they are
-            as in the fastdistill.json of the pipeline's folder, else as for FLUX.1-dev.
+        height: of the images in pixels. It and the arguments below are those of the pipeline's
+            call; by default they are as in the fastdistill.json of the pipeline's folder, else as
+            for FLUX.1-dev.
         console: a rich console to show progress on; by default nothing is shown.
 
     Raises:
-        UserError: the family cannot be scored, weights are not finite or not of a type to compute with, there is nothing
-            to sample from, or a number is too small.
+        UserError: the family cannot be scored, weights are not finite or not of a type to compute
+            with, there is nothing to sample from, or a number is too small.
     """
     network = getattr(pipeline, "transformer", None)
     if network is None:
@@ -92,12 +96,13 @@ def calibrate(
 
 
 def score(calibration: Calibration, criterion: str = "output", *, drop_blocks: int | None = None) -> dict[BlockId, float]:
-    """Worth of each block of the calibrated transformer, in the order of the forward pass; the lowest goes first.
+    """Worth of each block of the calibrated transformer, in the order of the forward pass; the
+    lowest goes first.
 
     Args:
         criterion: a name that `python -m fastdistill.compress --help` lists under `--criterion`.
-        drop_blocks: how many blocks are going to be dropped, where that is known. It bounds the search of `greedy`, and
-            says what the masks of `learned` are learned for.
+        drop_blocks: how many blocks are going to be dropped, where that is known. It bounds the
+            search of `greedy`, and says what the masks of `learned` are learned for.
 
     Raises:
         UserError: there is no such criterion.
@@ -119,21 +124,24 @@ def select(
     width: int | None = None,
     max_sequence_length: int | None = None,
 ) -> list[BlockId]:
-    """The blocks to drop, in the order of the forward pass: the set with the least sum of scores that meets the demand, exactly.
+    """The blocks to drop, in the order of the forward pass: the set with the least sum of scores
+    that meets the demand, exactly.
 
     Args:
         transformer: a diffusers transformer of a supported family.
         scores: of every block; infinite for one that must stay.
         drop_blocks: how many, or:
-        budget: what the smaller one may cost: `params=0.66`, `memory=8GiB`, `latency=0.7`, measured here and now, or `flops=60T`.
-        calibration: of the transformer, to measure sets of blocks on. Then the `verify` best sets by the sum of scores are tried,
-            and the best of these is taken.
+        budget: what the smaller one may cost: `params=0.66`, `memory=8GiB`, `latency=0.7`, measured
+            here and now, or `flops=60T`.
+        calibration: of the transformer, to measure sets of blocks on. Then the `verify` best sets
+            by the sum of scores are tried, and the best of these is taken.
         dtype: of the weights as they are going to be saved and timed; by default as they are.
-        height: of the images in pixels, where `latency` or `flops` are asked for; with `width` and `max_sequence_length`
-            by default as for FLUX.1-dev.
+        height: of the images in pixels, where `latency` or `flops` are asked for; with `width` and
+            `max_sequence_length` by default as for FLUX.1-dev.
 
     Raises:
-        UserError: the family is not supported, the scores are of other blocks, or the demand cannot be met.
+        UserError: the family is not supported, the scores are of other blocks, or the demand cannot
+            be met.
     """
     anatomy = anatomy_of(transformer)
     blocks = block_ids(transformer, anatomy)
@@ -175,17 +183,19 @@ def repair(
     kind: str = "ridge",
     points: int = 256,
 ) -> None:
-    """Mend `smaller`, in place, so that it comes closer to the calibrated transformer; without training, in closed form.
+    """Mend `smaller`, in place, so that it comes closer to the calibrated transformer; without
+    training, in closed form.
 
     Args:
         calibration: of the full transformer.
         smaller: what `cut` made of that transformer by dropping `drop`.
         kind: a name that `python -m fastdistill.compress --help` lists under `--repair`.
-        points: noised images that the repair is fitted to; together some thirty tokens for each input of the last layer of
-            a block.
+        points: noised images that the repair is fitted to; together some thirty tokens for each
+            input of the last layer of a block.
 
     Raises:
-        UserError: there is no such repair, or `smaller` is not the transformer without these blocks.
+        UserError: there is no such repair, or `smaller` is not the transformer without these
+            blocks.
     """
     check_known("repair", kind, REPAIRS)
     if points < 1:

@@ -1,4 +1,5 @@
-"""The options of `python -m fastdistill.compress`. Imports no torch, so that `--help` answers at once."""
+"""The options of `python -m fastdistill.compress`. Imports no torch, so that `--help` answers at
+once."""
 
 from __future__ import annotations
 
@@ -33,12 +34,13 @@ def _explained(text: str, meanings: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What blocks are scored on, and the cut model is recovered on."""
+    """Data that blocks are scored on and the cut model is recovered on."""
 
     calibration_images: int = 400
     """Images sampled from the full model, or taken from --images at most, to score and recover on."""
     calibration_steps: int = 14
-    """Sampling steps of each image; fewer than for display, as the latents only have to be plausible."""
+    """Sampling steps of each image; fewer than for display, as the latents only have to be
+    plausible."""
     calibration_points: int = 256
     """Points on the trajectories of these images at which blocks are scored."""
 
@@ -48,7 +50,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceOptions:
-    """How the blocks are chosen."""
+    """Choice of the blocks to cut."""
 
     criterion: Annotated[
         CriterionName,
@@ -57,14 +59,16 @@ class ChoiceOptions:
     also_score: tuple[CriterionName, ...] = ()
     """Further criteria to report."""
     longest_run: int = 2
-    """Longest run of neighbouring blocks whose joint error is measured, as a candidate in addition to single blocks; 1: none. Only
-    with the criterion output."""
+    """Longest run of neighbouring blocks whose joint error is measured, as a candidate in addition
+    to single blocks; 1: none. Only with the criterion output."""
     verify: int = 6
-    """How many of the best sets by the sum of scores are tried by real forward passes; the best of these is cut."""
+    """Number of best sets by the sum of scores that are tried by real forward passes; the best of
+    these is cut."""
     latency_batch: int = 1
     """Images at once when latency is measured; it is measured at the size to sample at."""
     latency_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights when latency is measured; default: as the model is loaded, float32 on a CPU and bfloat16 on a GPU."""
+    """Type of the weights when latency is measured; default: as the model is loaded, float32 on a
+    CPU and bfloat16 on a GPU."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "verify", "longest_run", "latency_batch")
@@ -74,12 +78,12 @@ class ChoiceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions:
-    """How the cut model is mended before any training."""
+    """Repair of the cut model before any training."""
 
     repair: Annotated[RepairName, tyro.conf.arg(help=_explained("A repair in closed form, or none.", repairs.MEANINGS))] = "ridge"
     repair_points: int = 1024
-    """Noised images that the repair is fitted to. They should have some thirty tokens for each input of the layer: 1024 images for the
-    emoji model, 256 for FLUX.1-dev at 512 pixels."""
+    """Noised images that the repair is fitted to. They should have some thirty tokens for each
+    input of the layer: 1024 images for the emoji model, 256 for FLUX.1-dev at 512 pixels."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "repair_points")
@@ -88,7 +92,7 @@ class RepairOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """How the repaired model is trained to come closer to the full one."""
+    """Training of the repaired model, to come closer to the full one."""
 
     recovery_steps: int = 400
     """Training steps; 0 cuts only."""
@@ -110,17 +114,19 @@ class RecoveryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig(JobConfig):
-    """Make a FLUX pipeline smaller: score its transformer blocks, cut some out, and recover by knowledge distillation.
+    """Make a FLUX pipeline smaller: score its transformer blocks, cut some out, and recover by
+    knowledge distillation.
 
-    Writes a stock diffusers pipeline to OUTPUT/model, and report.md, grid.png, compress.json and metrics.jsonl to OUTPUT. An
-    interrupted run continues when the same command is given again.
+    Writes a stock diffusers pipeline to OUTPUT/model, and report.md, grid.png, compress.json and
+    metrics.jsonl to OUTPUT. An interrupted run continues when the same command is given again.
     """
 
     drop_blocks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="4 | double:1,2 single:0,5-7")] = ()
-    """How many blocks to drop, or which ones. Either this or --budget."""
+    """Number of blocks to drop, or the blocks. Give either this or --budget."""
     budget: Annotated[str | None, tyro.conf.arg(metavar="params=0.66 | memory=8GiB | latency=0.7 | flops=0.8")] = None
-    """What the transformer may cost at most, as a fraction of the full one or with a unit: parameters (K, M, B), memory of its weights
-    as saved (MiB, GiB, MB, GB), measured latency (us, ms, s) or operations (G, T) of one forward pass."""
+    """Largest cost of the transformer, as a fraction of the full one or with a unit: parameters (K,
+    M, B), memory of its weights as saved (MiB, GiB, MB, GB), measured latency (us, ms, s) or
+    operations (G, T) of one forward pass."""
     calibration: Annotated[CalibrationOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=CalibrationOptions)
     choice: Annotated[ChoiceOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ChoiceOptions)
     repair: Annotated[RepairOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=RepairOptions)

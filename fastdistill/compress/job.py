@@ -1,4 +1,5 @@
-"""The compression of one pipeline from end to end: calibrate, score, choose, cut, repair, recover, measure, write."""
+"""The compression of one pipeline from end to end: calibrate, score, choose, cut, repair, recover,
+measure, write."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
 
 Scores = dict[str, dict[BlockId, float]]
-"""By criterion, the score of each block in the order of the forward pass."""
+"""Score of each block in the order of the forward pass, by criterion."""
 
 
 class Compression(Job[CompressConfig]):
@@ -45,7 +46,8 @@ class Compression(Job[CompressConfig]):
     Attributes:
         blocks: every block of the full model, in the order of the forward pass.
         request: what `--drop-blocks` or `--budget` asks for.
-        costs: of the full model, by quantity; operations and latency are added once they are measured.
+        costs: of the full model, by quantity; operations and latency are added once they are
+            measured.
     """
 
     result = "compress.json"
@@ -96,8 +98,9 @@ class Compression(Job[CompressConfig]):
     def largest_student(self) -> CutModel:
         """The largest model that the request can leave, without weights.
 
-        Which blocks go is not known yet, unless they are named. Of all sets of blocks that meet the request, the one
-        with the fewest parameters is dropped; where operations or latency are asked for, which are not measured yet, none.
+        Which blocks go is not known yet, unless they are named. Of all sets of blocks that meet the
+        request, the one with the fewest parameters is dropped; where operations or latency are
+        asked for, which are not measured yet, none.
         """
         budget = self.request.budget
         dropped: list[BlockId] = []
@@ -107,7 +110,8 @@ class Compression(Job[CompressConfig]):
         return cut_model(skeleton_of(type(self.teacher), self.teacher.config).to(self.teacher.dtype), self.family, dropped)
 
     def require_resources(self, model: CutModel) -> None:
-        """Raise `UserError` if the disk or the memory does not suffice for a student of the size of `model`."""
+        """Raise `UserError` if the disk or the memory does not suffice for a student of the size of
+        `model`."""
         parameters = sum(parameter.numel() for parameter in model.student.parameters())
         # The student as it is repaired and as it is saved, and what is saved with it.
         disk = parameters * (self.teacher.dtype.itemsize + self.save_dtype.itemsize)
@@ -132,7 +136,8 @@ class Compression(Job[CompressConfig]):
         with self.clock("costs"):
             self.costs["flops"] = flops(self.teacher, self.family, workload(self.sampling, self.pipeline.vae_scale_factor))
             if budget and budget.quantity == "latency":
-                # Kept: another measurement would be another problem, and the continued run would choose other blocks.
+                # Kept: another measurement would be another problem, and the continued run would
+                # choose other blocks.
                 outside, *times = self.workspace.cached("latency", self._latency_of_parts)
                 self.costs["latency"] = Cost(blocks=dict(zip(self.blocks, times, strict=True)), outside=outside)
         if budget:
@@ -157,7 +162,8 @@ class Compression(Job[CompressConfig]):
             return calibrated(source, amount, cache=self.workspace.work / "calibration.safetensors", console=self.console)
 
     def score(self, calibration: Calibration) -> Scores:
-        """Scores by `output` and `bi`, which every report has, by the criterion that chooses, and by those asked for."""
+        """Scores by `output` and `bi`, which every report has, by the criterion that chooses, and
+        by those asked for."""
 
         def values(criterion: str) -> list[float]:
             pieces = self.workspace.work / f"scores-{criterion}.jsonl"
@@ -202,7 +208,8 @@ class Compression(Job[CompressConfig]):
         return errors
 
     def time(self, student: Any, limit: int) -> int | None:
-        """Nanoseconds of one forward pass of the cut model, if a budget of `limit` nanoseconds is to be met."""
+        """Nanoseconds of one forward pass of the cut model, if a budget of `limit` nanoseconds is
+        to be met."""
         if "latency" not in self.costs:
             return None
         with self.clock("costs"):
@@ -238,7 +245,8 @@ class Compression(Job[CompressConfig]):
         self.hand_over(folder)
 
     def save(self, student: Any) -> None:
-        """Write the pipeline with the student to `OUTPUT/model`; the student is left in the teacher's dtype."""
+        """Write the pipeline with the student to `OUTPUT/model`; the student is left in the
+        teacher's dtype."""
         student.to(self.save_dtype)
         save(self.pipeline, student, self.output / "model", self.sampling, self.prompts)
         student.to(self.teacher.dtype)

@@ -1,4 +1,5 @@
-"""``--dry-run``: what a cut would give, from the model's config alone. No weights are read and nothing is computed."""
+"""`--dry-run`: what a cut would give, from the model's config alone. No weights are read and
+nothing is computed."""
 
 from __future__ import annotations
 
@@ -23,11 +24,14 @@ COLUMNS = {"params": "parameters", "memory": "weights", "flops": "operations"}
 
 
 def plan(config: CompressConfig) -> str:
-    """A table of blocks, parameters, bytes and operations: of the cut that is asked for, or of all that would meet the demand.
+    """A table of blocks, parameters, bytes and operations: of the cut that is asked for, or of all
+    that would meet the demand.
 
-    A count or a budget has no scores to choose by yet. But blocks of one kind cost the same, so that what a cut costs depends only on
-    how many of each kind stay; all such combinations are listed, for a budget those to which no block can be added.
-    A block of SD3 that its place makes smaller, the last one, costs what it would elsewhere, as whichever takes its place is smaller then.
+    A count or a budget has no scores to choose by yet. But blocks of one kind cost the same, so
+    that what a cut costs depends only on how many of each kind stay; all such combinations are
+    listed, for a budget those to which no block can be added. A block of SD3 that its place makes
+    smaller, the last one, costs what it would elsewhere, as whichever takes its place is smaller
+    then.
 
     Raises:
         UserError: no such model, not a supported one, or a demand that cannot be met.
@@ -69,7 +73,8 @@ def plan(config: CompressConfig) -> str:
 
 
 def _names(groups: Sequence[Sequence[BlockId]], anatomy: Anatomy) -> list[str]:
-    """``double``, ``single``; a stack with more than one kind of block has them told apart by their indices."""
+    """`double`, `single`; a stack with more than one kind of block has them told apart by their
+    indices."""
     short = {stack.attribute: stack.short for stack in anatomy.stacks}
     stacks = [group[0].stack for group in groups]
     return [short[group[0].stack] if stacks.count(group[0].stack) == 1 else spell(group, anatomy) for group in groups]
@@ -77,18 +82,18 @@ def _names(groups: Sequence[Sequence[BlockId]], anatomy: Anatomy) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """How many of each kind go, and blocks that stand for them."""
+    """Number of blocks of each kind that go, and blocks that stand for them."""
 
     counts: tuple[int, ...]
     blocks: list[BlockId]
 
     def covers(self, other: Drop) -> bool:
-        """Whether this one drops as many of each kind as ``other``, and more of some."""
+        """Whether this drop takes as many of each kind as `other`, and more of some."""
         return self.counts != other.counts and all(mine >= its for mine, its in zip(self.counts, other.counts, strict=True))
 
 
 def _drops(groups: Sequence[Sequence[BlockId]]) -> Iterator[Drop]:
-    """Every number of each kind, but not all blocks."""
+    """Every number of each kind, except all blocks."""
     for counts in product(*(range(len(group) + 1) for group in groups)):
         blocks = [block_id for group, count in zip(groups, counts, strict=True) for block_id in group[:count]]
         if len(blocks) < sum(map(len, groups)):
@@ -104,7 +109,7 @@ def _equally(drop: Drop, groups: Sequence[Sequence[BlockId]], shared: Mapping[st
 
 
 def _within(budget: Budget, drops: Sequence[Drop], costs: Costs) -> list[Drop]:
-    """Those that meet the budget and drop no more than they must."""
+    """Drops that meet the budget and take no more than they must."""
     if budget.quantity not in costs:
         raise UserError(
             f"--budget {budget.quantity}: it is measured on the model itself, and --dry-run has only its config; "

@@ -22,7 +22,8 @@ from fastdistill.train.method import Loss, StudentMethod
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryWeights:
-    """Weights of the losses on the data, the full model's output and its features; zero leaves a loss out."""
+    """Weights of the losses on the data, the full model's output and its features; zero leaves a
+    loss out."""
 
     task: float
     out: float
@@ -32,9 +33,9 @@ class RecoveryWeights:
 def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tensor:
     """`mean over pairs and streams of ||f_S - f_T||^2 / ||f_T||^2`.
 
-    Each term is divided by the teacher's norm, as features of FLUX differ by orders of magnitude between
-    blocks and a plain sum sees only the last ones (LAPTOP-Diff, arXiv 2404.11098, section 3.3). The text
-    stream of the last pair is left out: nothing reads it.
+    Each term is divided by the teacher's norm, as features of FLUX differ by orders of magnitude
+    between blocks and a plain sum sees only the last ones (LAPTOP-Diff, arXiv 2404.11098, section
+    3.3). The text stream of the last pair is left out: nothing reads it.
     """
     terms = []
     for position, (f_s, f_t) in enumerate(zip(student, teacher, strict=True)):
@@ -47,7 +48,8 @@ def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tens
 
 
 class Recovery(StudentMethod):
-    """`L = task L_task + out L_OutKD + feat L_FeatKD` (BK-SDM, arXiv 2305.15798, equation 4; KOALA, arXiv 2312.04005)."""
+    """`L = task L_task + out L_OutKD + feat L_FeatKD` (BK-SDM, arXiv 2305.15798, equation 4; KOALA,
+    arXiv 2312.04005)."""
 
     def __init__(self, model: CutModel, weights: RecoveryWeights) -> None:
         self.networks = {"student": model.student, "teacher": model.teacher}

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: `report.md` and `compress.json`."""
+"""Record and report of a run, for programs and people: `compress.json` and `report.md`."""
 
 from __future__ import annotations
 
@@ -97,20 +97,22 @@ Curves: `metrics.jsonl`; everything else: `compress.json`.
 
 
 FRONT_ROWS = 12
-"""Of the Pareto front in report.md; of a model of FLUX.1-dev's size it has hundreds."""
+"""Rows of the Pareto front that report.md shows; for a model of FLUX.1-dev's size the front has
+hundreds."""
 SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished run knows of the models; the record and the report are made from it.
+    """Facts that a finished run knows of the models; the record and the report are made from them.
 
     Attributes:
         costs: of the full model, by quantity.
-        latency_after: nanoseconds of one forward pass of the cut model, if a latency budget had it measured.
+        latency_after: nanoseconds of one forward pass of the cut model, if a latency budget had it
+            measured.
         scores: of each block, by criterion.
-        output_errors: relative ones of the cut, the repaired and the recovered model. The sum of the single errors
-            would predict the first if they added up.
+        output_errors: relative ones of the cut, the repaired and the recovered model. The sum of
+            the single errors would predict the first if they added up.
         evaluation: measurements by model: full, cut, repaired, recovered.
     """
 
@@ -132,7 +134,7 @@ class Outcome:
 
 
 def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults) -> dict[str, Any]:
-    """What was dropped and why, and what came of it, as JSON."""
+    """Blocks that were dropped, why, and what came of it, as JSON."""
     scores = outcome.scores
     spelled = {block_id: outcome.spelled([block_id]) for block_id in outcome.blocks}
     parts = {"full": outcome.model.teacher, "compressed": outcome.model.student}
@@ -226,7 +228,8 @@ def _choice(config: CompressConfig, outcome: Outcome) -> dict[str, Any]:
 
 
 def _costs(outcome: Outcome) -> dict[str, dict[str, Any]]:
-    """By quantity: of the full and the cut model, of each block and of what is outside them."""
+    """Costs by quantity: of the full and the cut model, of each block and of what is outside the
+    blocks."""
     result: dict[str, dict[str, Any]] = {}
     for quantity, cost in outcome.costs.items():
         result[quantity] = {

@@ -22,7 +22,7 @@ COMMANDS = {
     "sample": lambda: cli.run(SampleConfig, sample_main, prog="sample"),
     "evaluate": lambda: cli.run(EvaluateConfig, evaluate_main, prog="evaluate"),
 }
-"""By name, what runs the command of `sys.argv`."""
+"""Functions that run the command of `sys.argv`, by name."""
 
 Ended = namedtuple("Ended", "code message")
 

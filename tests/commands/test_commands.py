@@ -1,4 +1,5 @@
-"""The commands from the outside, but distill: what they write, how they stop, and that they can go on."""
+"""The commands from the outside, but distill: what they write, how they stop, and that they can go
+on."""
 
 import json
 import shutil
@@ -198,7 +199,8 @@ def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monke
     cached = load_file(output / "work" / "calibration.safetensors")
     assert cached["latents"].shape == (5, 16, 8, 8)
     monkeypatch.setattr(job, "choose", choose)
-    # Encoded once: a run that goes on does not look at the images again but to see that they are there.
+    # Encoded once: a run that goes on does not look at the images again but to see that they are
+    # there.
     monkeypatch.setattr(trajectories, "pixels", lambda *args: pytest.fail("encoded again"))
     assert command("compress", *options, "--output", output).code == 0
     record = json.loads((output / "compress.json").read_text())

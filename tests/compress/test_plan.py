@@ -1,4 +1,4 @@
-"""``--dry-run`` and what blocks cost: FLUX.1-dev's published figures from its config alone."""
+"""`--dry-run` and what blocks cost: FLUX.1-dev's published figures from its config alone."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from fastdistill.models.skeleton import read_config
 from fastdistill.run.options import RunOptions
 from tests.tiny import tiny_flux_pipeline
 
-# What FLUX.1-dev's config says beside the class's defaults.
+# FLUX.1-dev's config where it differs from the class's defaults.
 FLUX_DEV = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
 SD35_LARGE = {
     "_class_name": "SD3Transformer2DModel", "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
@@ -92,7 +92,8 @@ def test_sizes_of_flux_dev(flux_dev):
     ids=lambda value: value["_class_name"].removesuffix("Transformer2DModel") if isinstance(value, dict) else None,
 )
 def test_published_sizes(tmp_path, config, billions):
-    """FLUX.2-dev 32 B, Qwen-Image 20 B, Chroma 8.9 B, Z-Image 6 B, SD3.5 large 8.1 B and medium 2.2 B, Sana 1.6 B, PixArt 0.6 B."""
+    """FLUX.2-dev 32 B, Qwen-Image 20 B, Chroma 8.9 B, Z-Image 6 B, SD3.5 large 8.1 B and medium 2.2
+    B, Sana 1.6 B, PixArt 0.6 B."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     network, _, _ = read_config(str(tmp_path))
     assert sizes(network, anatomy_of(network), 2)["params"].total / 1e9 == pytest.approx(billions, abs=5e-3)

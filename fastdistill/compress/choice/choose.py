@@ -1,4 +1,4 @@
-"""From the user's words and the scores to the blocks that go."""
+"""The way from the user's words and the scores to the blocks that go."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HELP = "a count such as 4, or blocks such as double:1,2 single:0,5-7"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``--drop-blocks`` or ``--budget`` asks for: that many blocks, or these, or as many as a budget needs."""
+    """Request of `--drop-blocks` or `--budget`: a number of blocks, certain blocks, or as many as a
+    budget needs."""
 
     count: int | None = None
     blocks: tuple[BlockId, ...] = ()
@@ -30,7 +31,7 @@ class Request:
 
     @property
     def drops(self) -> int | None:
-        """How many blocks go; None where a budget decides."""
+        """Number of blocks that go; None where a budget decides."""
         return None if self.budget else self.count or len(self.blocks)
 
 
@@ -40,12 +41,12 @@ class Selection:
 
     Attributes:
         dropped: in the order of the forward pass.
-        quantity: what was to be saved, ``blocks`` for a count or a list.
+        quantity: what was to be saved, `blocks` for a count or a list.
         full: what the full model costs of it.
         limit: what the smaller one may cost.
         front: the Pareto front of the predictions over all sets, by what they save.
-        verified: sets whose joint error was measured; ``dropped`` is one of them.
-        additivity: of the output errors, over ``verified``.
+        verified: sets whose joint error was measured; `dropped` is one of them.
+        additivity: of the output errors, over `verified`.
     """
 
     dropped: list[BlockId]
@@ -58,7 +59,7 @@ class Selection:
 
 
 def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
-    """Read ``["4"]`` or ``["double:1,2", "single:0,5-7"]``.
+    """Read `["4"]` or `["double:1,2", "single:0,5-7"]`.
 
     Raises:
         UserError: anything else, with what is expected.
@@ -85,7 +86,7 @@ def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
 
 
 def requested(words: Sequence[str], budget: Budget | None, network: nn.Module, anatomy: Anatomy) -> Request:
-    """What `--drop-blocks` (`words`) or `--budget` asks of a network.
+    """Request of `--drop-blocks` (`words`) or `--budget` to a network.
 
     Raises:
         UserError: the words cannot be read, name a block that does not exist, or leave no block.
@@ -101,7 +102,7 @@ def requested(words: Sequence[str], budget: Budget | None, network: nn.Module, a
 
 
 def limit_of(budget: Budget, cost: Cost) -> int:
-    """What the smaller model may cost.
+    """Largest cost that the smaller model may have.
 
     Raises:
         UserError: no cut that leaves a block is small enough, or the full model is already.
@@ -120,13 +121,15 @@ def limit_of(budget: Budget, cost: Cost) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known of the blocks before sets of them are tried.
+    """Facts about the blocks before sets of blocks are tried.
 
     Attributes:
         scores: of the single blocks by the criterion, in the order of the forward pass.
         intervals: scores of runs of blocks, by the first and the last position.
-        output_errors: output error of each block alone, by which joint errors are predicted; by default the scores.
-        tied: stacks that have to lose equally many blocks, by their config field (`fastdistill.models.blocks.tied`).
+        output_errors: output error of each block alone, by which joint errors are predicted; by
+            default the scores.
+        tied: stacks that have to lose equally many blocks, by their config field
+            (`fastdistill.models.blocks.tied`).
     """
 
     scores: Mapping[BlockId, float]
@@ -137,7 +140,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """How the best sets are tried before one is taken.
+    """Measurement of the best sets before one is taken.
 
     Attributes:
         joint: measures the output error without the blocks at these positions.
@@ -149,7 +152,8 @@ class Trial:
 
 
 def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | None = None) -> Selection:
-    """The blocks that go: those named, or the set with the least sum of scores; with a trial, the set whose joint error is least.
+    """The blocks that go: those named, or the set with the least sum of scores; with a trial, the
+    set whose joint error is least.
 
     Args:
         costs: of the quantity that the request is in, at least.
@@ -201,13 +205,13 @@ def _range(blocks: Sequence[BlockId], stack: Stack) -> range:
 
 
 def nothing_meets(request: Request, tied: Mapping[str, Sequence[Stack]]) -> str:
-    """Why there is no set of blocks that meets a request, and what to do."""
+    """Message for a request that no set of blocks meets: why, and what to do."""
     demand = "the budget cannot be met" if request.budget else f"no {request.count} blocks can go together"
     shared = "; ".join(f"{' and '.join(stack.short for stack in stacks)} must lose equally many" for stacks in tied.values())
     return f"{demand}: {shared or 'too many blocks have an infinite score, which keeps them'}; ask for another number, or for less"
 
 
 def spell(blocks: Sequence[BlockId], anatomy: Anatomy) -> str:
-    """The blocks as the user would type them: ``double:1,2 single:0``."""
+    """The blocks as the user would type them: `double:1,2 single:0`."""
     indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in anatomy.stacks}
     return " ".join(f"{stack.short}:{','.join(map(str, found))}" for stack, found in indices.items() if found)

@@ -26,4 +26,4 @@ _CRITERIA = {
 }
 CRITERIA: Table[Criterion] = Table(__name__, {name: place for name, (place, _) in _CRITERIA.items()})
 MEANINGS = {name: meaning for name, (_, meaning) in _CRITERIA.items()}
-"""What a block is worth by each criterion, in words."""
+"""Meaning of each criterion, in words."""

@@ -1,4 +1,5 @@
-"""Calibration: what blocks are scored on and a cut model is recovered on, from the full model's own trajectories, or from images."""
+"""Calibration: what blocks are scored on and a cut model is recovered on, from the full model's own
+trajectories, or from images."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from fastdistill.run.progress import bar, share_bar
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a calibration is taken from: a pipeline that samples `prompts`, or `images` if there are any."""
+    """Origin of a calibration: a pipeline that samples `prompts`, or `images` if there are any."""
 
     pipeline: Any
     prompts: Sequence[str]
@@ -40,12 +41,13 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """How much is sampled for a calibration, and in which portions."""
+    """Size of a calibration, and the portions in which it is sampled."""
 
     images: int
     """Images that the full model samples, unless there are images to take instead."""
     points: int
-    """States on the way to these images at which blocks are scored, one for each of the first `points` images."""
+    """States on the way to these images at which blocks are scored, one for each of the first
+    `points` images."""
     steps: int
     """Sampling steps of each image."""
     batch: int
@@ -92,7 +94,8 @@ class Calibration:
         Args:
             criterion: a name in `CRITERIA`.
             drops: how many blocks are going to be dropped, where that is known.
-            pieces: file for the finished pieces of the scoring. One that was stopped goes on from there.
+            pieces: file for the finished pieces of the scoring. One that was stopped goes on from
+                there.
         """
         check_known("criterion", criterion, CRITERIA)
         material = Material(points=self.points, runs=self.runs, batch=self.batch, seed=self.seed, drops=drops)

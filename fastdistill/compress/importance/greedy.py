@@ -1,7 +1,8 @@
-"""One after the other: the block whose loss hurts least goes, and the others are measured again without it.
+"""One after the other: the block whose loss hurts least goes, and the others are measured again
+without it.
 
-Errors of single blocks do not add up (EvoPress, Sieberling et al. 2025): of two blocks that do the same, each alone is of no use, and
-both together are vital. Measuring again sees that.
+Errors of single blocks do not add up (EvoPress, Sieberling et al. 2025): of two blocks that do the
+same, each alone is of no use, and both together are vital. Measuring again sees that.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from fastdistill.models.hooks import skipped
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """The joint relative output error at the moment a block goes; of those that stay to the end, that of going next.
+    """The joint relative output error at the moment a block goes; of those that stay to the end,
+    that of going next.
 
-    Raised where it would not be above that of the block before, so that the order of the scores is that of the drops. Looks as far as
-    ``material.drops``, or to the last but one. k drops of n blocks cost about k passes of ``output``.
+    Raised where it would not be above that of the block before, so that the order of the scores is
+    that of the drops. Looks as far as `material.drops`, or to the last but one. k drops of n blocks
+    cost about k passes of `output`.
     """
     blocks = block_ids(network, family)
     rounds = min(material.drops or len(blocks), len(blocks) - 1)

@@ -1,7 +1,9 @@
-"""One block out: how far does the network's output move? (LAPTOP-Diff, arXiv 2404.11098, section 3.2)
+"""One block out: how far does the network's output move? (LAPTOP-Diff, arXiv 2404.11098, section
+3.2)
 
-The times are weighted: an error in an early step is carried through all later ones, so that it counts more (Amber-Image weights high
-noise, OBS-Diff, its time-aware Hessian, from 1.2 in the first step to 0.8 in the last, decreasing as a logarithm).
+The times are weighted: an error in an early step is carried through all later ones, so that it
+counts more (Amber-Image weights high noise, OBS-Diff, its time-aware Hessian, from 1.2 in the first
+step to 0.8 in the last, decreasing as a logarithm).
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def predictions(network: nn.Module, family: Family, points: CalibrationPoints, b
 
 
 class OutputError:
-    """Distance of other networks, and of a network without some of its blocks, from what the whole network predicts.
+    """Distance of other networks, and of a network without some of its blocks, from what the whole
+    network predicts.
 
     It is `sum w(t) ||v' - v||^2 / sum w(t) ||v||^2` over the points, with `w` of `time_weight`.
 
@@ -66,8 +69,8 @@ class OutputError:
     def without_each(self, blocks: Sequence[BlockId], ledger: Ledger, prefix: str = "") -> dict[BlockId, float]:
         """Error of the network without each of `blocks` alone, on top of what is skipped already.
 
-        A piece of the ledger is one block on one chunk. A scoring that is continued pays one forward
-        pass for the streams of its chunk.
+        A piece of the ledger is one block on one chunk. A scoring that is continued pays one
+        forward pass for the streams of its chunk.
         """
         totals = dict.fromkeys(blocks, 0.0)
         parts = zip(self.points.chunks(self.batch), self.reference.split(self.batch), strict=True)

@@ -16,4 +16,4 @@ _REPAIRS = {
 }
 REPAIRS: Table[Repair] = Table(__name__, {name: place for name, (place, _) in _REPAIRS.items()})
 MEANINGS = {name: meaning for name, (_, meaning) in _REPAIRS.items()}
-"""What each repair does, in words."""
+"""Meaning of each repair, in words."""

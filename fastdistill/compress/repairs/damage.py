@@ -1,4 +1,4 @@
-"""What a repair gets: a cut model, the full one, where both should agree, and data."""
+"""Input of a repair: a cut model, the full one, where both should agree, and data."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Span:
     """A block of the cut model that has to stand for more than it did."""
 
     block: BlockId
-    """In the cut model."""
+    """Block of the cut model."""
     kept: BlockId
-    """That block in the full model."""
+    """Block of the full model that `block` is a copy of."""
     target: BlockId
     """Block of the full model whose output `block` should give."""
     at_end: bool
@@ -39,7 +39,7 @@ class Damage(CutModel):
     """A cut model to mend, with the data to mend it by.
 
     Attributes:
-        pool: clean latents, which are noised afresh.
+        pool: clean latents, to be noised.
         points: how many noised latents to look at.
         batch: latents at once.
         tick: called with the share of the repair that is done.
@@ -66,7 +66,8 @@ class Damage(CutModel):
         )
 
     def spans(self) -> list[Span]:
-        """Blocks before a gap, in the order of the forward pass, and the first one if blocks before it are gone."""
+        """Blocks before a gap, in the order of the forward pass, and the first one if blocks before
+        it are gone."""
         existing = block_ids(self.teacher, self.family)
         own = block_ids(self.student, self.family)
         return [
@@ -92,6 +93,7 @@ Repair = Callable[[Damage], None]
 
 
 def mend(damage: Damage, kind: str, console: Console) -> None:
-    """Mend `damage.student` in place by the repair `kind`, with the full model on the fused operators."""
+    """Mend `damage.student` in place by the repair `kind`, with the full model on the fused
+    operators."""
     with share_bar(console, "repair") as tick, patched(damage.teacher):
         REPAIRS[kind](replace(damage, tick=tick))

@@ -15,7 +15,8 @@ def solve(errors, costs, intervals=None, *, tied=(), **how):
 
 
 def cover(first, last, errors, intervals):
-    """The least error of putting the run first..last together from what was scored, unless it was scored as a whole."""
+    """The least error of putting the run first..last together from what was scored, unless it was
+    scored as a whole."""
     if (first, last) in intervals:
         return intervals[first, last]
     if first == last:

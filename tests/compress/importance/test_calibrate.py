@@ -25,7 +25,8 @@ def images(tmp_path):
 @pytest.fixture(scope="module")
 def pipeline():
     pipeline = tiny_flux_pipeline()
-    # As convolutions of some sizes choose by themselves; a file takes no other order than the plain one.
+    # As convolutions of some sizes choose by themselves; a file takes no other order than the plain
+    # one.
     pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline
 
@@ -44,7 +45,8 @@ def calibration(pipeline, images):
 def test_points_lie_between_the_images_latents_and_the_noise_of_the_runs(calibration, pipeline, images):
     found = calibration()
     x_0 = Flux().encode_images(pipeline, torch.stack([pixels(image, 64, 48) for image in images]))
-    # Two at a time and three at once may take different convolutions, with differences of 3e-5 on some machines.
+    # Two at a time and three at once may take different convolutions, with differences of 3e-5 on
+    # some machines.
     torch.testing.assert_close(found.pool.latents, x_0, atol=2e-4, rtol=0)
     t = found.points.t.view(-1, 1, 1, 1)
     torch.testing.assert_close(found.points.x_t, (1 - t) * x_0 + t * found.runs.noise, atol=2e-4, rtol=0)

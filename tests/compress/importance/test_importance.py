@@ -27,7 +27,8 @@ INFORMED = [name for name in CRITERIA if name != "random"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Hundreds of tiny forward passes: a second thread gives them nothing, and waiting for it on a busy machine takes ten times as long."""
+    """Hundreds of tiny forward passes: a second thread gives them nothing, and waiting for it on a
+    busy machine takes ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -200,7 +201,8 @@ def test_early_times_weigh_more():
 
 
 def test_taylor_is_the_slope_of_a_fading_block(transformer):
-    """Against finite differences: ||(v(1 + h) - v(1 - h)) / 2h||^2, of the last block, and within the spread of the draws."""
+    """Against finite differences: ||(v(1 + h) - v(1 - h)) / 2h||^2, of the last block, and within
+    the spread of the draws."""
     family, points = family_of(transformer), material(transformer, count=64).points
     last = block(transformer, BlockId(stack="single_transformer_blocks", index=2))
     scores = scored("taylor", transformer, count=64, batch=64)
@@ -216,7 +218,8 @@ def test_taylor_is_the_slope_of_a_fading_block(transformer):
 
 
 def test_greedy_sees_that_two_blocks_stand_for_each_other(transformer):
-    """What the second of two blocks adds depends on the first: the joint errors of greedy are those of skipping what it drops."""
+    """The addition of the second of two blocks depends on the first: the joint errors of greedy are
+    those of skipping what it drops."""
     family, points = family_of(transformer), material(transformer).points
     scores = scored("greedy", transformer)
     error = OutputError(transformer, family, points, 4)

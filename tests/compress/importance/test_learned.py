@@ -1,4 +1,5 @@
-"""Learned masks: groups, draws, gates and updates on a network that stays as it was. Their scores: test_importance.py."""
+"""Learned masks: groups, draws, gates and updates on a network that stays as it was. Their scores:
+test_importance.py."""
 
 import contextlib
 import dataclasses
@@ -56,7 +57,7 @@ def objective_of(transformer, batch=6):
 
 
 def state_of(transformer):
-    """All that a search could leave behind."""
+    """Everything that a search could leave changed."""
     return (
         {name: value.clone() for name, value in transformer.state_dict().items()},
         {name: (parameter.requires_grad, parameter.grad) for name, parameter in transformer.named_parameters()},
@@ -81,7 +82,8 @@ def test_groups_share_blocks_and_drops_evenly(blocks, drops):
     assert max(dropped) - min(dropped) <= 1
     if drops:
         assert min(kept + dropped) >= 1
-    # Where a group needs more than 500 patterns, no more groups would have something to choose each.
+    # Where a group needs more than 500 patterns, no more groups would have something to choose
+    # each.
     assert max(comb(k + d, d) for k, d in groups) <= 500 or len(groups) == min(drops, blocks - drops)
 
 
