@@ -2,8 +2,9 @@
 
     python examples/train_emoji/classifier.py --run runs/emoji/classifier
 
-Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are blurred and noised a little, as an
-autoencoder does, so that the classifier judges the image and not its sharpness.
+Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are
+blurred and noised a little, as an autoencoder does, so that the classifier judges the image and not
+its sharpness.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and short names for what was made with which settings."""
+"""Files that are written whole or not at all, and short names for settings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a file to write, which replaces `path` at the end of the block, or is removed if the block fails.
+    """Yield a file to write, which replaces `path` at the end of the block.
 
-    Several threads and processes may write the same `path`: each has a file of its own until then, with the suffix of `path`.
+    If the block fails, the file is removed. Several threads and processes may write the same
+    `path`: each has a file of its own until then, with the suffix of `path`.
     """
     partial = path.with_name(f"{path.stem}.partial-{uuid4().hex[:12]}{path.suffix}")
     try:

@@ -1,12 +1,13 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, written whole or not at all.
 
-A checkpoint is a folder `checkpoint-<step>` with one file per role for weights, optimizer moments and averaged weights, one file for the
-state of the method, and `state.json`. It is written under a temporary name and renamed when complete: a process killed at any moment
-leaves the previous checkpoint in place. Nothing is pickled.
+A checkpoint is a folder `checkpoint-<step>` with one file per role for weights, optimizer moments
+and averaged weights, one file for the state of the method, and `state.json`. It is written under a
+temporary name and renamed when complete: a process killed at any moment leaves the previous
+checkpoint in place. Nothing is pickled.
 
-The first process writes whole tensors of sharded networks, so that its host needs room for the largest file. This file is an
-optimizer's: 8 bytes per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process; all processes have to see
-the folder.
+The first process writes whole tensors of sharded networks, so that its host needs room for the
+largest file. This file is an optimizer's: 8 bytes per parameter, 96 GB for 12 billion. Reading
+takes one tensor at a time, in every process; all processes have to see the folder.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def save(
     keep: int = 1,
     kept: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest. All processes call this together.
+    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest.
+
+    All processes call this together.
 
     Args:
         networks: by role; those with an optimizer are written.
@@ -97,7 +100,7 @@ def load(
 
 
 def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors of the method's state, sharded where the tensors of the same name in `like` are."""
+    """Read the tensors of the method's state, sharded like the tensors of the same name in `like`."""
     file = path / "method.safetensors"
     if not file.exists():
         return {}
@@ -127,7 +130,10 @@ def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def write(target: Path, files: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
-    """Write a folder of safetensors and JSON files, by stem, in place of what was there. All processes call this together."""
+    """Write a folder of safetensors and JSON files, by stem, in place of what was there.
+
+    All processes call this together.
+    """
     partial, replaced = (target.with_name(prefix + target.name) for prefix in (PARTIAL, REPLACED))
     first = parallel.rank() == 0
     if first:
@@ -162,14 +168,18 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    # First its name: a process that is killed meanwhile leaves nothing that looks like a checkpoint.
+    # First its name: a process that is killed meanwhile leaves nothing that looks like a
+    # checkpoint.
     replaced = path.with_name(REPLACED + path.name)
     os.replace(path, replaced)
     shutil.rmtree(replaced)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, none in the memory of another (tied weights, tables of quantisation), as safetensors asks for."""
+    """Contiguous tensors, none in the memory of another, as safetensors asks for.
+
+    Tied weights and tables of quantisation may share memory.
+    """
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -180,7 +190,10 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer moments as `<parameter index>.<name>`; hyperparameters are the configuration's, not the checkpoint's."""
+    """Optimizer moments as `<parameter index>.<name>`.
+
+    Hyperparameters are the configuration's, not the checkpoint's.
+    """
     return {
         f"{index}.{name}": torch.as_tensor(value)
         for index, parameter in enumerate(_parameters(optimizer))
