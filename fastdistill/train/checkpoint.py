@@ -45,7 +45,7 @@ def save(
     emas: Mapping[str, EMA],
     state: Mapping[str, Any],
     keep: int = 1,
-    kept: Mapping[str, Tensor] | None = None,
+    method_state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest.
 
@@ -53,7 +53,7 @@ def save(
 
     Args:
         networks: by role; those with an optimizer are written.
-        kept: further tensors, a method's own.
+        method_state: tensors of the method's own state.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -67,8 +67,8 @@ def save(
             files[f"{role}.optimizer"] = _flatten(optimizer)
         for role, ema in emas.items():
             files[f"{role}.ema"] = ema.shadow
-        if kept:
-            files["method"] = kept
+        if method_state:
+            files["method"] = method_state
         updates = {role: ema.updates for role, ema in emas.items()}
         write(target, files, {"state": {"step": step, "ema_updates": updates, **state}})
     if parallel.rank() == 0:
