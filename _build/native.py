@@ -1,4 +1,4 @@
-"""What the compiled library needs and where this machine has it. Imports neither torch nor setuptools."""
+"""Needs of the compiled library, and where this machine has them. Imports neither torch nor setuptools."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OLDEST_TORCH = (2, 10)
-# Native code for Ampere to Blackwell data centre GPUs; Ada runs the Ampere code and newer chips compile the
-# PTX.
+# Native code for Ampere to Blackwell data centre GPUs; Ada runs Ampere's code, newer chips compile the PTX.
 DEFAULT_CUDA_ARCHITECTURES = "80-real;90-real;100"
 CUDA_ARCHITECTURES_BEFORE_12_8 = "80-real;90"
 
@@ -38,8 +37,7 @@ def find_nvcc(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def cuda_compiler(env: Mapping[str, str] = os.environ) -> str | None:
-    """nvcc when CUDA kernels are to be built. A GPU is not asked for: the machine that builds often has
-    none."""
+    """nvcc when CUDA kernels are to be built. Asks for no GPU, as the machine that builds often has none."""
     wanted = env.get("FASTDISTILL_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise BuildError(
@@ -56,7 +54,7 @@ def cuda_compiler(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def cuda_architectures(nvcc: str, env: Mapping[str, str] = os.environ) -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") in CMake's words ("80-real;90a-real;100")."""
+    """`TORCH_CUDA_ARCH_LIST` ("8.0 9.0a 10.0+PTX") in CMake's words ("80-real;90a-real;100")."""
     listed = env.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
     if not listed:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -82,10 +80,10 @@ def jobs(env: Mapping[str, str] = os.environ) -> int:
 
 
 def find_torch() -> Path | None:
-    """The folder of an installed torch that is new enough, without importing it.
+    """Folder of an installed torch that is new enough. Does not import torch.
 
     An isolated build hides the packages of the environment that it builds for, but sysconfig still names
-    their folder: the library is then built with the headers of the torch that will load it, and no second
+    their folder. The library is then built with the headers of the torch that will load it, and no second
     torch is downloaded.
     """
     spec = find_spec("torch")
@@ -107,7 +105,7 @@ def _torch_version(place: Path) -> tuple[int, int] | None:
 
 
 def build_requirements(env: Mapping[str, str] = os.environ) -> list[str]:
-    """What an isolated build has to install beside setuptools."""
+    """Packages that an isolated build has to install in addition to setuptools."""
     if find_compiler(env) is None:
         return []
     requirements = [] if find_torch() else [f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"]
@@ -119,8 +117,11 @@ def build_requirements(env: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _runs(tool: str, env: Mapping[str, str]) -> bool:
-    """Being on PATH is not enough: installed by pip into a virtual environment, cmake and ninja are scripts that import a module which an
-    isolated build does not see."""
+    """Whether `tool` runs, for which being on PATH is not enough.
+
+    Installed by pip into a virtual environment, cmake and ninja are scripts that import a module which an
+    isolated build does not see.
+    """
     path = shutil.which(tool, path=env.get("PATH"))
     if path is None:
         return False

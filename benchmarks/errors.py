@@ -1,9 +1,11 @@
-"""How exact the operators are: relative RMS error of results and gradients against float64, beside that of eager PyTorch in the same dtype.
+"""Relative RMS errors of the operators' results and gradients against float64, and those of eager
+PyTorch.
 
-python -m benchmarks.errors [cuda]
+    python -m benchmarks.errors [cuda]
 
-On a machine without a GPU, Triton runs in its interpreter. Geometric means over the samples of the test suite and all results and
-gradients.
+Eager PyTorch runs in the dtype of the operator. On a machine without a GPU, Triton runs in its
+interpreter. The table holds geometric means over the cases of the test suite and over all results
+and gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from fastdistill.ops import OPERATORS
 from fastdistill.ops.backend import why_not
 from fastdistill.ops.op import FLOATS
-from tests.ops.cases import Case, as_tuple, converted, gradients
+from tests.ops.trials import Trial, as_tuple, converted, gradients
 
 DEVICE = "cuda" if "cuda" in sys.argv[1:] else "cpu"
 
@@ -30,18 +32,18 @@ def relative(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-def errors(case: Case) -> tuple[list[float], list[float]]:
-    """Of the backend and of eager, for every result and gradient that is not zero or exact in both."""
+def errors(trial: Trial) -> tuple[list[float], list[float]]:
+    """Errors of the backend and of eager, without results that are zero or exact in either."""
     torch.manual_seed(0)
-    arguments = case.arguments()
+    arguments = trial.arguments()
     with torch.no_grad():
-        upstream = [torch.randn_like(o) for o in as_tuple(case.op.reference(*arguments))]
+        upstream = [torch.randn_like(o) for o in as_tuple(trial.op.reference(*arguments))]
 
     def reference(a: object) -> tuple[Tensor, ...]:
-        return as_tuple(case.op.reference(*a))  # type: ignore[misc]
+        return as_tuple(trial.op.reference(*a))  # type: ignore[misc]
 
     exact = gradients(reference, converted(arguments, torch.float64), upstream)
-    eager, fast = gradients(reference, arguments, upstream), gradients(case.run, arguments, upstream)
+    eager, fast = gradients(reference, arguments, upstream), gradients(trial.run, arguments, upstream)
     pairs = [(relative(f, x), relative(e, x)) for f, e, x in zip(fast, eager, exact, strict=True) if x.numel() and float(x.norm())]
     kept = [pair for pair in pairs if min(pair) > 0]
     return [f for f, _ in kept], [e for _, e in kept]
@@ -62,8 +64,8 @@ if __name__ == "__main__":
                     continue
                 fast: list[float] = []
                 eager: list[float] = []
-                for sample in op.samples():
-                    of_fast, of_eager = errors(Case(op=op, backend=backend, device=DEVICE, dtype=dtype, sample=sample))
+                for case in op.cases():
+                    of_fast, of_eager = errors(Trial(op=op, backend=backend, device=DEVICE, dtype=dtype, case=case))
                     fast += of_fast
                     eager += of_eager
                 cells.append(f"{mean(fast)} ({mean(eager)})")

@@ -1,4 +1,4 @@
-"""FLUX.1-dev's geometry with random weights, its inputs, and the arithmetic that it takes."""
+"""FLUX.1-dev's geometry with random weights, its inputs, and its count of operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH = 3072
 
 
 def positions(image: int) -> Tensor:
-    """Of the tokens of a square image: 0, row, column."""
+    """Position ids (image, 3) of the tokens of a square image: 0, row, column."""
     side = round(image**0.5)
     return torch.stack((torch.zeros(image), torch.arange(image) // side, torch.arange(image) % side), dim=1)
 
@@ -38,7 +38,7 @@ def block_inputs(text: int, image: int, device: torch.device, dtype: torch.dtype
 
 
 def transformer(device: torch.device, dtype: torch.dtype, doubles: int, singles: int, **config: Any) -> FluxTransformer2DModel:
-    """`config` replaces what differs from FLUX.1-dev."""
+    """FLUX.1-dev's transformer with random weights and any number of blocks; `config` replaces its own."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -65,7 +65,10 @@ def inputs(model: FluxTransformer2DModel, text: int, image: int) -> dict[str, An
 
 
 def block_flops(tokens: int) -> int:
-    """Of one forward of one block, double or single: its matrix products on all tokens, and attention's two. A multiplication and an
-    addition are two."""
+    """Operations of one forward pass of a block, double or single.
+
+    The count has the matrix products on all tokens, and attention's two. A multiplication and an
+    addition are two operations.
+    """
     # q, k, v and out are 4 WIDTH^2 weights, the feed-forward 8 WIDTH^2.
     return 2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH

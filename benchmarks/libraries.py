@@ -1,6 +1,7 @@
-"""The best library at hand for an operator, where one has its forward and its backward: `LIBRARIES[name](*arguments)` is one call of it.
+"""Best library at hand for an operator, where a library has both its forward and its backward.
 
-None found for the others (fastdistill's notes on the field, autumn 2026): the fused adaptive layer norms of sglang, flashinfer and
+`LIBRARIES[name]` is the package and a function of the operator's arguments. No library was found
+for the other operators in autumn 2026: the fused adaptive layer norms of sglang, flashinfer and
 TensorRT-LLM have no backward, Liger's is an RMS norm, and nobody has the distillation losses.
 """
 
@@ -15,8 +16,11 @@ from torch import Tensor
 def quack_norm_and_rotary(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
 ) -> tuple[Tensor, Tensor]:
-    """Per-head RMS norm, then rotation: two kernels for each of q and k. quack takes one table entry for each pair, which is cut out of
-    the tables of diffusers here: a hundredth of the bytes."""
+    """RMS norm of every head, then rotation: two kernels for each of q and k.
+
+    quack takes one table entry for each pair, which is cut out of the tables of diffusers here: a
+    hundredth of the bytes.
+    """
     from quack.rmsnorm import rmsnorm
     from quack.rotary import apply_rotary_emb
 

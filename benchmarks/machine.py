@@ -1,4 +1,4 @@
-"""The machine that a number is worth nothing without."""
+"""Machine on which a time was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cpu_name() -> str:
 
 
 def machine(malloc: str) -> tuple[str, dict[str, Any]]:
-    """A folder name, and facts: device, versions, commit."""
+    """Folder name of this machine, and facts: device, versions, commit."""
     import torch
 
     import fastdistill

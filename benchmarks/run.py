@@ -1,4 +1,4 @@
-"""Runs the benchmarks, keeps their JSON under results/<machine>/ and writes the tables of README.md from it.
+"""Run the benchmarks, keep their JSON under results/<machine>/ and write the tables of README.md from it.
 
 python -m benchmarks.run [ops | models] [--gpu | --default-malloc | --tables-only]
 """
@@ -52,7 +52,7 @@ def measure(suite: str, malloc: str) -> None:
 
 
 def rows(measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One of a benchmark that timed one contender, several of one in which they took turns."""
+    """Rows of a benchmark: one if it timed one contender, one for each contender if they took turns."""
     info = measured["extra_info"]
     turns = info.pop("turns", None)
     if turns is None:

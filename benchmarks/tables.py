@@ -36,19 +36,21 @@ def by_key(rows: list[dict[str, Any]]) -> dict[Key, dict[str, dict[str, Any]]]:
     """Rows of every contender by what they measure."""
     groups: dict[Key, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["sample"], row["dtype"], row["mode"]), {})[row["contender"]] = row
+        groups.setdefault((row["op"], row["workload"], row["dtype"], row["mode"]), {})[row["contender"]] = row
     return groups
 
 
 def model_table(results: dict[str, Any]) -> str:
-    """One line for each contender: its time beside the first one's, memory where it is known, and of the matrix products' peak where that
-    was measured in the same run."""
+    """Table with one line for each contender: its time relative to the first contender's, memory, and share of the peak.
+
+    Memory and the share of the peak of matrix products are there where the same run measured them.
+    """
     rows = results["rows"]
     peaks = {row["dtype"]: row["flops"] / row["median_ms"] for row in rows if row["op"] == "matrix product"}
     lines = heading("Models", results["machine"])
-    lines += ["Milliseconds: median and quartiles of turns that the contenders take. Speed: beside the first contender.", ""]
+    lines += ["Milliseconds: median and quartiles of turns that the contenders take. Speed: relative to the first contender.", ""]
     lines += [
-        "| what | sample | dtype | mode | contender | ms | speed | peak MiB | of matmul peak | note |",
+        "| what | workload | dtype | mode | contender | ms | speed | peak MiB | of matmul peak | note |",
         "|" + "---|" * 5 + "---:|" * 4 + "---|",
     ]
     for key, contenders in by_key(rows).items():
@@ -70,9 +72,9 @@ def operator_table(results: dict[str, Any]) -> str:
     against = [c for c in OPERATOR_BASELINES if c in shown]
     lines = heading("Operators", results["machine"])
     lines += ["Ratios of medians over the rows of an operator: geometric mean, and the smallest.", "", *summary(groups, fast, against)]
-    lines += ["", "Milliseconds, and the part of the copy's bandwidth that the operator reaches.", ""]
+    lines += ["", "Milliseconds, and the share of the copy's bandwidth that the operator reaches.", ""]
     ratios = [*(f"{c} vs {base}" for c in fast for base in against), *(f"{c} vs copy" for c in fast)]
-    header = ["op", "sample", "dtype", "mode", *shown, *ratios]
+    header = ["op", "workload", "dtype", "mode", *shown, *ratios]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * 4 + "---:|" * (len(header) - 4)]
     for key, t in groups.items():
         cells = [f"{t[c]:.3g}" if c in t else "" for c in shown]

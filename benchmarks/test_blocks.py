@@ -1,6 +1,7 @@
-"""One FLUX.1-dev block each way, and the emoji FLUX in training and sampling: stock, compiled, patched.
+"""FLUX.1-dev's blocks, forward and backward, and the emoji FLUX in training and sampling.
 
-Run by `python -m benchmarks.run`; the contenders take turns. Ratios of models, not of operators: most of the time is matrix products.
+`python -m benchmarks.run` runs this file; the contenders (stock, compiled, patched) take turns. Ratios
+are of models, not of operators: most of the time is matrix products.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def test_block(benchmark: Any, kind: str, dtype: torch.dtype) -> None:
     contenders = {name: both_ways(*options) for name, options in CONTENDERS.items()}
     benchmark.extra_info.update(
         op=f"flux {kind} block",
-        sample=f"T{TEXT}-I{IMAGE}-D{flux_models.WIDTH}",
+        workload=f"T{TEXT}-I{IMAGE}-D{flux_models.WIDTH}",
         dtype=str(dtype).removeprefix("torch."),
         mode="both",
         flops=3 * flux_models.block_flops(TEXT + IMAGE),
@@ -84,6 +85,6 @@ def test_emoji_flux(benchmark: Any, mode: str) -> None:
 
     contenders = {"stock": contender(False), "patched": contender(True)}
     benchmark.extra_info.update(
-        op="emoji FLUX", sample=f"B{batch}", dtype="float32", mode=mode, turns=take_turns(contenders, rounds=25, warmup=3)
+        op="emoji FLUX", workload=f"B{batch}", dtype="float32", mode=mode, turns=take_turns(contenders, rounds=25, warmup=3)
     )
     benchmark.pedantic(contenders["patched"], rounds=1)

@@ -1,7 +1,8 @@
-"""FLUX.1-dev's whole geometry on a GPU with random weights: attention alone, inference, and a step of the compressor's recovery.
+"""FLUX.1-dev's whole geometry on a GPU with random weights: attention alone, inference, recovery.
 
-1024 x 1024 pixels, 4096 + 512 tokens, batch 1, bfloat16; beside the peak of a matrix product measured first. What runs is written in plain
-functions of a geometry, so that a test can run them on a CPU at a tiny one.
+1024 x 1024 pixels, 4096 + 512 tokens, batch size 1, bfloat16; the peak of a matrix product is measured
+first, for comparison. All measurements are plain functions of a geometry, so that a test can run them
+on a CPU at a tiny one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """A FLUX transformer and what it is asked to draw. `config` replaces what differs from FLUX.1-dev."""
+    """FLUX transformer and the size of its inputs; `config` replaces FLUX.1-dev's."""
 
     device: torch.device
     text: int
@@ -44,7 +45,7 @@ class Geometry:
     rounds: int
 
     @property
-    def sample(self) -> str:
+    def workload(self) -> str:
         return f"T{self.text}-I{self.image}-{self.doubles}+{self.singles} blocks"
 
     def transformer(self, doubles: int | None = None, singles: int | None = None) -> nn.Module:
@@ -61,12 +62,12 @@ FLUX_DEV = Geometry(device=torch.device("cuda"), text=512, image=4096, doubles=1
 
 @needs_gpu
 def test_matrix_product(benchmark: Any) -> None:
-    """The peak that the models' times are compared with."""
+    """Peak of the matrix product with which the models' times are compared."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=DTYPE) for _ in range(2))
     benchmark.extra_info.update(
         op="matrix product",
-        sample=f"{n}^3",
+        workload=f"{n}^3",
         dtype="bfloat16",
         mode="forward",
         flops=2 * n**3,
@@ -82,7 +83,7 @@ def test_attention(benchmark: Any, mode: str) -> None:
     flops = 4 * 4608**2 * 24 * 128
     benchmark.extra_info.update(
         op="attention",
-        sample="B1-S4608-H24-d128",
+        workload="B1-S4608-H24-d128",
         dtype="bfloat16",
         mode=mode,
         # The backward pass has five matrix products to the forward's two.
@@ -93,7 +94,7 @@ def test_attention(benchmark: Any, mode: str) -> None:
 
 
 def attention_contenders(device: torch.device, tokens: int, heads: int, head_size: int, mode: str) -> dict[str, Callable[[], object]]:
-    """Every attention backend that can run here, then `rope_attention`: the fused prologue and the best of them, and one kernel."""
+    """Every attention backend that can run here, and both forms of `rope_attention`: on the best backend, and in one kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, tokens, heads, head_size, device=device, dtype=DTYPE, requires_grad=True) for _ in range(3))
     weights = [torch.ones(head_size, device=device, dtype=DTYPE, requires_grad=True) for _ in range(2)]
@@ -162,7 +163,7 @@ def measure_inference(geometry: Geometry) -> dict[str, Any]:
     torch._dynamo.reset()
     return {
         "op": "FLUX.1-dev",
-        "sample": geometry.sample,
+        "workload": geometry.workload,
         "dtype": "bfloat16",
         "mode": "inference step",
         "flops": geometry.flops(),
@@ -177,7 +178,7 @@ def float8_is_here(device: torch.device) -> bool:
 
 
 def quantised(model: nn.Module) -> None:
-    """float8 weights and activations, scaled by row, in the blocks; what is before and after them stays."""
+    """Make weights and activations of the blocks float8, scaled by row; layers before and after the blocks stay."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     def in_a_block(module: nn.Module, name: str) -> bool:
@@ -195,8 +196,10 @@ def test_recovery_step(benchmark: Any) -> None:
 
 
 def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
-    """The compressor's loss on a model of two thirds of the blocks, with gradient checkpointing, forward and backward: the teacher's
-    forward is in it, the optimizer's step is not."""
+    """Recovery's loss on a model of two thirds of the blocks, forward and backward, with gradient checkpointing.
+
+    The teacher's forward pass is included, the optimizer's step is not.
+    """
     doubles, singles = max(1, 2 * geometry.doubles // 3), max(1, 2 * geometry.singles // 3)
     teacher = geometry.transformer().requires_grad_(False)
     student = geometry.transformer(doubles, singles)
@@ -231,7 +234,7 @@ def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
     contenders = {"stock, eager loss": step(False, True), "patched": step(True, False)}
     return {
         "op": "FLUX.1-dev",
-        "sample": f"{geometry.sample} to {doubles}+{singles}",
+        "workload": f"{geometry.workload} to {doubles}+{singles}",
         "dtype": "bfloat16",
         "mode": "recovery step",
         "turns": take_turns(contenders, max(2, geometry.rounds // 2), 1),

@@ -1,7 +1,7 @@
-"""Every operator at model sizes, on each contender, beside a copy of the same bytes.
+"""Time of every operator at the sizes of models, on each contender, and of a copy of as many bytes.
 
-`python -m benchmarks.run` runs this file and writes results/<machine>/ops.json and the tables in README.md.
-The contenders take turns in one process: a ratio compares rows of one run, never of two.
+`python -m benchmarks.run` runs this file and writes results/<machine>/ops.json and the tables in
+README.md. The contenders take turns in one process: a ratio compares rows of one run, never of two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.libraries import LIBRARIES
 from fastdistill.ops import OPERATORS
 from fastdistill.ops.backend import why_not
-from fastdistill.ops.op import Operator, Sample
+from fastdistill.ops.op import Case, Operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTENDERS = ("copy", "eager", "compile", "library", "native", "triton")
@@ -28,9 +28,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 MODES = ("forward", "backward", "both")
 
 if sys.platform == "linux" and os.environ.get("FASTDISTILL_BENCH_MALLOC") != "default":
-    # glibc gives large freed blocks back to the kernel, and a fresh one costs a page fault per 4 KiB: more
-    # than the operator. Every contender keeps its memory here, as with the allocators (jemalloc, tcmalloc)
-    # that CPU training uses.
+    # glibc gives large freed blocks back to the kernel, and a fresh block costs a page fault for
+    # every 4 KiB, more than the operator itself. Every contender keeps its memory here, as with the
+    # allocators (jemalloc, tcmalloc) that CPU training uses.
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL(None)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -39,30 +39,30 @@ if sys.platform == "linux" and os.environ.get("FASTDISTILL_BENCH_MALLOC") != "de
 
 def rows() -> list[Any]:
     return [
-        pytest.param(op, sample, dtype, id=f"{op.name}-{sample.id}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(op, case, dtype, id=f"{op.name}-{case.id}-{str(dtype).removeprefix('torch.')}")
         for op in OPERATORS.values()
-        for sample in op.workloads()
+        for case in op.workloads()
         for dtype in DTYPES
     ]
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("op", "sample", "dtype"), rows())
-def test_op(benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mode: str, contender: str) -> None:
+@pytest.mark.parametrize(("op", "case", "dtype"), rows())
+def test_op(benchmark: Any, op: Operator, case: Case, dtype: torch.dtype, mode: str, contender: str) -> None:
     if reason := why_absent(op, contender, dtype):
         pytest.skip(reason)
     if mode != "forward" and op.backward_schema is None:
         pytest.skip("no backward")
     torch.manual_seed(0)
-    arguments = sample.make(dtype, torch.device(DEVICE))
+    arguments = case.make(dtype, torch.device(DEVICE))
     forward_bytes, backward_bytes = op.bytes_moved(*arguments)
     moved = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}[mode]
     run = copy_of(moved) if contender == "copy" else step(function(op, contender, mode), arguments, mode)
 
     benchmark.extra_info.update(
         op=op.name,
-        sample=sample.id,
+        workload=case.id,
         dtype=str(dtype).removeprefix("torch."),
         mode=mode,
         contender=contender,
@@ -76,8 +76,11 @@ def test_op(benchmark: Any, op: Operator, sample: Sample, dtype: torch.dtype, mo
 
 
 def cold_quartiles_ms(run: Callable[[], None]) -> list[float]:
-    """Quartiles of the time on the GPU, with its L2 cache emptied before every round. The emptying also gives the host a head start, so
-    that the time of a launch does not count unless it is longer."""
+    """Quartiles of the time on the GPU, with the L2 cache emptied before every round.
+
+    The host launches while the cache is emptied, so the time of a launch counts only if it is
+    longer.
+    """
     from triton.testing import do_bench
 
     times = torch.tensor(do_bench(run, warmup=20, rep=60, return_mode="all"))
@@ -102,7 +105,8 @@ def function(op: Operator, contender: str, mode: str) -> Callable[..., Any]:
         return op.reference
     if contender == "compile":
         torch._dynamo.reset()
-        # A backward pass alone is run again and again on one forward pass, whose buffers it may then not take over.
+        # A backward pass alone runs again and again on one forward pass, whose buffers it may then
+        # not take over.
         torch._functorch.config.donated_buffer = mode != "backward"
         return torch.compile(op.reference, fullgraph=True)
     if contender == "library":
@@ -129,7 +133,7 @@ def step(f: Callable[..., Any], arguments: Any, mode: str) -> Callable[[], None]
 
 
 def copy_of(moved: int) -> Callable[[], None]:
-    """Reads half of the bytes and writes the other half."""
+    """Copy that reads half of the bytes and writes the other half."""
     source = torch.ones(moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
 

@@ -1,4 +1,4 @@
-"""Times contenders in turns: a machine that speeds up or slows down does so for all of them."""
+"""Timing of contenders in turns: a machine that speeds up or slows down does so for all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def peak_mib(run: Callable[[], object]) -> float | None:
-    """The most GPU memory at once during one run, beyond what was there before it."""
+    """Peak GPU memory of one run in MiB, beyond the memory in use before it; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()

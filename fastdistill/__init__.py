@@ -1,7 +1,7 @@
 """fastdistill: a smaller, faster diffusion transformer out of a large one.
 
-Three doors: `fastdistill.ops` (fused operators), `fastdistill.patched(model)` (a diffusers transformer that
-uses them), and the commands `python -m fastdistill.compress | distill | sample | evaluate | info`.
+Three ways in: `fastdistill.ops` (fused operators), `fastdistill.patched(model)` (a diffusers transformer
+that uses them), and the commands `fastdistill compress | distill | sample | evaluate | info`.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdistill.models.patch import patched as patched
     from fastdistill.ops.backend import use_backend as use_backend
 
+# Also the version of the distribution: the build reads this literal.
 __version__ = "0.1.0"
 
 _LAZY = {

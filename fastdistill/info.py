@@ -1,5 +1,4 @@
-"""What this installation can do: `python -m fastdistill.info`, or `fastdistill.info()` for the same as a
-dict."""
+"""Facts of this installation: printed by `fastdistill info`, as a dict from `fastdistill.info()`."""
 
 from __future__ import annotations
 
@@ -19,10 +18,11 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandb
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, for every operator, device and dtype the backend that `auto` picks and why not the others, and the attention
-    that follows them.
+    """Versions, devices and backends of this installation.
 
-    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`, `attention[device][dtype]` a backend of diffusers.
+    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`: the backend that
+    `auto` picks, and why it picks no other. `attention[device][dtype]` is the backend of diffusers that
+    follows the operators.
     """
     import torch
 
@@ -125,8 +125,7 @@ def main(config: InfoConfig) -> None:
 
 
 class _CallableModule(ModuleType):
-    """`fastdistill.info` is this module once anything imports it, and the function that users call: let it be
-    both."""
+    """Lets `fastdistill.info` be both this module, once anything imports it, and the function that users call."""
 
     def __call__(self) -> dict[str, Any]:
         return info()

@@ -1,4 +1,4 @@
-"""Names that are imported when they are first asked for, so that ``import fastdistill`` and ``--help`` do not wait for torch."""
+"""Names that are imported when they are first asked for, so that `import fastdistill` and `--help` do not wait for torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ PluginT = TypeVar("PluginT")
 
 
 class Table(Mapping[str, PluginT], Generic[PluginT]):
-    """Plug-ins of one kind by name, in a fixed order. Names are known at once; a plug-in's file is imported when it is looked up."""
+    """Plug-ins of one kind by name, in a fixed order.
 
-    def __init__(self, package: str, places: Mapping[str, str]) -> None:
+    Names and meanings are known at once; the file of a plug-in is imported when it is looked up.
+    """
+
+    def __init__(self, package: str, entries: Mapping[str, str | tuple[str, str]]) -> None:
         """
         Args:
-            package: the folder of the plug-ins, as ``__name__`` of its ``__init__.py``.
-            places: for each name, ``file:attribute`` within ``package``.
+            package: folder of the plug-ins, as `__name__` of its `__init__.py`.
+            entries: for each name, `file:attribute` within `package`, or that and what it means in words.
         """
-        self.package, self.places = package, dict(places)
+        self.package = package
+        pairs = {name: (entry, "") if isinstance(entry, str) else entry for name, entry in entries.items()}
+        self.places = {name: place for name, (place, _) in pairs.items()}
+        self.meanings = {name: meaning for name, (_, meaning) in pairs.items()}
 
     def __getitem__(self, name: str) -> PluginT:
         file, _, attribute = self.places[name].partition(":")
@@ -32,9 +38,17 @@ class Table(Mapping[str, PluginT], Generic[PluginT]):
     def __len__(self) -> int:
         return len(self.places)
 
+    def explained(self) -> str:
+        """Names with their meanings, for a help text."""
+        return "; ".join(f"{name}: {meaning}" if meaning else name for name, meaning in self.meanings.items())
+
 
 def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of ``package`` (PEP 562) for ``names``, each with the module that has it or, as ``ops``, is it."""
+    """Return `__getattr__` and `__dir__` of `package` (PEP 562).
+
+    Args:
+        names: each with the module that has it or, as for `ops`, is it.
+    """
 
     def getattribute(name: str) -> Any:
         if name not in names:

@@ -9,10 +9,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Before pytest's own hook, which deselects by marker.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs a CUDA device")
+    have_fast_case: set[tuple[str, ...]] = set()
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if (marker := item.get_closest_marker("slow_but_first")) and isinstance(item, pytest.Function):
+            family = (item.nodeid.partition("[")[0], *(str(item.callspec.params[name]) for name in marker.args))
+            if family in have_fast_case:
+                item.add_marker(pytest.mark.slow)
+            have_fast_case.add(family)

@@ -50,7 +50,7 @@ def test_attention_contenders_run(mode: str) -> None:
 def test_the_tables_are_those_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ratio of medians, the geometric mean over rows, and the baseline's own name."""
     rows = [
-        {"op": "o", "sample": s, "dtype": "float32", "mode": "both", "contender": c, "median_ms": ms}
+        {"op": "o", "workload": s, "dtype": "float32", "mode": "both", "contender": c, "median_ms": ms}
         for s, times in (("a", {"eager": 8.0, "native": 2.0}), ("b", {"eager": 9.0, "native": 9.0}))
         for c, ms in times.items()
     ]

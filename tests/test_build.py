@@ -1,5 +1,4 @@
-"""The build decides by what it finds, says what is wrong, and makes a library that any torch >= 2.10 can
-load."""
+"""The build decides by what it finds, says what is wrong, and makes a library that any torch >= 2.10 can load."""
 
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fastdistill
 from fastdistill.ops.backend import LIBRARY, load_native
 
 ROOT = Path(__file__).parents[1]
@@ -87,12 +87,22 @@ def test_torch_is_found_where_an_isolated_build_hides_it() -> None:
     assert Path(found.stdout.strip(), "include").is_dir()
 
 
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the sources")
+def test_the_version_is_read_from_the_package_without_importing_it() -> None:
+    code = (
+        "import sys; sys.modules['fastdistill'] = None; from setuptools.config.pyprojecttoml import apply_configuration;"
+        "from setuptools import Distribution; print(apply_configuration(Distribution(), 'pyproject.toml').get_version())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == fastdistill.__version__
+
+
 def test_without_a_compiler_nothing_is_downloaded() -> None:
     assert native.build_requirements({"PATH": ""}) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="writes shell scripts")
-def test_tools_that_do_not_run_are_installed_anew(tmp_path: Path) -> None:
+def test_tools_that_do_not_run_are_installed_again(tmp_path: Path) -> None:
     """cmake from pip in an active virtual environment is on PATH, and fails in an isolated build."""
     for name, code in (("c++", 0), ("cmake", 1), ("ninja", 0)):
         script = tmp_path / name

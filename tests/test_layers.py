@@ -15,6 +15,7 @@ LAYERS = (
     {"models"},
     {"data"},
     {"train", "evaluation"},
+    {"job"},
     {"compress", "distill"},
     {"info", "sample", "evaluate"},
 )

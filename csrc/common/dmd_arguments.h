@@ -40,11 +40,11 @@ inline const void* accumulators(const Tensor& t, const Tensor& x, int64_t count,
 }
 
 inline DmdOperands dmd_operands(const Tensor& x, const Tensor& cond, const std::optional<Tensor>& uncond,
-                                const Tensor& fake, const std::optional<Tensor>& mask, double guidance,
+                                const Tensor& critic, const std::optional<Tensor>& mask, double guidance,
                                 bool finite) {
     DmdOperands in{};
     in.cond = samples_of(cond, x, "cond");
-    in.fake = samples_of(fake, x, "fake");
+    in.critic = samples_of(critic, x, "critic");
     in.uncond = uncond ? samples_of(*uncond, x, "uncond") : Samples{};
     if (mask) {
         STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected bool");

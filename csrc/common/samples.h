@@ -20,7 +20,7 @@ constexpr int64_t NORMALISE_SAMPLE = 0, NORMALISE_BATCH = 1;  // else not at all
 // The arguments of the DMD loss. real = uncond + guidance * (cond - uncond), or cond; target = a x + b noise,
 // with a and b of each sample from `coefficients` (B, 2) if there are any.
 struct DmdOperands {
-    Samples x, noise, cond, uncond, fake, mask;
+    Samples x, noise, cond, uncond, critic, mask;
     const void* coefficients;  // accumulators
     double a, b, guidance;
     bool finite;  // differences that are not finite count as zero

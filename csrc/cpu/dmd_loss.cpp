@@ -25,12 +25,12 @@ int64_t chunks_of(int64_t elements) {
 }
 
 std::tuple<Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& noise, const Tensor& cond,
-                                    const std::optional<Tensor>& uncond, const Tensor& fake,
+                                    const std::optional<Tensor>& uncond, const Tensor& critic,
                                     const std::optional<Tensor>& coefficients,
                                     const std::optional<Tensor>& weight, const std::optional<Tensor>& mask,
                                     double guidance, double a, double b, double sign, int64_t normaliser,
                                     double eps, bool finite) {
-    DmdOperands in = dmd_operands(x, cond, uncond, fake, mask, guidance, finite);
+    DmdOperands in = dmd_operands(x, cond, uncond, critic, mask, guidance, finite);
     in.x = samples_of(x, x, "x");
     in.noise = samples_of(noise, x, "noise");
     in.a = a;
@@ -81,9 +81,9 @@ std::tuple<Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& noise, const 
 }
 
 Tensor dmd_loss_backward(const Tensor& grad, const Tensor& cond, const std::optional<Tensor>& uncond,
-                         const Tensor& fake, const std::optional<Tensor>& mask, const Tensor& factors,
+                         const Tensor& critic, const std::optional<Tensor>& mask, const Tensor& factors,
                          double guidance, bool finite) {
-    const DmdOperands in = dmd_operands(cond, cond, uncond, fake, mask, guidance, finite);
+    const DmdOperands in = dmd_operands(cond, cond, uncond, critic, mask, guidance, finite);
     const int64_t batch = cond.size(0), elements = elements_of(cond), chunks = chunks_of(elements);
     const void* upstream = accumulators(grad, cond, 1, "grad");
     const bool wide = cond.scalar_type() == ScalarType::Double;

@@ -11,7 +11,7 @@ namespace {
 
 using torch::stable::new_empty;
 
-// Elements of a sample that one block sums: 512 blocks for the latents of eight 1024 x 1024 pictures.
+// Elements of a sample that one block sums: 512 blocks for the latents of eight 1024 x 1024 images.
 constexpr int64_t CHUNK = 4096;
 
 dim3 grid_of(const Tensor& x, int64_t elements) {
@@ -36,12 +36,12 @@ bool aligned(const Samples& samples, int64_t elements, size_t element_size) {
 }
 
 std::tuple<Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& noise, const Tensor& cond,
-                                    const std::optional<Tensor>& uncond, const Tensor& fake,
+                                    const std::optional<Tensor>& uncond, const Tensor& critic,
                                     const std::optional<Tensor>& coefficients,
                                     const std::optional<Tensor>& weight, const std::optional<Tensor>& mask,
                                     double guidance, double a, double b, double sign, int64_t normaliser,
                                     double eps, bool finite) {
-    DmdOperands in = dmd_operands(x, cond, uncond, fake, mask, guidance, finite);
+    DmdOperands in = dmd_operands(x, cond, uncond, critic, mask, guidance, finite);
     in.x = samples_of(x, x, "x");
     in.noise = samples_of(noise, x, "noise");
     in.a = a;
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& noise, const 
             using T = decltype(t);
             constexpr int N = 16 / sizeof(T);
             bool wide = elements % N == 0;
-            for (const Samples* s : {&in.x, &in.noise, &in.cond, &in.uncond, &in.fake})
+            for (const Samples* s : {&in.x, &in.noise, &in.cond, &in.uncond, &in.critic})
                 wide = wide && aligned(*s, N, sizeof(T));
             with_flags(uncond.has_value(), mask.has_value(), [&](auto guided, auto masked) {
                 constexpr bool GUIDED = guided.value, MASKED = masked.value;
@@ -80,9 +80,9 @@ std::tuple<Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& noise, const 
 }
 
 Tensor dmd_loss_backward(const Tensor& grad, const Tensor& cond, const std::optional<Tensor>& uncond,
-                         const Tensor& fake, const std::optional<Tensor>& mask, const Tensor& factors,
+                         const Tensor& critic, const std::optional<Tensor>& mask, const Tensor& factors,
                          double guidance, bool finite) {
-    const DmdOperands in = dmd_operands(cond, cond, uncond, fake, mask, guidance, finite);
+    const DmdOperands in = dmd_operands(cond, cond, uncond, critic, mask, guidance, finite);
     const int64_t elements = elements_of(cond);
     const float* upstream = static_cast<const float*>(accumulators(grad, cond, 1, "grad"));
     const float* scales = static_cast<const float*>(accumulators(factors, cond, cond.size(0), "factors"));
@@ -93,7 +93,7 @@ Tensor dmd_loss_backward(const Tensor& grad, const Tensor& cond, const std::opti
         using T = decltype(t);
         constexpr int N = 16 / sizeof(T);
         bool wide = elements % N == 0;
-        for (const Samples* s : {&in.cond, &in.uncond, &in.fake}) wide = wide && aligned(*s, N, sizeof(T));
+        for (const Samples* s : {&in.cond, &in.uncond, &in.critic}) wide = wide && aligned(*s, N, sizeof(T));
         with_flags(uncond.has_value(), mask.has_value(), [&](auto guided, auto masked) {
             constexpr bool GUIDED = guided.value, MASKED = masked.value;
             launch(wide ? dmd_backward<T, N, GUIDED, MASKED> : dmd_backward<T, 1, GUIDED, MASKED>,

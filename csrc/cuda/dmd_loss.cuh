@@ -7,7 +7,7 @@
 
 namespace fastdistill::cuda {
 
-// real, and real - fake as far as it counts, at one place of one sample.
+// real, and real - critic as far as it counts, at one place of one sample.
 template <class T, int N, bool GUIDED, bool MASKED>
 __device__ inline void real_and_difference(const DmdOperands& in, int64_t b, int64_t i, float (&real)[N],
                                            float (&difference)[N]) {
@@ -18,7 +18,7 @@ __device__ inline void real_and_difference(const DmdOperands& in, int64_t b, int
 #pragma unroll
         for (int j = 0; j < N; ++j) real[j] = uncond[j] + float(in.guidance) * (real[j] - uncond[j]);
     }
-    load(difference, in.fake.at<T>(b, i));
+    load(difference, in.critic.at<T>(b, i));
 #pragma unroll
     for (int j = 0; j < N; ++j) {
         difference[j] = real[j] - difference[j];
@@ -27,7 +27,7 @@ __device__ inline void real_and_difference(const DmdOperands& in, int64_t b, int
     }
 }
 
-// Grid (chunks, B). Partials (B, chunks, 3): sum |real - target|, sum (real - fake)^2, count, the last two
+// Grid (chunks, B). Partials (B, chunks, 3): sum |real - target|, sum (real - critic)^2, count, the last two
 // inside the mask.
 template <class T, int N, bool GUIDED, bool MASKED>
 __global__ void __launch_bounds__(THREADS)

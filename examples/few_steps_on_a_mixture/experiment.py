@@ -35,11 +35,10 @@ from fastdistill.diffusion import schedulers
 from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.sampler import sample
 from fastdistill.diffusion.timesteps import Uniform, few_step_times
-from fastdistill.distill import METHODS, OPTIONS
-from fastdistill.distill.methods.discriminator import Discriminator
+from fastdistill.distill import METHODS
+from fastdistill.distill.methods.discriminator import Heads
 from fastdistill.distill.methods.distillation import Distillation
-from fastdistill.distill.methods.teacher_pairs import teacher_pairs
-from fastdistill.distill.options import PairOptions
+from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
 from fastdistill.evaluation.samples import energy_distance, modes, sliced_wasserstein
 from fastdistill.run.files import write_json
 from fastdistill.run.versions import versions
@@ -220,10 +219,10 @@ class Experiment:
         elif options.get("gan_weight"):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                setup["discriminator"] = Discriminator(WIDTH, heads=1)
+                setup["heads"] = Heads(WIDTH, heads=1)
         if options.get("critic_knows_step"):
             setup["critic"] = self.start().told()
-        method: Distillation = METHODS[row.method](OPTIONS[row.method](**options), **setup)
+        method: Distillation = METHODS[row.method](METHODS[row.method].Options(**options), **setup)
         return method
 
     def pairs(self, method: Distillation) -> PairPool:

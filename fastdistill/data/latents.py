@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ class LatentBatch:
     latents: Tensor
     conditioning: Any
     """`Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
+    shared: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What the roles of a step leave for each other, such as the sample that they judge; it goes with the batch."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]

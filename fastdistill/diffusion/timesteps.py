@@ -82,6 +82,11 @@ def flux_shift(image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tup
     return math.exp(mu[0] + (mu[1] - mu[0]) * (image_tokens - tokens[0]) / (tokens[1] - tokens[0]))
 
 
+def time_of_batch(time: Tensor, like: Tensor) -> Tensor:
+    """`time` () for every sample of `like` (B, ...), (B,)."""
+    return time.to(like.device).expand(like.shape[0])
+
+
 def few_step_times(steps: int, shift: float = 1.0) -> Tensor:
     """Times (steps,) at which a sampler of `steps` steps calls its network.
 

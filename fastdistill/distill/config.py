@@ -1,156 +1,142 @@
-"""The options of ``python -m fastdistill.distill``, some of them of one method. Imports no torch, so that ``--help`` answers at once."""
+"""The options of `python -m fastdistill.distill`, some of them of one method. Imports no torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from fastdistill.distill.options import OPTIONS, MethodOptions
+from fastdistill.distill.methods import METHODS
+from fastdistill.distill.options import MethodOptions
 from fastdistill.errors import UserError
-from fastdistill.run.options import Sampling, SamplingOptions, at_least
+from fastdistill.run.options import JobConfig, TrainingOptions, at_least, check_known, positive
 
-MethodName = Literal["tdm", "dmd2", "dmd", "progressive", "consistency", "reflow", "guidance", "output_kd"]
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 REFERENCE_WIDTH = 128
-"""Of the tokens of the emoji FLUX, for which learning rates are stated."""
+"""Width of the tokens of the emoji FLUX, for which learning rates are stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Teach a student to draw in few steps what its teacher draws in many. Every method has options of its own: --method NAME --help.
+class DataOptions:
+    """What the student is trained on."""
 
-    Writes a stock diffusers pipeline to OUTPUT/model, with report.md, grid.png, curves.png, distill.json, metrics.jsonl and samples/
-    beside it. An interrupted run continues when the same command is given again.
-    """
-
-    method: MethodName
-    """Distribution matching at every step of the student's way (tdm), of the data with a critic and a GAN (dmd2), or in one step and held
-    to pairs (dmd); halving the number of steps again and again (progressive); jumps to the end of a trajectory (consistency, as LCM);
-    straight paths (reflow). Not for few steps, but to halve the calls of each: guidance of any scale as an input of the student
-    (guidance), or the guided teacher's output (output_kd)."""
-    steps: int
-    """Sampling steps of the student."""
-    dry_run: bool = False
-    """Only print the resolved settings and the memory that training needs. TrainingData no weights: --model may be a config.json."""
-    model: str = "emoji"
-    """The teacher, a folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
-    student: str | None = None
-    """A pipeline whose transformer the student starts from, such as a smaller one that fastdistill.compress made; default: the teacher."""
-    output: Path | None = None
-    """Folder to write to, new or empty; default runs/distill-<model>-<method>-<steps>."""
-    seed: int = 0
-    """Seed of images, training and evaluation."""
-
-    prompts: Path | None = None
-    """Text file with one prompt a line to train on; default: the model's own prompts.txt, else a small general list."""
-    images: Path | None = None
-    """Folder of jpg, png or webp images to train on instead of images that the teacher draws, scaled and cropped to the size to sample
-    at. Their captions are in .txt files of the same names, or there are none."""
     num_images: int = 1024
     """Images that the teacher draws to train on, or that are taken from --images at most."""
-    teacher_cache: Path | None = None
-    """Where to keep what the teacher draws and how it is measured, for other runs with the same teacher, prompts and seed to take it from;
-    default: with the run, until that is finished."""
     image_steps: int | None = None
-    """Sampling steps of each; default: those of the teacher."""
-    shift: float | None = None
-    """Moves the student's times towards noise if above 1; default: the shift of the teacher's scheduler, of a dynamic one at the size to
-    sample at."""
+    """Sampling steps of each image; default: those of the teacher."""
+    teacher_cache: Path | None = None
+    """Folder for what the teacher draws and how it is measured, where other runs with the same teacher, prompts and seed find it; default:
+    with the run, until that is finished."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_images", "image_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentTrainingOptions(TrainingOptions):
+    """How the student is trained."""
 
     training_steps: int = 300
-    """Updates; in tdm and dmd2 those of the critic, of which the student has one in --critic-updates."""
-    batch: int = 64
-    """Samples of an update, and images at once otherwise."""
-    micro_batches: int = 1
-    """Equal parts of a batch that are in memory one at a time."""
+    """Updates; in tdm and dmd2 updates of the critic, of which the student has one in --critic-updates."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW for a model of the emoji FLUX's width, 128; a wider one gets as much less as it is wider (Yang et al.
     2022, muP). Cosine decay to zero."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW."""
-    ema_decay: float = 0.98
-    """Decay of the averaged weights, which are what is measured and saved."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps both moments in a byte each; it needs bitsandbytes."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: slower, far less memory."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of training; bf16 is autocast over float32 weights."""
-    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the saved transformer."""
-    tensorboard: bool = False
-    """Curves and images for TensorBoard, too, in OUTPUT/tensorboard."""
-    device: str | None = None
-    """Default: cuda if there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "training_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """How the student is measured while it is trained; the best weights are kept."""
 
     watch_every: int = 50
-    """Training steps between measurements of the student, by which the best weights are kept; 0: the last are the result."""
+    """Training steps between measurements of the student; 0: none, and the last weights are the result."""
     watch_images: int = 100
     """Images of each such measurement, from other noise than those of the report."""
     patience: int | None = None
     """Stop after so many measurements in a row without a better one."""
-    evaluate_images: int = 200
-    """Images of teacher and student to measure in the end; 0 skips it."""
-    sampling: Sampling = field(default_factory=SamplingOptions)
-    """How the teacher is sampled, and with which guidance it teaches."""
-    options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(default_factory=MethodOptions)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_images", "image_steps", "training_steps", "batch", "micro_batches", "watch_images", "patience")
-        at_least(self, 0, "watch_every", "evaluate_images")
-        for name in ("learning_rate", "shift"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema-decay is at least 0 and less than 1, got {self.ema_decay:g}")
-        if self.batch % self.micro_batches:
-            raise UserError(f"a batch of {self.batch} cannot be cut into {self.micro_batches} equal parts: change --micro-batches")
+        at_least(self, 0, "watch_every")
+        at_least(self, 1, "watch_images", "patience")
         if self.patience is not None and not self.watch_every:
             raise UserError("--patience counts measurements: give --watch-every, too")
-        if self.images and self.options.training_data == "pairs":
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(JobConfig):
+    """Teach a student to draw in few steps what its teacher draws in many. Every method has options of its own: --method NAME --help.
+
+    Writes a stock diffusers pipeline to OUTPUT/model, and report.md, grid.png, curves.png, distill.json, metrics.jsonl and samples/ to
+    OUTPUT. An interrupted run continues when the same command is given again.
+    """
+
+    method: Annotated[MethodName, tyro.conf.arg(help=f"What the student learns. {METHODS.explained()}.")]
+    steps: int
+    """Sampling steps of the student."""
+    student: str | None = None
+    """A pipeline whose transformer the student starts from, such as a smaller one that fastdistill.compress made; default: the teacher."""
+    shift: float | None = None
+    """Moves the student's times towards noise if above 1; default: the shift of the teacher's scheduler, of a dynamic one at the size to
+    sample at."""
+
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
+    training: Annotated[StudentTrainingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=StudentTrainingOptions)
+    watch: Annotated[WatchOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=WatchOptions)
+    options: Annotated[MethodOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=MethodOptions)
+
+    results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output", "teacher_cache")
+
+    def __post_init__(self) -> None:
+        check_known("method", self.method, METHODS)
+        positive(self, "shift")
+        if self.run.images and self.options.training_data == "pairs":
             raise UserError(f"{self.method} trains on pairs of noise and what the teacher draws from it: leave out --images")
-        if self.images and self.options.training_data == "prompts":
+        if self.run.images and self.options.training_data == "prompts":
             raise UserError(f"{self.method} with these options trains on prompts and no images: leave out --images, or give --prompts")
-        self.options.resolved(self.steps, self.training_steps)
+        self.options.resolved(self.steps, self.training.training_steps)
 
-    def settings(self) -> dict[str, Any]:
-        """What a run's results depend on, to tell it from others."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("output", "teacher_cache")}
+    @property
+    def name(self) -> str:
+        return f"distill-{Path(self.run.model).name}-{self.method}-{self.steps}"
 
-
-TRAINING: dict[str, dict[str, Any]] = {
-    "tdm": {"learning_rate": 5e-5, "betas": (0.0, 0.99), "training_steps": 100, "watch_every": 20},
-    "dmd2": {"learning_rate": 5e-5, "betas": (0.0, 0.99)},
-    "dmd": {"learning_rate": 1e-4, "betas": (0.0, 0.99)},
-}
-"""Defaults that a method has of its own, found on the emoji FLUX."""
-
-# A critic that keeps up with its student.
-FOLLOWED: dict[str, Any] = {"critic_learning_rate": 4e-4, "critic_updates": 2}
-OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"tdm": FOLLOWED, "dmd2": {**FOLLOWED, "critic_knows_step": True}}
-"""Where the command departs from the paper: see docs/distillation.md for the evidence."""
+    @property
+    def image_count(self) -> int:
+        return self.data.num_images
 
 
 def config_of(arguments: Sequence[str]) -> type[DistillConfig]:
-    """The options that a command line may give: those of every method, and its own if it names one."""
-    method = _named(arguments)
-    if method not in OPTIONS:
+    """The options that a command line may give: those of every method, and its own if it names one, with the defaults of that method."""
+    name = _named(arguments)
+    if name is None or name not in METHODS:
         return DistillConfig
-    options = OPTIONS[method]
+    method = METHODS[name]
+    groups: dict[str, type] = {"training": StudentTrainingOptions, "watch": WatchOptions, "options": method.Options}
     fields: list[tuple[str, Any, Any]] = [
-        ("options", Annotated[options, tyro.conf.arg(name="")], field(default_factory=partial(options, **OPTION_DEFAULTS.get(method, {})))),
-        *((name, DistillConfig.__annotations__[name], value) for name, value in TRAINING.get(method, {}).items()),
+        (group, Annotated[options, tyro.conf.OmitArgPrefixes], field(default_factory=_with_defaults(options, method.command_defaults)))
+        for group, options in groups.items()
     ]
-    namespace = {"__module__": __name__, "__doc__": f"{options.__doc__}\n\n{inspect.cleandoc(DistillConfig.__doc__ or '')}"}
+    described = f"{method.Options.__doc__}\n\n{inspect.cleandoc(DistillConfig.__doc__ or '')}"
+    namespace = {"__module__": __name__, "__doc__": described}
     return dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), namespace=namespace, frozen=True, kw_only=True)
+
+
+def _with_defaults(options: Any, defaults: Any) -> Callable[[], Any]:
+    """Constructor of a group of options with those of `defaults` that are in the group."""
+    own = {each.name for each in dataclasses.fields(options)}
+    return partial(options, **{name: value for name, value in defaults.items() if name in own})
 
 
 def _named(arguments: Sequence[str]) -> str | None:

@@ -1,268 +1,264 @@
-"""The distillation of one pipeline from end to end: let the teacher draw, train, measure, write."""
+"""The distillation of one pipeline from end to end: let the teacher draw, measure it, train, save, measure the student, write."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastdistill.data.images import Captioned
 from fastdistill.data.latents import LatentPool
 from fastdistill.data.trajectories import encode_prompts, trajectories
-from fastdistill.distill.build import build, requirements, training
+from fastdistill.distill.build import Models, build, plan, training
 from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.methods.distillation import Distillation
-from fastdistill.distill.methods.teacher_pairs import teacher_pairs
-from fastdistill.distill.options import PairOptions
-from fastdistill.distill.sample_rows import Rows
-from fastdistill.models.families import family_of
-from fastdistill.models.families.family import Conditioning, Family
+from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
+from fastdistill.distill.report import Outcome, report
+from fastdistill.distill.sample_rows import SampleRows, Start
+from fastdistill.evaluation.gallery import Gallery
+from fastdistill.job import Job, dtype_of, training_bytes
+from fastdistill.models.families.family import Conditioning
 from fastdistill.models.guidance_embedder import embeds_guidance
+from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
 from fastdistill.models.schedule import few_step_scheduler, shift_of
+from fastdistill.run.curves import draw_curves
 from fastdistill.run.files import digest
 from fastdistill.run.progress import bar
 from fastdistill.run.resources import require_disk, require_memory
-from fastdistill.run.workspace import Workspace
 from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
 
-Evaluate = Callable[[Any, str, SamplingDefaults], dict[str, Any]]
-"""``(pipeline, name, sampling) -> measurements``, a JSON object."""
 WATCHED = ("frechet_distance_to_reference", "frechet_distance", "background_total_variation", "background_purity", "caption_accuracy")
-"""The first decides. It is there for every model; and images of the same prompts and noise differ less by chance than from fresh ones."""
-GRID_PICTURES = 8
+"""Measurements while training. The first decides: every model has it, and images of the same prompts and noise differ less by chance than
+fresh ones."""
+WATCH_SEEDS = 1000
+"""Added to the seed of the run for images that choose the weights: the images of the report have no part in the choice."""
+GRID_IMAGES = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a finished run knows; the manifest and the report are made from it."""
+class FewStepStudent(Job[DistillConfig]):
+    """A teacher in, a student that is sampled in few steps out.
 
-    evaluation: dict[str, dict[str, Any]]
-    """By model: the teacher, the teacher in as many steps as the student if that is another number, the student."""
-    calls: dict[str, int]
-    """Of a network for one image, by model."""
-    parameters: dict[str, int]
-    shift: float
-    watched: dict[str, dict[str, Any]]
-    """What the student was compared with while it was trained, measured as it was."""
-    chosen: dict[str, Any] | None
-    """The measurement by which the best weights were chosen, and their step."""
-    seconds: dict[str, float]
-
-
-def student_sampling(config: DistillConfig, sampling: SamplingDefaults, student: Any) -> SamplingDefaults:
-    """How the student of a teacher that is sampled by ``sampling`` is sampled: guidance is in its weights, or an input."""
-    scale = sampling.guidance_scale
-    if config.options.guidance_range is not None and embeds_guidance(student) and sampling.true_cfg_scale != 1:
-        scale = sampling.true_cfg_scale
-    return dataclasses.replace(sampling, num_inference_steps=config.steps, true_cfg_scale=1.0, guidance_scale=scale)
-
-
-def validate(config: DistillConfig, pipeline: Any, student: Any | None, sampling: SamplingDefaults, output: Path) -> None:
+    Attributes:
+        models: the transformers that the run begins with.
+        method: teaches the student; there once the job runs.
+        teachers: how the teacher is sampled to compare with, by name: as it is, and in as many steps as the student.
+        watch: gallery by whose measurements the weights are chosen.
     """
-    Raises:
-        UserError: teacher, student and method do not go together, or the memory or the disk of ``output`` does not suffice.
-    """
-    memory, disk = requirements(config, pipeline.transformer, student, sampling)
-    shape = family_of(pipeline.transformer).latent_shape(pipeline, sampling.height, sampling.width)
-    require_disk(output, disk + 2 * config.num_images * prod(shape) * torch.float32.itemsize)
-    remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
-    require_memory(pipeline.device, memory, f"{config.method}, beside the teacher and without activations,", remedy)
 
+    result = "distill.json"
+    reference = "teacher"
 
-def distill(
-    config: DistillConfig,
-    pipeline: Any,
-    student: Any | None,
-    prompts: Sequence[str],
-    images: Sequence[Captioned],
-    sampling: SamplingDefaults,
-    workspace: Workspace,
-    evaluate: Evaluate,
-    watch: Evaluate,
-    console: Console,
-) -> Outcome:
-    """Run every stage, or read it from the workspace if an interrupted run has finished it. Leaves the pipeline as it was.
+    @classmethod
+    def plan(cls, config: DistillConfig) -> str:
+        return plan(config)
 
-    Args:
-        student: a transformer to start from; None: the teacher's weights.
-        evaluate: measures teacher and student for the report.
-        watch: measures the student while it is trained.
+    def check(self) -> None:
+        student = load(self.config.student, self.config.run.device).pipeline.transformer if self.config.student else None
+        self.models = Models(teacher=self.teacher, student=student, sampling=self.sampling)
+        bare = build(self.config, self.models.without_weights())
+        memory, checkpoints = training_bytes(bare, training(self.config, bare))
+        shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
+        require_disk(self.output, checkpoints + 2 * self.config.data.num_images * prod(shape) * torch.float32.itemsize)
+        remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
+        require_memory(self.pipeline.device, memory, f"{self.config.method}, beside the teacher and without activations,", remedy)
 
-    Raises:
-        UserError: :func:`validate` does, or the training diverges.
-    """
-    teacher = pipeline.transformer.requires_grad_(False)
-    family = family_of(teacher)
-    clock, work = workspace.clock, workspace.work
-    shift = config.shift or shift_of(pipeline.scheduler, _image_tokens(pipeline, family, sampling))
-    empty = encode_prompts([""], pipeline, family, sampling, batch=1)
-    method = build(config, teacher, student, sampling, shift=shift, unconditional=empty)
-    scheduler = few_step_scheduler(shift, stochastic_sampling=method.stochastic_sampling)
-    drawn = student_sampling(config, sampling, method.networks["student"])
-    # What the student is compared with: the teacher as it is sampled, and in as many steps as the student.
-    teachers = {"teacher": sampling}
-    if config.steps != sampling.num_inference_steps:
-        name = f"teacher, {config.steps} step{'s' if config.steps > 1 else ''}"
-        teachers[name] = dataclasses.replace(sampling, num_inference_steps=config.steps)
+    def run(self) -> None:
+        self.method = self.build()
+        conditioning, batches = self.draw()
+        evaluation = {name: self.measured(name, self.teacher, sampling=how) for name, how in self.teachers.items()}
+        watched = self.watch_teachers()
+        trainer = self.train(conditioning, batches)
+        student = self.save()
+        evaluation["student"] = self.measured("student", student, scheduler=self.scheduler, sampling=self.student_sampling)
+        self.hand_over(trainer.run)
+        draw_curves(self.output / "metrics.jsonl", self.output / "curves.png", watched)
+        self.write(
+            Outcome(
+                evaluation=evaluation,
+                calls=self.calls(),
+                parameters={"teacher": self.teacher.num_parameters(), "student": student.num_parameters()},
+                shift=self.method.shift,
+                watched=watched,
+                chosen=trainer.best.record() if trainer.best else None,
+            )
+        )
 
-    with clock("images"), patched(teacher):
-        conditioning, batches = _batches(config, method, pipeline, prompts, images, sampling, workspace, console)
+    def build(self) -> Distillation:
+        """The method with the student, a copy of a network that is not patched yet."""
+        channels, height, width = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
+        image_tokens = channels * height * width // int(self.teacher.config.in_channels)
+        shift = self.config.shift or shift_of(self.pipeline.scheduler, image_tokens)
+        return build(self.config, self.models, shift=shift, unconditional=self.encoded([""]))
 
-    def measured(stage: str, measure: Evaluate) -> dict[str, dict[str, Any]]:
-        return {
-            name: workspace.cached(f"{stage}-teacher-{how.num_inference_steps}", partial(measure, pipeline, name, how))
-            for name, how in teachers.items()
-        }
+    @cached_property
+    def scheduler(self) -> Any:
+        """Scheduler of the student, which visits the times that it is trained at."""
+        return few_step_scheduler(self.method.shift, stochastic_sampling=self.method.stochastic_sampling)
 
-    with clock("evaluate"):
-        evaluation = measured("evaluation", evaluate)
-    watched: dict[str, dict[str, Any]] = {}
-    with clock("train"):
-        observing: dict[str, Any] = {}
-        if config.watch_every:
-            watched = measured("watch", watch)
-            observing = _observing(config, method, pipeline, scheduler, sampling, drawn, conditioning, watch)
-        trainer = Trainer(method, batches, training(config, method), work / "training", **observing)
-        with ExitStack() as stack:
+    @cached_property
+    def student_sampling(self) -> SamplingDefaults:
+        """How the student is sampled: guidance is in its weights, or an input."""
+        sampling, scale = self.sampling, self.sampling.guidance_scale
+        if self.config.options.guidance_range is not None and embeds_guidance(self.method.student.network) and sampling.true_cfg_scale != 1:
+            scale = sampling.true_cfg_scale
+        return dataclasses.replace(sampling, num_inference_steps=self.config.steps, true_cfg_scale=1.0, guidance_scale=scale)
+
+    @cached_property
+    def teachers(self) -> dict[str, SamplingDefaults]:
+        steps, found = self.config.steps, {"teacher": self.sampling}
+        if steps != self.sampling.num_inference_steps:
+            found[f"teacher, {steps} step{'s' if steps > 1 else ''}"] = dataclasses.replace(self.sampling, num_inference_steps=steps)
+        return found
+
+    @cached_property
+    def watch(self) -> Gallery:
+        count, seed = self.config.watch.watch_images, self.config.run.seed + WATCH_SEEDS
+        return self.gallery_in(self.workspace.folder("watch"), count=count, seed=seed)
+
+    def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
+        """Gallery of `count` images of each model; measurements of the teacher lie in the cache that runs share, if there is one."""
+        if cache := self.config.data.teacher_cache:
+            teacher = {"model": self.config.run.model, "prompts": self.prompts, "sampling": asdict(self.sampling)}
+            shared = cache / f"measured-{digest({**teacher, 'images': count, 'seed': seed})}"
+        return super().gallery_in(folder, count=count, seed=seed, shared=shared)
+
+    def encoded(self, prompts: list[str]) -> Conditioning:
+        return encode_prompts(prompts, self.pipeline, self.family, self.sampling, self.config.training.batch)
+
+    def draw(self) -> tuple[Conditioning, BatchSource]:
+        """Conditioning of every prompt, and what a step is trained on: the teacher's pairs, the user's images, or prompts alone."""
+        with self.clock("images"), patched(self.teacher):
+            if self.images and self.config.options.training_data == "images":
+                return self._encode_images()
+            conditioning = self.encoded(list(self.prompts))
+            if self.config.options.training_data == "prompts":
+                return conditioning, self._no_images(conditioning)
+            return conditioning, self._draw_pairs(conditioning)
+
+    def watch_teachers(self) -> dict[str, dict[str, Any]]:
+        """Measurements of the teachers to compare the student in training with; none if it is not watched."""
+        if not self.config.watch.watch_every:
+            return {}
+        with self.clock("train"):
+            return {
+                name: self.workspace.cached(f"watch-{name}", partial(self.watch.evaluate, self.pipeline, name, how))
+                for name, how in self.teachers.items()
+            }
+
+    def train(self, conditioning: Conditioning, batches: BatchSource) -> Trainer:
+        """Train the student, which ends with the weights that are the result of the run."""
+        method, watch = self.method, self.config.watch
+        watching: dict[str, Any] = {}
+        if watch.watch_every:
+            watching = {
+                "evaluation": Evaluation(evaluate=self.measure, every=watch.watch_every, monitor=WATCHED[0], patience=watch.patience),
+                "observers": [SampleGrid(every=watch.watch_every, draw=self._sample_rows(conditioning))],
+            }
+        with self.clock("train"), ExitStack() as stack:
+            trainer = Trainer(method, batches, training(self.config, method), self.workspace.work / "training", **watching)
             for role, network in method.networks.items():
                 if role != "discriminator":
                     stack.enter_context(patched(network))
             trainer.fit("train")
         trainer.take_best()
+        return trainer
 
-    trained: Any = method.networks["student"].eval()
-    trained.to(getattr(torch, config.save_dtype))
-    with swapped(pipeline, trained, scheduler):
-        save(pipeline, trained, workspace.output / "model", drawn, prompts)
-    trained.to(teacher.dtype)
-    with clock("evaluate"), swapped(pipeline, trained, scheduler):
-        evaluation["student"] = workspace.cached("evaluation-student", lambda: evaluate(pipeline, "student", drawn))
-    _hand_over(work / "training", workspace.output)
-    guided = 2 if sampling.true_cfg_scale > 1 else 1
-    return Outcome(
-        evaluation=evaluation,
-        calls={**{name: guided * how.num_inference_steps for name, how in teachers.items()}, "student": config.steps},
-        parameters={"teacher": teacher.num_parameters(), "student": trained.num_parameters()},
-        shift=shift,
-        watched=watched,
-        chosen=trainer.best.record() if trainer.best else None,
-        seconds=workspace.seconds,
-    )
+    def measure(self) -> Mapping[str, float]:
+        """Measurements of the student in training."""
+        with self._mixed(), swapped(self.pipeline, self.method.student.network, self.scheduler):
+            measured = self.watch.evaluate(self.pipeline, "student", self.student_sampling)
+        return {name: float(measured[name]) for name in WATCHED if name in measured}
 
+    def save(self) -> Any:
+        """Write the student's pipeline to `OUTPUT/model`; return the student in the teacher's dtype."""
+        student: Any = self.method.student.network.eval()
+        student.to(dtype_of(self.config.run.save_dtype))
+        with swapped(self.pipeline, student, self.scheduler):
+            save(self.pipeline, student, self.output / "model", self.student_sampling, self.prompts)
+        return student.to(self.teacher.dtype)
 
-def _batches(
-    config: DistillConfig,
-    method: Distillation,
-    pipeline: Any,
-    prompts: Sequence[str],
-    images: Sequence[Captioned],
-    sampling: SamplingDefaults,
-    workspace: Workspace,
-    console: Console,
-) -> tuple[Conditioning, BatchSource]:
-    """The conditioning of every prompt, and what a step is trained on."""
-    teacher = pipeline.transformer
-    family = family_of(teacher)
-    steps = config.image_steps or sampling.num_inference_steps
-    if images and config.options.training_data == "images":
-        with bar(console, "encode images", len(images)) as tick:
+    def calls(self) -> dict[str, int]:
+        """Calls of a network for one image, by model."""
+        guided = 2 if self.sampling.true_cfg_scale > 1 else 1
+        return {**{name: guided * how.num_inference_steps for name, how in self.teachers.items()}, "student": self.config.steps}
+
+    def write(self, outcome: Outcome) -> None:
+        record = self.record(
+            **asdict(outcome),
+            sampling=asdict(SamplingDefaults.load(self.output / "model")),
+            teacher_sampling=asdict(self.sampling),
+            training_data=self.config.options.training_data,
+        )
+        text = report(record, example=self.prompts[0], output=self.output)
+        self.finish(record, text, f"{outcome.calls['teacher']} -> {outcome.calls['student']} calls of the network for an image")
+
+    def _encode_images(self) -> tuple[Conditioning, BatchSource]:
+        options = self.config.data
+        with bar(self.console, "encode images", len(self.images)) as tick:
             encoded = trajectories(
-                pipeline,
-                family,
-                prompts,
-                sampling,
-                count=len(images),
-                steps=steps,
-                batch=config.batch,
-                generator=torch.Generator().manual_seed(config.seed),
-                images=images,
-                cache=workspace.work / "images.safetensors",
+                self.pipeline,
+                self.family,
+                self.prompts,
+                self.sampling,
+                count=len(self.images),
+                steps=options.image_steps or self.sampling.num_inference_steps,
+                batch=self.config.training.batch,
+                generator=torch.Generator().manual_seed(self.config.run.seed),
+                images=self.images,
+                cache=self.workspace.work / "images.safetensors",
                 tick=tick,
             )
         # The student is not sampled with the empty prompt.
         pool = encoded.pool(dropout=0.0)
-        return encoded.conditioning[:-1], lambda step, rng: pool.batch(config.batch, rng)
-    conditioning = encode_prompts(prompts, pipeline, family, sampling, config.batch)
-    shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    if config.options.training_data == "prompts":
+        return encoded.conditioning[:-1], lambda step, rng: pool.batch(self.config.training.batch, rng)
+
+    def _no_images(self, conditioning: Conditioning) -> BatchSource:
+        shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
         blank = torch.zeros(()).expand(len(conditioning), *shape)
         pool = LatentPool(latents=blank, prompts=torch.arange(len(conditioning)), conditioning=conditioning, dropout=0.0)
-        return conditioning, lambda step, rng: pool.batch(config.batch, rng)
-    with bar(console, "let the teacher draw", config.num_images) as tick:
-        pairs = teacher_pairs(
-            method,
-            config.teacher_cache or workspace.work / "pairs",
-            PairOptions(count=config.num_images, steps=steps, batch=config.batch),
-            conditioning=conditioning,
-            shape=shape,
-            seed=config.seed,
-            device=teacher.device,
-            settings={"teacher": config.model, "texts": digest({"prompts": list(prompts)})},
-            tick=tick,
-        )
-    return conditioning, lambda step, rng: pairs.batch(config.batch, rng)
+        return lambda step, rng: pool.batch(self.config.training.batch, rng)
 
+    def _draw_pairs(self, conditioning: Conditioning) -> BatchSource:
+        options, batch = self.config.data, self.config.training.batch
+        with bar(self.console, "let the teacher draw", options.num_images) as tick:
+            pairs = teacher_pairs(
+                self.method,
+                options.teacher_cache or self.workspace.work / "pairs",
+                PairOptions(count=options.num_images, steps=options.image_steps or self.sampling.num_inference_steps, batch=batch),
+                conditioning=conditioning,
+                shape=self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width),
+                seed=self.config.run.seed,
+                device=self.teacher.device,
+                settings={"teacher": self.config.run.model, "texts": digest({"prompts": list(self.prompts)})},
+                tick=tick,
+            )
+        return lambda step, rng: pairs.batch(batch, rng)
 
-def _observing(
-    config: DistillConfig,
-    method: Distillation,
-    pipeline: Any,
-    scheduler: Any,
-    sampling: SamplingDefaults,
-    drawn: SamplingDefaults,
-    conditioning: Conditioning,
-    watch: Evaluate,
-) -> dict[str, Any]:
-    """The trainer's evaluation of the student, and its grid of images."""
-    teacher, student = pipeline.transformer, method.networks["student"]
-    family = family_of(teacher)
+    def _sample_rows(self, conditioning: Conditioning) -> Any:
+        """A function that draws the grid of images of the student in training, always from the same noise."""
+        count = min(GRID_IMAGES, len(conditioning))
+        rows = torch.arange(count) * len(conditioning) // count
+        shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
+        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.config.run.seed)).to(conditioning.prompt_embeds)
+        start = Start(noise=noise, conditioning=conditioning[rows.to(noise.device)])
+        grid = SampleRows(self.method, self.pipeline, self.scheduler, start)
 
-    def mixed() -> torch.autocast:
-        # A pipeline in bfloat16 hands its dtype to the student, whose weights are float32.
-        return torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=teacher.dtype != torch.float32)
+        def draw() -> Mapping[str, torch.Tensor]:
+            with self._mixed():
+                return grid.draw(self.sampling, self.student_sampling)
 
-    def measure() -> Mapping[str, float]:
-        with mixed(), swapped(pipeline, student, scheduler):
-            measured = watch(pipeline, "student", drawn)
-        return {name: float(measured[name]) for name in WATCHED if name in measured}
+        return draw
 
-    count = min(GRID_PICTURES, len(conditioning))
-    rows = torch.arange(count) * len(conditioning) // count
-    shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(config.seed)).to(conditioning.prompt_embeds)
-    draw = Rows(method, pipeline, family, scheduler, sampling, drawn, conditioning[rows.to(noise.device)], noise)
-
-    def images() -> Mapping[str, torch.Tensor]:
-        with mixed():
-            return draw()
-
-    return {
-        "evaluation": Evaluation(evaluate=measure, every=config.watch_every, monitor=WATCHED[0], patience=config.patience),
-        "observers": [SampleGrid(every=config.watch_every, draw=images)],
-    }
-
-
-def _image_tokens(pipeline: Any, family: Family, sampling: SamplingDefaults) -> int:
-    channels, height, width = family.latent_shape(pipeline, sampling.height, sampling.width)
-    return channels * height * width // int(pipeline.transformer.config.in_channels)
-
-
-def _hand_over(run: Path, output: Path) -> None:
-    """What was logged while training, beside the model."""
-    shutil.copy(run / "metrics.jsonl", output / "metrics.jsonl")
-    for folder in ("samples", "tensorboard"):
-        if (run / folder).exists():
-            shutil.copytree(run / folder, output / folder, dirs_exist_ok=True)
+    def _mixed(self) -> torch.autocast:
+        """Autocast for a student in float32 within a pipeline in bfloat16, which hands its dtype to the student."""
+        return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.teacher.dtype != torch.float32)

@@ -1,18 +1,16 @@
-"""What a run leaves for people and programs: ``report.md`` and ``distill.json``."""
+"""What a run of distillation leaves for people: `report.md`."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from fastdistill.distill.config import DistillConfig
-from fastdistill.distill.job import Outcome
-from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.versions import CLOSING, versions
+from fastdistill.evaluation.table import rows
+from fastdistill.run.versions import CLOSING
 
 REPORT = """\
 # {{ config.model }} in {{ config.steps }} step{{ "s" if config.steps > 1 }}, by {{ config.method }}
@@ -55,46 +53,36 @@ Images on the way: `samples/`. All values: `metrics.jsonl`; everything else: `di
 """
 
 
-def manifest(
-    config: DistillConfig,
-    outcome: Outcome,
-    teacher_sampling: SamplingDefaults,
-    sampling: SamplingDefaults,
-    *,
-    prompts: Sequence[str],
-    images: int,
-    command: str,
-) -> dict[str, Any]:
-    """Everything about the run as JSON: what was trained, how, what came of it, and with which versions.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a finished run has found out."""
+
+    evaluation: dict[str, dict[str, Any]]
+    """Measurements by model: the teacher, the teacher in as many steps as the student if that is another number, the student."""
+    calls: dict[str, int]
+    """Calls of a network for one image, by model."""
+    parameters: dict[str, int]
+    shift: float
+    watched: dict[str, dict[str, Any]]
+    """What the student was compared with while it was trained, measured in the same way."""
+    chosen: dict[str, Any] | None
+    """The measurement by which the best weights were chosen, and their step."""
+
+
+def report(record: Mapping[str, Any], *, example: str, output: Path) -> str:
+    """Text of `report.md` from the record of a job.
 
     Args:
-        sampling: of the student.
-        images: the number of images from a folder that were trained on, 0 if the teacher drew them.
+        example: a prompt to show how the student is sampled.
     """
-    return {
-        "format": 1,
-        "command": command,
-        **dataclasses.asdict(outcome),
-        "sampling": dataclasses.asdict(sampling),
-        "teacher_sampling": dataclasses.asdict(teacher_sampling),
-        "prompts": len(prompts),
-        "images": images,
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()},
-        "versions": versions(),
-    }
-
-
-def report(
-    record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str]]], *, example: str, output: Path, training_data: str
-) -> str:
-    """``report.md`` from a :func:`manifest` and, by row, the label and the texts of each model of its evaluation."""
     config = record["config"]
     material = {
         "prompts": f"{record['prompts']} prompts and no images",
         "images": f"{config['num_images']} images that the teacher drew",
         "pairs": f"{config['num_images']} pairs of noise and what the teacher drew from it",
-    }[training_data]
+    }[record["training_data"]]
     if record["images"]:
         material = f"{record['images']} images of {config['images']}"
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT + CLOSING)
+    measured = rows(list(record["evaluation"].values()))
     return template.render(**{**record, "measured": measured, "material": material, "example": example, "output": output})

@@ -6,7 +6,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from fastdistill.models.families.family import Anatomy, BlockId, Stack
+from fastdistill.models.families.family import BlockId, HasStacks, Stack
 
 
 def blocks_of(network: nn.Module, stack: Stack) -> list[nn.Module]:
@@ -14,7 +14,7 @@ def blocks_of(network: nn.Module, stack: Stack) -> list[nn.Module]:
     return list(attrgetter(stack.attribute)(network) or ())
 
 
-def block_ids(network: nn.Module, anatomy: Anatomy) -> list[BlockId]:
+def block_ids(network: nn.Module, anatomy: HasStacks) -> list[BlockId]:
     """Names of all blocks in the order of the forward pass."""
     return [BlockId(stack=stack.attribute, index=index) for stack in anatomy.stacks for index in range(len(blocks_of(network, stack)))]
 
@@ -25,7 +25,7 @@ def block(network: nn.Module, block_id: BlockId) -> nn.Module:
     return found
 
 
-def tied(network: nn.Module, anatomy: Anatomy) -> dict[str, list[Stack]]:
+def tied(network: nn.Module, anatomy: HasStacks) -> dict[str, list[Stack]]:
     """Stacks whose blocks one config field counts, by that field.
 
     A cut has to take equally many blocks from each.

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fastdistill.models.blocks import block
-from fastdistill.models.families.family import Anatomy, BlockId, Family
+from fastdistill.models.families.family import BlockId, Family, HasStacks, ReadsBlocks
 
 Streams = dict[str, Tensor]
 Result = TypeVar("Result")
 
 
 @contextmanager
-def captured(network: nn.Module, family: Family, blocks: Iterable[BlockId]) -> Iterator[dict[BlockId, Streams]]:
+def captured(network: nn.Module, family: ReadsBlocks, blocks: Iterable[BlockId]) -> Iterator[dict[BlockId, Streams]]:
     """Yield the outputs of `blocks`, by stream, in the latest forward pass inside the `with`."""
     outputs: dict[BlockId, Streams] = {}
 
@@ -53,7 +53,7 @@ def captured_inputs(network: nn.Module, family: Family, blocks: Iterable[BlockId
 
 
 @contextmanager
-def skipped(network: nn.Module, anatomy: Anatomy, blocks: Iterable[BlockId]) -> Iterator[None]:
+def skipped(network: nn.Module, anatomy: HasStacks, blocks: Iterable[BlockId]) -> Iterator[None]:
     """Skip `blocks` inside the `with`: they return their inputs, as if they had been cut out."""
     # Looked up before anything is replaced, so that an unknown block leaves all as it was.
     pairs = [(block(network, block_id), anatomy.stack(block_id.stack).pass_through) for block_id in blocks]

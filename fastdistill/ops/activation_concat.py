@@ -1,6 +1,8 @@
-"""The way into the output projection of a parallel block: what attention gives, beside the activated feed-forward.
+"""Input of a parallel block's output projection: attention and activated feed-forward together.
 
 Shapes: B batch, S tokens, D and M channels.
+
+Kernels: csrc/cpu/activation.cpp, csrc/cuda/activation.cu, ops/triton/activation_concat.py
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops.backend import Request
-from fastdistill.ops.op import Operator, Sample, describe
+from fastdistill.ops.op import Case, Operator, describe
 from fastdistill.ops.rows import check_contiguous, check_rows, contiguous_rows
 
 Activation = Literal["gelu_tanh", "swiglu"]
@@ -24,22 +26,32 @@ Activation = Literal["gelu_tanh", "swiglu"]
 def activation_concat(x: Tensor | None, y: Tensor, activation: Activation = "gelu_tanh", *, backend: Request | None = None) -> Tensor:
     """`cat((x, act(y)), dim=-1)`, where nothing but the result is written.
 
-    In the parallel blocks (ViT-22B, arXiv 2302.05442, section 2) that FLUX calls single blocks, one projection takes attention's output
-    and the activated feed-forward together. Eager PyTorch writes the activation, then copies it. Differentiable in x and y.
+    In the parallel blocks (ViT-22B, arXiv 2302.05442, section 2) that FLUX calls single blocks, one
+    projection takes attention's output and the activated feed-forward together. Eager PyTorch
+    writes the activation, then copies it. Differentiable in x and y.
+
+    | `activation` | y | value | source |
+    |---|---|---|---|
+    | `gelu_tanh`, as in FLUX.1 | (B, S, M) or (S, M) \
+| `0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))` | arXiv 1606.08415, section 2 |
+    | `swiglu`, as in FLUX.2 | (B, S, 2 M) or (S, 2 M) | `silu(first half) * second half` \
+| arXiv 2002.05202, equation 6 |
 
     Args:
         x: (B, S, D) or (S, D), or None: the activation alone.
-        y: `gelu_tanh`: (B, S, M) or (S, M), `0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))` (arXiv 1606.08415, section 2), as in
-            FLUX.1; `swiglu`: (B, S, 2 M) or (S, 2 M), `silu(first half) * second half` (arXiv 2002.05202, equation 6), as in FLUX.2.
-            Of one dtype with x, float32, bfloat16, float16 or (on CPU) float64. Channels must be contiguous, the other axes may have
-            any stride.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        y: see the table. float32, bfloat16, float16 or (on CPU) float64, with x in the same dtype.
+            Channels must be contiguous, the other axes may have any stride.
+        activation: see the table.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
-        (B, S, D + M) or (S, D + M), contiguous. Computed in float32 (float64 for float64), rounded once at the end.
+        (B, S, D + M) or (S, D + M), contiguous. Computed in float32 (float64 for float64), rounded
+        once at the end.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     if activation not in ("gelu_tanh", "swiglu"):
@@ -60,7 +72,7 @@ class ActivationConcat(Operator):
         if x is None:
             return
         if x.shape[:-1] != y.shape[:-1] or x.device != y.device:
-            raise ValueError(f"x: expected (..., D) beside y, {describe(y)}, got {describe(x)}")
+            raise ValueError(f"x: expected (..., D) for y of {describe(y)}, got {describe(x)}")
         if x.dtype != y.dtype:
             raise TypeError(f"x: expected the dtype of y, {y.dtype}, got {describe(x)}")
         check_contiguous("x", x)
@@ -86,7 +98,7 @@ class ActivationConcat(Operator):
         ctx.save_for_backward(y)
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # That of x is a part of the incoming gradient as it is.
+        # The gradient of x is a part of the incoming gradient as it is.
         dx, activated = grads[0].tensor_split((ctx.before,), dim=-1)
         dy = backward_op(contiguous_rows(activated), *ctx.saved_tensors, ctx.gated) if ctx.needs_input_grad[0] else None
         return dy, dx if ctx.needs_input_grad[1] else None, None
@@ -95,50 +107,53 @@ class ActivationConcat(Operator):
         activated, before = y.nbytes // 2 if gated else y.nbytes, 0 if x is None else x.nbytes
         return y.nbytes + activated + 2 * before, 2 * y.nbytes + activated
 
-    def samples(self) -> Sequence[Sample]:
-        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+    def cases(self) -> Sequence[Case]:
+        return tuple(Case(id=shapes.id, make=partial(_arguments, shapes)) for shapes in SHAPES)
 
-    def workloads(self) -> Sequence[Sample]:
+    def workloads(self) -> Sequence[Case]:
         return tuple(
-            Sample(id=f"B1-S{S}-D3072-M12288", make=partial(_arguments, ActivationCase(id="", y=(1, S, 12288), before=3072)))
+            Case(
+                id=f"B1-S{S}-D3072-M12288",
+                make=partial(_arguments, ActivationShapes(id="", y=(1, S, 12288), before=3072)),
+            )
             for S in (1152, 4608)
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationCase:
-    """Shapes of one sample."""
+class ActivationShapes:
+    """Shapes of the arguments of one case."""
 
     id: str
     y: tuple[int, ...]
     before: int | None
-    """Channels of x; None for no x."""
+    """Channels of x; None without x."""
     gated: bool = False
     strided: bool = False
-    """Slices of wider tensors, as chunks of one projection are."""
+    """Slices of wider tensors, like chunks of one projection."""
 
 
-CASES = (
-    ActivationCase(id="B2-S3-D8-M32", y=(2, 3, 32), before=8),
-    ActivationCase(id="B2-S3-D8-M16-gated", y=(2, 3, 32), before=8, gated=True),
-    ActivationCase(id="B1-S5-D7-M33-strided", y=(1, 5, 33), before=7, strided=True),
-    ActivationCase(id="B2-S4-D24-M40-gated-strided", y=(2, 4, 80), before=24, gated=True, strided=True),
-    ActivationCase(id="B2-S3-M19", y=(2, 3, 19), before=None),
-    ActivationCase(id="S6-D5-M9-gated", y=(6, 18), before=5, gated=True),
-    ActivationCase(id="B1-S1-D1-M1100", y=(1, 1, 1100), before=1),
-    ActivationCase(id="B2-S0-D8-M16", y=(2, 0, 16), before=8),
+SHAPES = (
+    ActivationShapes(id="B2-S3-D8-M32", y=(2, 3, 32), before=8),
+    ActivationShapes(id="B2-S3-D8-M16-gated", y=(2, 3, 32), before=8, gated=True),
+    ActivationShapes(id="B1-S5-D7-M33-strided", y=(1, 5, 33), before=7, strided=True),
+    ActivationShapes(id="B2-S4-D24-M40-gated-strided", y=(2, 4, 80), before=24, gated=True, strided=True),
+    ActivationShapes(id="B2-S3-M19", y=(2, 3, 19), before=None),
+    ActivationShapes(id="S6-D5-M9-gated", y=(6, 18), before=5, gated=True),
+    ActivationShapes(id="B1-S1-D1-M1100", y=(1, 1, 1100), before=1),
+    ActivationShapes(id="B2-S0-D8-M16", y=(2, 0, 16), before=8),
 )
 
 
-def _arguments(case: ActivationCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+def _arguments(shapes: ActivationShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     def draw(channels: int) -> Tensor:
-        if not case.strided:
-            return torch.randn(*case.y[:-1], channels, device=device).to(dtype)
-        return torch.randn(*case.y[:-1], 3 * channels, device=device).to(dtype)[..., channels : 2 * channels]
+        if not shapes.strided:
+            return torch.randn(*shapes.y[:-1], channels, device=device).to(dtype)
+        return torch.randn(*shapes.y[:-1], 3 * channels, device=device).to(dtype)[..., channels : 2 * channels]
 
-    x = None if case.before is None else draw(case.before).requires_grad_()
+    x = None if shapes.before is None else draw(shapes.before).requires_grad_()
     # Far enough out to reach the flat ends.
-    return draw(case.y[-1]).mul(3).requires_grad_(), x, case.gated
+    return draw(shapes.y[-1]).mul(3).requires_grad_(), x, shapes.gated
 
 
 ACTIVATION_CONCAT = ActivationConcat()

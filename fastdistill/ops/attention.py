@@ -1,4 +1,4 @@
-"""Attention as one call: the attention backends of diffusers, and which of them to take.
+"""Attention as one call: the attention backends of diffusers, and the choice among them.
 
 Shapes: B batch, S tokens, H heads, d head size.
 """
@@ -22,33 +22,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto", attn_mask: 
 
     Args:
         q, k, v: (B, S, H, d) of one dtype and device; S of q may differ from that of k and v.
-        attention: the name of a backend (a value of `diffusers.models.attention_dispatch.AttentionBackendName`), or `auto`: the backend
-            that the user of diffusers set, by DIFFUSERS_ATTN_BACKEND or in `with attention_backend(...)`, else that of
-            `choose_attention`. diffusers does not tell its default from a `native` set in a `with`: name that here, or in the environment.
-        attn_mask: added to the products, or False where a key is not seen; broadcasts to (B, H, S, S).
+        attention: the name of a backend, one of `attention_names()`, or `auto`. `auto` is the
+            backend that the user of diffusers set, by DIFFUSERS_ATTN_BACKEND or in
+            `with attention_backend(...)`, else the choice of `choose_attention`. diffusers does not
+            tell its default from a `native` set in a `with`: name `native` here, or in the
+            environment.
+        attn_mask: added to the products, or False where a key is not seen; broadcasts to (B, H, S,
+            S).
 
     Returns:
         (B, S, H, d), strided as the backend pleases.
 
     Raises:
         ValueError: there is no backend of this name.
-        RuntimeError: the backend was named and cannot run here; the message says why, and which can.
+        RuntimeError: the backend was named and cannot run here; the message says why, and which
+            can.
     """
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     asked = _asked_of_diffusers() if attention == "auto" else None
     if asked is None:
-        # A size that torch.compile holds for dynamic becomes a number here, as functions of constants take.
+        # Where torch.compile treats the size as dynamic, it becomes a number here, which a function
+        # of constants takes.
         head_size = operator.index(q.shape[-1])
         asked = _resolved(attention, q.device, q.dtype, needs_grad, head_size, attn_mask is not None)
     return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, backend=asked)  # type: ignore[no-any-return]
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False) -> str:
-    """The fastest attention backend of diffusers that can run here; `native`, PyTorch's own choice, where none is known to be faster.
+@torch.compiler.assume_constant_result
+def attention_names() -> tuple[str, ...]:
+    """Names of the attention backends of diffusers: the values of
+    `diffusers.models.attention_dispatch.AttentionBackendName`."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
 
-    Logs each of its choices once.
+    return tuple(member.value for member in AttentionBackendName)
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False) -> str:
+    """Fastest attention backend of diffusers that can run here.
+
+    `native`, PyTorch's own choice, where none is known to be faster. Each choice is logged once.
     """
     key = device, dtype, needs_grad, head_size, masked
     chosen = _CHOICES.get(key)
@@ -66,7 +80,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, needs_grad: bool,
 def why_not_attention(
     name: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False
 ) -> str | None:
-    """None when the backend of this name can run, else the reason."""
+    """Reason why the backend of this name cannot run, or None."""
     limits = LIMITS.get(name, ANYTHING)
     if limits.gpu and device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
@@ -83,13 +97,13 @@ def why_not_attention(
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a backend can do: those of its package, or of diffusers around it where these are narrower."""
+    """Limits of a backend: of its package, or of diffusers' use of it where that is narrower."""
 
     gpu: bool = True
     narrow: bool = True
     """bfloat16 and float16 only."""
     head_sizes: int | None = 256
-    """The largest; None if there is no such limit."""
+    """The largest head size; None without a limit."""
     gradient: bool = True
     mask: bool = False
 
@@ -97,14 +111,15 @@ class Limits:
 ANYTHING = Limits(gpu=False, narrow=False, head_sizes=None, mask=True)
 _SAGE = Limits(gradient=False)
 
-# Backends that are not listed (flex, other vendors' devices, varlen and hub variants) are left to say themselves what they cannot do.
+# Backends that are not listed (flex, other vendors' devices, varlen and hub variants) report their
+# limits themselves.
 LIMITS: dict[str, Limits] = {
     "native": ANYTHING,
     "_native_math": ANYTHING,
     "_native_efficient": Limits(narrow=False, head_sizes=None, mask=True),
-    # PyTorch has one for CPUs, too.
+    # PyTorch also has one for CPUs.
     "_native_flash": Limits(gpu=False),
-    # Its backward pass is limited to 128 on most devices.
+    # On most devices the backward pass is limited to 128.
     "_native_cudnn": Limits(head_sizes=128, mask=True),
     "flash": Limits(),
     # diffusers registers its forward pass alone; its hub and varlen variants have gradients.
@@ -120,11 +135,14 @@ LIMITS: dict[str, Limits] = {
     "_sage_qk_int8_pv_fp16_triton": _SAGE,
 }
 
-# From which compute capability on, what is tried in order. Head size 128, bfloat16, no mask, TFLOP/s forward / backward at 4096 tokens on
-# an H100: FlashAttention 3 638 / 542, cuDNN 609 / 499, FlashAttention 2 368 / 310, a plain Triton kernel 389 / -, no flash 133 / 174 (plots
-# of the FlashAttention repository and paper). At (1, 4096, 24, 128) on an H200: FlashAttention 3 708, native, which is FlashAttention 2 in
-# PyTorch, 349 (vllm-omni #1923). On a B200 cuDNN was 1.24 to 1.98 times as fast as FlashAttention 4 (sglang #33655). None of these was
-# measured here. What is only approximate (sage) or would be downloaded (hub) is never chosen unasked.
+# Backends in the order of preference, by the least compute capability. TFLOP/s forward / backward
+# on an H100, with head size 128, bfloat16, no mask and 4096 tokens: FlashAttention 3 638 / 542,
+# cuDNN 609 / 499, FlashAttention 2 368 / 310, a plain Triton kernel 389 / -, no flash 133 / 174
+# (plots of the FlashAttention repository and paper). At (1, 4096, 24, 128) on an H200:
+# FlashAttention 3 708, native, which is FlashAttention 2 in PyTorch, 349 (vllm-omni #1923). On a
+# B200 cuDNN was 1.24 to 1.98 times as fast as FlashAttention 4 (sglang #33655). None of these
+# numbers was measured by fastdistill. A backend that is only approximate (sage) or must be
+# downloaded (hub) is never chosen automatically.
 PREFERENCES: tuple[tuple[tuple[int, int], tuple[str, ...]], ...] = (
     ((10, 0), ("_native_cudnn", "flash", "_native_flash")),
     ((9, 0), ("_flash_3", "_native_cudnn", "flash", "_native_flash")),
@@ -133,7 +151,7 @@ PREFERENCES: tuple[tuple[tuple[int, int], tuple[str, ...]], ...] = (
 
 _CHOICES: dict[tuple[torch.device, torch.dtype, bool, int, bool], str] = {}
 
-# diffusers reads it once, too, and shows only the result.
+# Read once, as diffusers does, which shows only the result.
 _IN_ENVIRONMENT = "DIFFUSERS_ATTN_BACKEND" in os.environ
 
 
@@ -145,7 +163,7 @@ def _preferences(device: torch.device) -> tuple[str, ...]:
 
 
 def _missing(name: str) -> str | None:
-    """Why the package of a backend cannot be used, in the words of diffusers."""
+    """Reason why the package of a backend cannot be used, in the words of diffusers, or None."""
     from diffusers.models import attention_dispatch
 
     if name == "_native_cudnn" and not torch.backends.cudnn.is_available():
@@ -158,7 +176,10 @@ def _missing(name: str) -> str | None:
 
 
 def _asked_of_diffusers() -> Any:
-    """The backend that the user of diffusers set, as far as diffusers lets on; a member of its enumeration, or None."""
+    """Backend that the user of diffusers set, as far as diffusers shows it, or None.
+
+    A member of diffusers' enumeration.
+    """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     active, _ = _AttentionBackendRegistry.get_active_backend()
@@ -167,15 +188,14 @@ def _asked_of_diffusers() -> Any:
 
 @torch.compiler.assume_constant_result
 def _resolved(attention: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int, masked: bool) -> Any:
-    """The member of diffusers' enumeration, and its kernel downloaded if it is one of the hub."""
+    """Member of diffusers' enumeration, with its kernel downloaded if the kernel is on the hub."""
     from diffusers.models import attention_dispatch
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     if attention == "auto":
         return AttentionBackendName(choose_attention(device, dtype, needs_grad, head_size, masked))
-    names = [member.value for member in AttentionBackendName]
-    if attention not in names:
-        raise ValueError(f"attention: expected fused, auto or one of {', '.join(names)}, got {attention!r}")
+    if attention not in attention_names():
+        raise ValueError(f"attention: expected auto or one of {', '.join(attention_names())}, got {attention!r}")
     reason = why_not_attention(attention, device, dtype, needs_grad, head_size, masked)
     if reason is not None:
         able = [name for name in LIMITS if why_not_attention(name, device, dtype, needs_grad, head_size, masked) is None]

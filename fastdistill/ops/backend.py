@@ -1,7 +1,8 @@
-"""Which backend runs an operator: `eager`, `native` (C++ or CUDA C++) or `triton`.
+"""Choice of the backend that runs an operator: `eager`, `native` (C++ or CUDA C++) or `triton`.
 
-The order of precedence is the `backend=` argument, then the innermost `with use_backend(...)`, then `auto`. A
-backend asked for by name runs or raises; only `auto` falls back, and says so once in the log.
+The order of precedence is the `backend=` argument, then the innermost `with use_backend(...)`, then
+`auto`. A backend asked for by name runs or raises; only `auto` falls back, and says so once in the
+log.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ LIBRARY = Path(__file__).parents[1] / "_native.so"
 
 log = logging.getLogger("fastdistill")
 
-# One value for the whole process, as torch.set_default_dtype is: torch.compile guards on a module global,
-# while a context variable would let a graph captured under one backend be reused under another.
+# One value for the whole process, like torch.set_default_dtype: torch.compile guards on a module
+# global, while a context variable would let a graph captured under one backend be reused under
+# another.
 _requested: Request = "auto"
 
 
 @contextmanager
 def use_backend(backend: Request) -> Iterator[None]:
-    """Runs every operator in the block on `backend`; the backward pass follows its forward.
+    """Run every operator in the block on `backend`; a backward pass follows its forward pass.
 
-    Raises `ValueError` for an unknown name. An operator that the backend cannot serve raises `RuntimeError`
-    when it is called, with the reason. Process-wide, not per thread.
+    The choice holds for the whole process, not for one thread. An operator that the backend cannot
+    serve raises `RuntimeError` with the reason when it is called.
+
+    Raises:
+        ValueError: there is no backend of this name.
     """
     global _requested
     if backend not in get_args(Request):
@@ -52,12 +57,13 @@ def use_backend(backend: Request) -> Iterator[None]:
 
 
 def requested() -> Request:
+    """Backend that the innermost `use_backend` asks for, else `auto`."""
     return _requested
 
 
 @functools.cache
 def load_native() -> str | None:
-    """Loads the compiled library once; returns None, or why there is none."""
+    """Load the compiled library once; None, or the reason why there is none."""
     if not LIBRARY.exists():
         return "the compiled library is not installed (reinstall with a C++17 compiler: see `pip install -v .`)"
     try:
@@ -68,14 +74,16 @@ def load_native() -> str | None:
 
 
 def triton_interpreted() -> bool:
-    """Triton runs its kernels in Python, on CPU tensors, when TRITON_INTERPRET=1 was set before its
-    import."""
+    """Whether Triton runs its kernels in Python, on CPU tensors.
+
+    It does so when TRITON_INTERPRET=1 was set before its import.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def load_triton(module: str) -> str | None:
-    """Imports the Triton kernels of one operator; returns None, or why there are none."""
+    """Import the Triton kernels of one operator; None, or the reason why there are none."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed (it has no wheel for {platform.system()} {platform.machine()}?)"
     try:
@@ -87,7 +95,12 @@ def load_triton(module: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What this module knows of an operator: where its Triton kernels are, and `dtypes(backend, device)` that it takes."""
+    """Facts of an operator by which a backend is chosen.
+
+    Attributes:
+        triton_module: module of its Triton kernels.
+        dtypes: the dtypes that it takes, for a backend and a device type.
+    """
 
     triton_module: str
     dtypes: Callable[[Backend, str], tuple[torch.dtype, ...]]
@@ -97,13 +110,13 @@ _SERVED: dict[str, Served] = {}
 
 
 def register(name: str, served: Served) -> None:
-    """Makes operator `name` known to `choose` and `why_not`."""
+    """Make operator `name` known to `choose` and `why_not`."""
     _SERVED[name] = served
 
 
 @functools.cache
 def why_not(name: str, backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    """None when `backend` can serve operator `name` for tensors of this device type and dtype, else the reason."""
+    """Reason why `backend` cannot serve operator `name` for this device type and dtype, or None."""
     op = _SERVED[name]
     if dtype not in op.dtypes(backend, device):
         return f"{name} on {backend} {device} does not take {dtype}"
@@ -124,8 +137,10 @@ def _kernel_missing(name: str, device: str) -> str | None:
 
 @torch.compiler.assume_constant_result
 def choose(name: str, request: Request, device: str, dtype: torch.dtype) -> Backend:
-    """The backend that runs operator `name`, by its name so that torch.compile may bake the answer in as a
-    constant."""
+    """Backend that runs operator `name`.
+
+    The operator is given by name, so that torch.compile may bake the answer in as a constant.
+    """
     chosen = _CHOICES.get((name, request, device, dtype))
     if chosen is None:
         chosen = _CHOICES[name, request, device, dtype] = _choose(name, request, device, dtype)

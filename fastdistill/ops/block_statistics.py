@@ -1,6 +1,8 @@
-"""What a block does to what flows through it, for pruning scores.
+"""Statistics of the change that a block makes to its input, for pruning scores.
 
 Shapes: B batch, S tokens, D channels.
+
+Kernels: csrc/cpu/features.cpp, csrc/cuda/features.cu, ops/triton/features.py
 """
 
 from __future__ import annotations
@@ -12,40 +14,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops import row_cases
+from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Request
-from fastdistill.ops.feature_kd_loss import FEATURE_CASES, MIN_NORM
-from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_cases import RowCase
+from fastdistill.ops.feature_kd_loss import FEATURE_SHAPES, MIN_NORM
+from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_rows
 
 
 class BlockStatistics(NamedTuple):
-    """Means over the tokens of each sample: (B), or scalars for (S, D); float32, or float64 for float64."""
+    """Means over the tokens of each sample: (B), or scalars for (S, D).
+
+    float32, or float64 for float64.
+    """
 
     cosine: Tensor
-    """Of a token before and after. One minus it is the block influence of ShortGPT (arXiv 2403.03853, equation 1)."""
+    """Cosine of a token before and after the block. One minus the cosine is the block influence of
+    ShortGPT (arXiv 2403.03853, equation 1)."""
     mse: Tensor
-    """Mean squared difference of a token before and after."""
+    """Mean squared difference of a token before and after the block."""
     norm_before: Tensor
-    """Euclidean norm of a token."""
+    """Euclidean norm of a token before the block."""
     norm_after: Tensor
+    """Euclidean norm of a token after the block."""
 
 
 def block_statistics(before: Tensor, after: Tensor, *, backend: Request | None = None) -> BlockStatistics:
-    """Cosine, mean squared difference and norms of the tokens that go into a block and come out of it, in one pass over both.
+    """Cosine, mean squared difference and norms of the tokens before and after a block, in one
+    pass.
 
     Args:
-        before: (B, S, D) or (S, D), float32, bfloat16, float16 or (on CPU) float64. D must be contiguous, the other axes may have any
-            stride.
+        before: (B, S, D) or (S, D), float32, bfloat16, float16 or (on CPU) float64. D must be
+            contiguous, the other axes may have any stride.
         after: like before. Neither has a gradient.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
-    The cosine is `1 - |b / |b| - a / |a||^2 / 2`, summed over the differences, so that of a block which does almost nothing is exact to
-    the last place; norms below 1e-6 count as 1e-6 in it.
+    Returns:
+        Means over the tokens of each sample. The cosine is `1 - |b / |b| - a / |a||^2 / 2`, summed
+        over the differences, so the cosine of a block which does almost nothing is exact to the
+        last place; norms below 1e-6 count as 1e-6 in it.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     return BlockStatistics(*BLOCK_STATISTICS(before.detach(), after.detach(), backend=backend).mean(dim=-1).unbind())
@@ -73,15 +85,15 @@ class BlockStatisticsOp(Operator):
     def bytes_moved(self, before: Tensor, after: Tensor) -> tuple[int, int]:
         return before.nbytes + after.nbytes, 0
 
-    def samples(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments, FEATURE_CASES)
+    def cases(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments, FEATURE_SHAPES)
 
-    def workloads(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments, row_cases.FLUX)
+    def workloads(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments, row_shapes.FLUX)
 
 
-def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    return case.rows(dtype, device).detach(), case.rows(dtype, device).detach()
+def _arguments(shapes: RowShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return shapes.rows(dtype, device).detach(), shapes.rows(dtype, device).detach()
 
 
 BLOCK_STATISTICS = BlockStatisticsOp()

@@ -1,6 +1,8 @@
-"""The loss of distribution matching distillation: the student moves along the difference of two scores.
+"""Loss of distribution matching distillation: the student moves along the difference of two scores.
 
 Shapes: B batch, ... any axes of a sample.
+
+Kernels: csrc/cpu/dmd_loss.cpp, csrc/cuda/dmd_loss.cu, ops/triton/dmd_loss.py
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.backend import Request
-from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
+from fastdistill.ops.op import Case, Operator, accumulator_of, describe
 
 Prediction = Literal["velocity", "x0", "eps", "v"]
 Normaliser = Literal["sample", "batch", "none"]
 GuidanceForm = Literal["uncond", "cond"]
 
-# target = a * x + b * noise, and the sign with which real - fake points from real to fake in x0.
-_TARGETS: dict[str, tuple[float, float, float]] = {"velocity": (-1, 1, 1), "x0": (1, 0, -1), "eps": (0, 1, 1), "v": (0, 0, 1)}
+# target = a * x + b * noise, and the sign with which real - critic points from real to critic in
+# x0.
+_TARGETS: dict[str, tuple[float, float, float]] = {
+    "velocity": (-1, 1, 1),
+    "x0": (1, 0, -1),
+    "eps": (0, 1, 1),
+    "v": (0, 0, 1),
+}
 _NORMALISERS: tuple[Normaliser, ...] = ("sample", "batch", "none")
 
 
@@ -29,7 +37,7 @@ def dmd_loss(
     noise: Tensor,
     cond: Tensor,
     uncond: Tensor | None,
-    fake: Tensor,
+    critic: Tensor,
     *,
     guidance: float = 1.0,
     guidance_form: GuidanceForm = "uncond",
@@ -43,43 +51,56 @@ def dmd_loss(
     nan_to_zero: bool = True,
     backend: Request | None = None,
 ) -> Tensor:
-    """`0.5 * mean(g^2)` with the gradient `g / numel` in x, where `g = (real - fake) / mean |real - target|` up to sign.
+    """`0.5 * mean(g^2)` with the gradient `g / numel` in x, where
+    `g = (real - critic) / mean |real - target|` up to sign.
 
-    The distribution matching gradient of DMD (arXiv 2311.18828, equations 7 and 8) and DMD2 (arXiv 2405.14867): x is what the student
-    generated, `x_t = alpha x + sigma noise`, `real` the guided prediction of the frozen teacher at x_t and `fake` that of the network
-    that follows the student. In the teacher's own parameterisation the time cancels: `target` is what a network would have to predict
-    at x_t to find x, and both differences carry the same factor.
+    The distribution matching gradient of DMD (arXiv 2311.18828, equations 7 and 8) and DMD2 (arXiv
+    2405.14867). x are the student's samples and `x_t = alpha x + sigma noise`. At x_t, `real` is
+    the guided prediction of the frozen teacher and `critic` the prediction of the critic (the
+    paper's fake score), the network that follows the student. In the teacher's own parameterisation
+    the time cancels: `target` is the prediction at x_t that gives x, and both differences carry the
+    same factor.
 
     | `prediction` | target | g points along |
     |---|---|---|
-    | `velocity` | noise - x | real - fake |
-    | `x0` | x | fake - real |
-    | `eps` | noise | real - fake |
-    | `v` | alpha noise - sigma x | real - fake |
+    | `velocity` | noise - x | real - critic |
+    | `x0` | x | critic - real |
+    | `eps` | noise | real - critic |
+    | `v` | alpha noise - sigma x | real - critic |
 
     Args:
-        x: (B, ...), float32, bfloat16, float16 or (on CPU) float64. The only argument with a gradient; all others are constants, as
-            under `no_grad`.
-        noise, cond, fake: like x. Samples that are not contiguous are copied.
-        uncond: the teacher's prediction without the prompt, like x; None where the teacher is guided already.
+        x: (B, ...), float32, bfloat16, float16 or (on CPU) float64. The only argument with a
+            gradient; all others are constants, as under `no_grad`. A sample that is not contiguous
+            is copied, here and in the tensors like x.
+        noise: like x.
+        cond: the teacher's prediction with the prompt, like x.
+        uncond: the teacher's prediction without the prompt, like x; None where the teacher is
+            guided already.
+        critic: the critic's prediction, like x.
         guidance: classifier-free guidance w, unused without uncond.
-        guidance_form: `uncond`: real = u + w (c - u), as FastVideo; `cond`: real = c + w (c - u), as Self-Forcing.
-        prediction: what cond, uncond and fake predict.
-        alpha, sigma: (B), of `v` only.
-        normaliser: the mean of |real - target| over each sample (DMD, DMD2, FastGen), over the batch (FastVideo), or none.
-        eps: added to that mean, in the units of the prediction (FastGen: 1e-6).
+        guidance_form: `uncond`: real = u + w (c - u), as FastVideo; `cond`: real = c + w (c - u),
+            as Self-Forcing.
+        prediction: what cond, uncond and critic predict.
+        alpha, sigma: (B), for `v` only.
+        normaliser: the mean of |real - target| over each sample (DMD, DMD2, FastGen), over the
+            batch (FastVideo), or none.
+        eps: added to the normaliser's mean, in the units of the prediction (FastGen: 1e-6).
         weight: (B), multiplies g.
-        mask: bool, broadcasts to x: g is zero outside it, and means are over what is inside; the normaliser ignores it (Self-Forcing).
-        nan_to_zero: what is not finite in g counts as zero, so that one bad prediction does not end a training run.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        mask: bool, broadcasts to x. g is zero outside the mask, and means are taken inside it; the
+            normaliser ignores the mask (Self-Forcing).
+        nan_to_zero: elements of g that are not finite count as zero, so that one bad prediction
+            does not end a training run.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
-        A scalar, float32 (float64 for float64). Sums are in float32 within chunks and float64 across them, in an order given by the
-        shape alone, so the loss is bitwise repeatable. No value is read back by the host.
+        A scalar, float32 (float64 for float64). Sums are float32 within chunks and float64 across
+        chunks, in an order given by the shape alone, so the loss is bitwise repeatable. The host
+        reads no value back.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape, or options that do not go together; the message
-            says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape, or options do
+            not go together; the message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     if prediction not in _TARGETS:
@@ -109,7 +130,7 @@ def dmd_loss(
         mask = _contiguous_samples(mask.expand_as(x))
     return DMD_LOSS(  # type: ignore[no-any-return]
         _contiguous_samples(x),
-        *(t if t is None else _contiguous_samples(t.detach()) for t in (noise, cond, uncond, fake)),
+        *(t if t is None else _contiguous_samples(t.detach()) for t in (noise, cond, uncond, critic)),
         coefficients,
         weight,
         mask,
@@ -137,19 +158,20 @@ class DmdLoss(Operator):
     name = "dmd_loss"
     triton_module = "fastdistill.ops.triton.dmd_loss"
     schema = (
-        "(Tensor x, Tensor noise, Tensor cond, Tensor? uncond, Tensor fake, Tensor? coefficients, Tensor? weight, Tensor? mask, "
-        "float guidance, float a, float b, float sign, int normaliser, float eps, bool finite) -> (Tensor loss, Tensor factors)"
+        "(Tensor x, Tensor noise, Tensor cond, Tensor? uncond, Tensor critic, "
+        "Tensor? coefficients, Tensor? weight, Tensor? mask, float guidance, float a, float b, float sign, "
+        "int normaliser, float eps, bool finite) -> (Tensor loss, Tensor factors)"
     )
     backward_schema = (
-        "(Tensor grad, Tensor cond, Tensor? uncond, Tensor fake, Tensor? mask, Tensor factors, float guidance, bool finite) -> Tensor"
+        "(Tensor grad, Tensor cond, Tensor? uncond, Tensor critic, Tensor? mask, Tensor factors, float guidance, bool finite) -> Tensor"
     )
-    # The normaliser is a constant of the gradient, and so is real - fake.
+    # The normaliser is a constant of the gradient, and so is real - critic.
     is_derivative = False
 
-    def check(self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, fake: Tensor, *options: Any) -> None:
+    def check(self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, *options: Any) -> None:
         if x.dim() < 1:
             raise ValueError(f"x: expected (B, ...), got {describe(x)}")
-        for name, t in (("noise", noise), ("cond", cond), ("uncond", uncond), ("fake", fake)):
+        for name, t in (("noise", noise), ("cond", cond), ("uncond", uncond), ("critic", critic)):
             if t is None:
                 continue
             if t.shape != x.shape or t.device != x.device:
@@ -163,7 +185,7 @@ class DmdLoss(Operator):
         noise: Tensor,
         cond: Tensor,
         uncond: Tensor | None,
-        fake: Tensor,
+        critic: Tensor,
         coefficients: Tensor | None,
         weight: Tensor | None,
         mask: Tensor | None,
@@ -194,7 +216,7 @@ class DmdLoss(Operator):
                 factor = factor / (distance.mean() + eps)
             if weight is not None:
                 factor = factor * weight.to(wide)
-            difference = real - fake.to(wide)
+            difference = real - critic.to(wide)
             if finite:
                 factor, difference = (torch.where(t.isfinite(), t, 0.0) for t in (factor, difference))
             g = factor.reshape(per_sample) * difference
@@ -214,8 +236,8 @@ class DmdLoss(Operator):
         return cond.new_empty(cond.shape)
 
     def save(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
-        _, _, cond, uncond, fake, _, _, mask, ctx.guidance, *_, ctx.finite = arguments
-        ctx.save_for_backward(cond, uncond, fake, mask, results[1])
+        _, _, cond, uncond, critic, _, _, mask, ctx.guidance, *_, ctx.finite = arguments
+        ctx.save_for_backward(cond, uncond, critic, mask, results[1])
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(grads[0], *ctx.saved_tensors, ctx.guidance, ctx.finite), *(None,) * 14
@@ -224,7 +246,7 @@ class DmdLoss(Operator):
         predictions = 2 if uncond is None else 3
         return (2 + predictions) * x.nbytes, (1 + predictions) * x.nbytes
 
-    def samples(self) -> Sequence[Sample]:
+    def cases(self) -> Sequence[Case]:
         options: dict[str, dict[str, Any]] = {
             "velocity": {},
             "unguided-eps": {"guided": False, "prediction": "eps"},
@@ -234,16 +256,17 @@ class DmdLoss(Operator):
             "masked": {"masked": True, "shape": (3, 40)},
             "masked-unguided": {"masked": True, "guided": False, "shape": (2, 3, 5)},
             "strided": {"strided": True},
-            # One difference may cancel, which says nothing of the implementation; hence eps, and a mean over four.
+            # A single difference may cancel, which says nothing of the implementation; hence eps,
+            # and a mean over four.
             "one-element": {"shape": (1, 1), "eps": 1.0},
             "no-axes": {"shape": (4,), "normaliser": 1},
             "empty-batch": {"shape": (0, 3)},
             "many-chunks": {"shape": (2, 3, 11003), "weighted": True},
         }
-        return tuple(Sample(id=id, make=partial(_arguments, **changes)) for id, changes in options.items())
+        return tuple(Case(id=id, make=partial(_arguments, **changes)) for id, changes in options.items())
 
-    def workloads(self) -> Sequence[Sample]:
-        return (Sample(id="B8-16x128x128", make=partial(_arguments, shape=(8, 16, 128, 128))),)
+    def workloads(self) -> Sequence[Case]:
+        return (Case(id="B8-16x128x128", make=partial(_arguments, shape=(8, 16, 128, 128))),)
 
 
 def _arguments(

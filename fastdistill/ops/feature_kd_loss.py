@@ -1,6 +1,8 @@
-"""The distance between a student's features and a teacher's, for feature distillation.
+"""Distance between a student's features and a teacher's, for feature distillation.
 
 Shapes: B batch, S tokens, D channels.
+
+Kernels: csrc/cpu/features.cpp, csrc/cuda/features.cu, ops/triton/features.py
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops.backend import Request
-from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_cases import FLUX, RowCase
+from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.row_shapes import FLUX, RowShapes
 from fastdistill.ops.rows import check_like, check_rows
 
 FeatureKdKind = Literal["mse", "relative_mse", "cosine", "masked_mse"]
@@ -26,34 +28,40 @@ MASK_SIGMAS = 2.0
 
 
 def feature_kd_loss(student: Tensor, teacher: Tensor, *, kind: FeatureKdKind = "relative_mse", backend: Request | None = None) -> Tensor:
-    """The distance of two sets of features, with its gradient in the student's.
+    """Distance of two sets of features, differentiable in the student's features.
 
     | `kind` | value | source |
     |---|---|---|
     | `mse` | `mean (s - t)^2` | BK-SDM, arXiv 2305.15798, equation 3; KOALA, arXiv 2312.04005 |
-    | `relative_mse` | `sum (s - t)^2 / sum t^2` | divided by the teacher's norm as in LAPTOP-Diff, arXiv 2404.11098, section 3.3 |
+    | `relative_mse` | `sum (s - t)^2 / sum t^2` \
+| divided by the teacher's norm as in LAPTOP-Diff, arXiv 2404.11098, section 3.3 |
     | `cosine` | mean over tokens of `\\|s / \\|s\\| - t / \\|t\\| \\|^2 = 2 - 2 cos` | PPCL's distillation loss |
-    | `masked_mse` | `mean (m_s s - m_t t)^2`, m one within two standard deviations of the sample's mean, else zero | TinyFusion, \
-arXiv 2412.01199, section 3.3 |
+    | `masked_mse` | `mean (m_s s - m_t t)^2`, m one within two standard deviations of the sample's mean, else zero \
+| TinyFusion, arXiv 2412.01199, section 3.3 |
 
-    Features of diffusion transformers differ by orders of magnitude between blocks and between channels: `relative_mse` makes blocks
-    comparable, `cosine` tokens, and `masked_mse` leaves out the few massive activations that otherwise make up most of the distance.
+    Features of diffusion transformers differ by orders of magnitude between blocks and between
+    channels. `relative_mse` makes blocks comparable, and `cosine` makes tokens comparable.
+    `masked_mse` leaves out the few massive activations that otherwise make up most of the distance.
 
     Args:
-        student: (B, S, D) or (S, D), which is one sample; float32, bfloat16, float16 or (on CPU) float64. D must be contiguous, the
-            other axes may have any stride.
+        student: (B, S, D), or (S, D) for one sample; float32, bfloat16, float16 or (on CPU)
+            float64. D must be contiguous, the other axes may have any stride.
         teacher: like student; a constant, as under `no_grad`.
-        kind: see the table. Norms below 1e-6 count as 1e-6, standard deviations are those of the sample itself.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        kind: see the table. Norms below 1e-6 count as 1e-6. Means and standard deviations are taken
+            over each sample.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
-        A scalar, float32 (float64 for float64); zero for empty features. Both tensors are read once each way (`masked_mse` once more for
-        the mean and deviation), and nothing of their size is made but the gradient. Sums are float32
-        within rows and float64 across them (on GPUs float32 within blocks), in an order given by the shape alone, so the loss is
-        bitwise repeatable.
+        A scalar, float32 (float64 for float64); zero for empty features. Both tensors are read once
+        each way (`masked_mse`: once more for the mean and deviation). Nothing of their size is
+        written but the gradient. Sums are float32 within rows and float64 across rows (on GPUs
+        float32 within blocks), in an order given by the shape alone, so the loss is bitwise
+        repeatable.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     if kind not in KINDS:
@@ -101,11 +109,11 @@ class FeatureKdLoss(Operator):
     def bytes_moved(self, student: Tensor, teacher: Tensor, kind: int) -> tuple[int, int]:
         return 2 * student.nbytes, 3 * student.nbytes
 
-    def samples(self) -> Sequence[Sample]:
-        return tuple(Sample(id=f"{kind}-{case.id}", make=partial(_arguments, case, kind)) for kind in KINDS for case in FEATURE_CASES)
+    def cases(self) -> Sequence[Case]:
+        return tuple(Case(id=f"{kind}-{shapes.id}", make=partial(_arguments, shapes, kind)) for kind in KINDS for shapes in FEATURE_SHAPES)
 
-    def workloads(self) -> Sequence[Sample]:
-        return tuple(Sample(id=f"{kind}-{FLUX[-1].id}", make=partial(_arguments, FLUX[-1], kind)) for kind in KINDS)
+    def workloads(self) -> Sequence[Case]:
+        return tuple(Case(id=f"{kind}-{FLUX[-1].id}", make=partial(_arguments, FLUX[-1], kind)) for kind in KINDS)
 
 
 def _near_the_mean(f: Tensor) -> Tensor:
@@ -115,26 +123,26 @@ def _near_the_mean(f: Tensor) -> Tensor:
 
 
 def _kept(student: Tensor, kind: int) -> int:
-    """How many accumulators the forward op keeps for the backward: see csrc/common/feature_arguments.h."""
+    """Number of accumulators that the forward op keeps for the backward op, as in
+    `csrc/common/feature_arguments.h`."""
     B, S = student.shape[:2] if student.dim() == 3 else (1, student.shape[0])
     return (0, 1, 3 * B * S, 4 * B)[kind]
 
 
-# Shapes and strides; the modulations of these cases are not drawn.
-FEATURE_CASES = (
-    RowCase(id="B2-S5-D7", x=(2, 5, 7), modulation=()),
-    RowCase(id="B3-S37-D33", x=(3, 37, 33), modulation=()),
-    RowCase(id="S6-D48", x=(6, 48), modulation=()),
-    RowCase(id="B2-S21-D96-strided", x=(2, 21, 96), modulation=(), strided=True),
-    RowCase(id="B1-S5-D64-offset100", x=(1, 5, 64), modulation=(), offset=100.0),
-    RowCase(id="B1-S1-D2", x=(1, 1, 2), modulation=()),
-    RowCase(id="B2-S0-D8", x=(2, 0, 8), modulation=()),
-    RowCase(id="B0-S4-D8", x=(0, 4, 8), modulation=()),
+FEATURE_SHAPES = (
+    RowShapes(id="B2-S5-D7", x=(2, 5, 7)),
+    RowShapes(id="B3-S37-D33", x=(3, 37, 33)),
+    RowShapes(id="S6-D48", x=(6, 48)),
+    RowShapes(id="B2-S21-D96-strided", x=(2, 21, 96), strided=True),
+    RowShapes(id="B1-S5-D64-offset100", x=(1, 5, 64), offset=100.0),
+    RowShapes(id="B1-S1-D2", x=(1, 1, 2)),
+    RowShapes(id="B2-S0-D8", x=(2, 0, 8)),
+    RowShapes(id="B0-S4-D8", x=(0, 4, 8)),
 )
 
 
-def _arguments(case: RowCase, kind: FeatureKdKind, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    return case.rows(dtype, device), case.rows(dtype, device).detach(), KINDS.index(kind)
+def _arguments(shapes: RowShapes, kind: FeatureKdKind, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return shapes.rows(dtype, device), shapes.rows(dtype, device).detach(), KINDS.index(kind)
 
 
 FEATURE_KD_LOSS = FeatureKdLoss()

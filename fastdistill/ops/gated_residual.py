@@ -1,6 +1,8 @@
-"""The gated residual of a DiT block: x + gate * y.
+"""Gated residual of a DiT block: x + gate * y.
 
 Shapes: B batch, S tokens, D channels.
+
+Kernels: csrc/cpu/gated_residual.cpp, csrc/cuda/gated_residual.cu, ops/triton/gated_residual.py
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import row_cases
+from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Request
-from fastdistill.ops.op import Operator, Sample
-from fastdistill.ops.row_cases import RowCase
+from fastdistill.ops.op import Case, Operator
+from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_modulation, check_rows, contiguous_rows, over_rows
 
 FLOAT16_LIMIT = 65504.0
@@ -24,36 +26,40 @@ FLOAT16_LIMIT = 65504.0
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, clip: bool = False, backend: Request | None = None) -> Tensor:
     """`x + gate * y`, where y is what a block's attention or feed-forward adds to its stream x.
 
-    The residual of adaLN-Zero, arXiv 2212.09748, section 3.2, as in every FLUX block of diffusers. Differentiable in x, y and gate.
+    The residual of adaLN-Zero, arXiv 2212.09748, section 3.2, as in every FLUX block of diffusers.
+    Differentiable in x, y and gate.
 
     Args:
-        x, y: (B, S, D) or (S, D) of one dtype, float32, bfloat16, float16 or (on CPU) float64. D must be contiguous, the other
-            axes may have any stride.
-        gate: (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for an (S, D) x: (D) or (S, D). The dtype of x, or float32 beside
-            a bfloat16 or float16 x.
-        clip: clamp the sum to +-65504, as diffusers' blocks do in float16 to keep it finite. An element on the limit passes no
-            gradient.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        x, y: (B, S, D) or (S, D) of one dtype, float32, bfloat16, float16 or (on CPU) float64. D
+            must be contiguous, the other axes may have any stride.
+        gate: (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for an (S, D) x: (D) or (S, D). The
+            dtype of x, or float32 for a bfloat16 or float16 x.
+        clip: clamp the sum to +-65504, as diffusers' blocks do in float16 to keep it finite. An
+            element on the limit passes no gradient.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
         A contiguous tensor (eager: strided as torch pleases) of the shape and dtype of x.
 
-    Products and sums are float32 (float64 for float64), rounded once at the end. The gradient of gate is summed over tokens in an
-    order given by the shape alone, so it is bitwise repeatable.
+    Products and sums are float32 (float64 for float64), rounded once at the end. The gradient of
+    gate is summed over tokens in an order given by the shape alone, so it is bitwise repeatable.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     return GATED_RESIDUAL(x, y, gate, clip_limit(clip), backend=backend)  # type: ignore[no-any-return]
 
 
 def clip_limit(clip: bool) -> float:
+    """Largest magnitude of a sum that is clipped, or infinity."""
     return FLOAT16_LIMIT if clip else math.inf
 
 
 def residual_sum(x: Tensor, y: Tensor, gate: Tensor, clip: float) -> Tensor:
-    """The formula in plain PyTorch."""
+    """Formula of the gated residual in plain PyTorch."""
     h = (x + over_rows(gate, x) * y).to(x.dtype)
     return h if math.isinf(clip) else h.clamp(-clip, clip)
 
@@ -86,7 +92,8 @@ class GatedResidual(Operator):
         y, gate, *out = ctx.saved_tensors
         dx = contiguous_rows(grads[0])
         if out:
-            # Not in the kernel: float16 without autocast is rare, and dx is the incoming gradient itself everywhere else.
+            # Not in the kernel: float16 without autocast is rare, and in every other case dx is the
+            # incoming gradient itself.
             dx = dx.masked_fill(out[0].abs() >= ctx.clip, 0.0)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return dx, None, None, None
@@ -97,15 +104,15 @@ class GatedResidual(Operator):
     def bytes_moved(self, x: Tensor, y: Tensor, gate: Tensor, clip: float) -> tuple[int, int]:
         return 3 * x.nbytes + gate.nbytes, 3 * x.nbytes + 2 * gate.nbytes
 
-    def samples(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments)
+    def cases(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments)
 
-    def workloads(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments, row_cases.FLUX)
+    def workloads(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments, row_shapes.FLUX)
 
 
-def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    return case.rows(dtype, device), case.rows(dtype, device), *case.modulations(1, dtype, device), math.inf
+def _arguments(shapes: RowShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return shapes.rows(dtype, device), shapes.rows(dtype, device), *shapes.modulations(1, dtype, device), math.inf
 
 
 GATED_RESIDUAL = GatedResidual()

@@ -1,6 +1,8 @@
-"""The step between the two halves of a DiT block: the gated residual, then the adaptive layer norm of the sum.
+"""Gated residual and adaptive layer norm of the sum, between the halves of a DiT block.
 
 Shapes: B batch, S tokens, D channels.
+
+Kernels: csrc/cpu/adaln.cpp, csrc/cuda/adaln.cu, ops/triton/adaln.py
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import row_cases
+from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Request
 from fastdistill.ops.gated_residual import clip_limit, residual_sum
 from fastdistill.ops.modulate import MODULATE
-from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_cases import RowCase
-from fastdistill.ops.rows import check_beside, check_like, check_modulation, check_rows, contiguous_rows
+from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.row_shapes import RowShapes
+from fastdistill.ops.rows import check_like, check_modulation, check_rows, check_same_modulation, contiguous_rows
 
 
 def gated_residual_modulate(
@@ -34,27 +36,31 @@ def gated_residual_modulate(
 ) -> tuple[Tensor, Tensor]:
     """`h = x + gate * y` and `LN(h) * (1 + scale) + shift`, in one pass each way.
 
-    The chain of adaLN-Zero, arXiv 2212.09748, section 3.2: :func:`gated_residual`, then :func:`modulate`. In a FLUX double block
-    gate, scale and shift are `gate_msa`, `scale_mlp` and `shift_mlp`. Differentiable in x, y, gate, scale and shift.
+    The chain of adaLN-Zero, arXiv 2212.09748, section 3.2: `gated_residual`, then `modulate`. In a
+    FLUX double block gate, scale and shift are `gate_msa`, `scale_mlp` and `shift_mlp`.
+    Differentiable in x, y, gate, scale and shift.
 
     Args:
-        x, y: (B, S, D) or (S, D) of one dtype, float32, bfloat16, float16 or (on CPU) float64. D must be contiguous, the other
-            axes may have any stride.
-        gate, scale, shift: of one shape, (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for an (S, D) x: (D) or (S, D). The
-            dtype of x, or float32 beside a bfloat16 or float16 x.
+        x, y: (B, S, D) or (S, D) of one dtype, float32, bfloat16, float16 or (on CPU) float64. D
+            must be contiguous, the other axes may have any stride.
+        gate, scale, shift: all of one shape, (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for
+            an (S, D) x: (D) or (S, D). The dtype of x, or float32 for a bfloat16 or float16 x.
         eps: added to the variance.
-        clip: clamp h to +-65504, as diffusers' blocks do in float16. An element on the limit passes no gradient.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        clip: clamp h to +-65504, as diffusers' blocks do in float16. An element on the limit passes
+            no gradient.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
-        h and the modulated norm, contiguous (eager: strided as torch pleases), of the shape and dtype of x. The norm is that of h
-        as it is returned, rounded to its dtype.
+        h and the modulated norm, contiguous (eager: strided as torch pleases), of the shape and
+        dtype of x. The norm is taken of h as it is returned, rounded to its dtype.
 
-    Statistics and sums are float32 (float64 for float64). The gradients of gate, scale and shift are summed over tokens in an order
-    given by the shape alone, so they are bitwise repeatable.
+    Statistics and sums are float32 (float64 for float64). The gradients of gate, scale and shift
+    are summed over tokens in an order given by the shape alone, so they are bitwise repeatable.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     return GATED_RESIDUAL_MODULATE(x, y, gate, scale, shift, eps, clip_limit(clip), backend=backend)  # type: ignore[no-any-return]
@@ -74,8 +80,8 @@ class GatedResidualModulate(Operator):
         check_rows("x", x)
         check_like("y", y, x)
         check_modulation("gate", gate, x)
-        check_beside("scale", scale, "gate", gate)
-        check_beside("shift", shift, "gate", gate)
+        check_same_modulation("scale", scale, "gate", gate)
+        check_same_modulation("shift", shift, "gate", gate)
 
     def reference(self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: float) -> tuple[Tensor, Tensor]:
         h = residual_sum(x, y, gate, clip)
@@ -118,15 +124,15 @@ class GatedResidualModulate(Operator):
         modulation = gate.nbytes + scale.nbytes + shift.nbytes
         return 4 * x.nbytes + modulation, 6 * x.nbytes + modulation + gate.nbytes + scale.nbytes
 
-    def samples(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments)
+    def cases(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments)
 
-    def workloads(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments, row_cases.FLUX)
+    def workloads(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments, row_shapes.FLUX)
 
 
-def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    return case.rows(dtype, device), case.rows(dtype, device), *case.modulations(3, dtype, device), 1e-6, math.inf
+def _arguments(shapes: RowShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return shapes.rows(dtype, device), shapes.rows(dtype, device), *shapes.modulations(3, dtype, device), 1e-6, math.inf
 
 
 GATED_RESIDUAL_MODULATE = GatedResidualModulate()

@@ -1,4 +1,4 @@
-"""What the operators on heads share: checks of (B, S, H, d) arguments, the RMS norm and the rotation in plain PyTorch."""
+"""Checks, RMS norm and rotation in plain PyTorch, for every operator on heads, (B, S, H, d)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fastdistill.ops.rows import check_contiguous
 
 Pairing = Literal["adjacent", "half"]
 
-# The kernels hold the position's cosines and sines of a head.
+# The kernels hold the cosines and sines of a position, one for each channel of a head.
 MAX_HEAD_SIZE = 512
 
 
 def is_adjacent(pairing: Pairing) -> bool:
+    """Whether a pairing is `adjacent`; raises `ValueError` if it is neither that nor `half`."""
     if pairing not in ("adjacent", "half"):
         raise ValueError(f"pairing: expected adjacent or half, got {pairing!r}")
     return pairing == "adjacent"
@@ -58,25 +59,31 @@ def check_tables(cos: Tensor | None, sin: Tensor | None, tokens: int, q: Tensor)
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape not in ((tokens, d), (tokens, d // 2)) or t.shape != cos.shape or t.device != q.device:
             expected = f"({tokens}, {d}) or ({tokens}, {d // 2})"
-            raise ValueError(f"{name}: expected {expected}, cos and sin alike, on {q.device}, got {describe(t)}")
+            raise ValueError(f"{name}: expected {expected}, cos and sin the same, on {q.device}, got {describe(t)}")
         if t.dtype != table:
-            raise TypeError(f"{name}: expected {table} beside q of {q.dtype}, got {describe(t)}")
+            raise TypeError(f"{name}: expected {table} for q of {q.dtype}, got {describe(t)}")
         if t.requires_grad:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach it")
         check_contiguous(name, t)
 
 
 def unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
-    """Queries, keys and values; without k and v, q is all three, (B, S, 3, H, d)."""
+    """Queries, keys and values; without k and v, q holds all three, (B, S, 3, H, d)."""
     return q.unbind(2) if k is None or v is None else (q, k, v)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight if weight.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], weight, eps)
+    """RMS norm of every head of (B, S, H, d), times the weight (d)."""
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, adjacent: bool) -> Tensor:
-    """The rotation of (B, S, H, d) by tables (S, d) or (S, d / 2), in their dtype; x itself without them."""
+    """Rotation of (B, S, H, d) by tables (S, d) or (S, d / 2), in the dtype of the tables.
+
+    Without tables, x itself.
+    """
     if cos is None or sin is None:
         return x
     if cos.shape[-1] < x.shape[-1]:

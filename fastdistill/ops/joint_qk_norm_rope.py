@@ -1,6 +1,8 @@
-"""Queries, keys and values of two streams ready for joint attention: a norm of each, the rotation, and no concatenation.
+"""Queries, keys and values of two streams for joint attention: norms, rotation, no concatenation.
 
 Shapes: B batch, T text tokens, I image tokens, H heads, d head size.
+
+Kernels: csrc/cpu/norm_rope.cpp, csrc/cuda/norm_rope.cu, ops/triton/qk_norm_rope.py
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fastdistill.ops.heads import (
     rotated,
     unpacked,
 )
-from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
+from fastdistill.ops.op import Case, Operator, accumulator_of, describe
 from fastdistill.ops.rows import contiguous_rows
 
 HeadStream = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -44,28 +46,35 @@ def joint_qk_norm_rope(
     pairing: Pairing = "adjacent",
     backend: Request | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`qk_norm_rope` of a text and an image stream, each with its own weights, written straight into joint q, k and v, text first.
+    """`qk_norm_rope` of a text and an image stream, each with its own weights, written into joint
+    q, k and v, text first.
 
-    What the double blocks of FLUX and SD3 (MMDiT, arXiv 2403.03206, figure 2) do between their projections and attention in four
-    norms, three concatenations and two rotations is one pass each way. The backward pass writes the gradients of either stream, packed
-    where it came packed. Differentiable in both streams and all weights.
+    Between their projections and attention, the double blocks of FLUX and SD3 (MMDiT, arXiv
+    2403.03206, figure 2) compute four norms, three concatenations and two rotations. Here they are
+    one pass each way. The backward pass packs the gradients of a stream that came packed.
+    Differentiable in both streams and all weights.
 
     Args:
-        text, image: (q, k, v), each (B, T or I, H, d), or one packed (B, T or I, 3, H, d) as a fused projection gives it. Of one dtype,
-            float32, bfloat16, float16 or (on CPU) float64; k and v may have fewer heads. d must be contiguous, even and at most 512;
-            the other axes may have any stride. Which stream is which is only a matter of names and order: a model that puts its image
-            first passes it first.
-        text_weights, image_weights: the weights of (q, k), each (d), all of the dtype of the streams, or all float32 beside 16 bits.
-        cos, sin: (T + I, d) or (T + I, d / 2), as in :func:`qk_norm_rope`; or None, where positions are not in the heads (SD3).
+        text, image: (q, k, v), each (B, T or I, H, d), or one packed (B, T or I, 3, H, d) as a
+            fused projection gives it. All of one dtype, float32, bfloat16, float16 or (on CPU)
+            float64; k and v may have fewer heads. d must be contiguous, even and at most 512; the
+            other axes may have any stride. The names only give the order: a model that puts its
+            image first passes it first.
+        text_weights, image_weights: the weights of (q, k), each (d), all in the dtype of the
+            streams, or all float32 for 16-bit streams.
+        cos, sin: (T + I, d) or (T + I, d / 2), as in `qk_norm_rope`; None where the heads hold no
+            positions (SD3).
         eps: added to the mean square.
-        pairing: as in :func:`qk_norm_rope`.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        pairing: as in `qk_norm_rope`.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
         q, k and v, contiguous (B, T + I, H, d).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     return JOINT_QK_NORM_ROPE(  # type: ignore[no-any-return]
@@ -168,16 +177,20 @@ class JointQkNormRope(Operator):
         heads = sum(t.nbytes for t in streams)
         values = sum(unpacked(*arguments[i : i + 3])[2].nbytes for i in (0, 3))
         tables = 0 if arguments[10] is None else 2 * arguments[10].nbytes
-        # Backward reads the gradients and, of q and k only, the inputs.
+        # The backward op reads the gradients, and q and k of the inputs.
         return 2 * heads + tables, 3 * heads - values + tables
 
-    def samples(self) -> Sequence[Sample]:
-        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+    def cases(self) -> Sequence[Case]:
+        return tuple(Case(id=shapes.id, make=partial(_arguments, shapes)) for shapes in SHAPES)
 
-    def workloads(self) -> Sequence[Sample]:
-        # 512 text tokens beside a 512 and a 1024 pixel image, less at the smaller size as FLUX.1-schnell has.
+    def workloads(self) -> Sequence[Case]:
+        # A 512 and a 1024 pixel image; with the smaller one fewer text tokens, as in
+        # FLUX.1-schnell.
         return tuple(
-            Sample(id=f"B1-T{T}-I{S}-H24-d128", make=partial(_arguments, JointCase(id="", heads=(1, 24, 128), text=T, image=S)))
+            Case(
+                id=f"B1-T{T}-I{S}-H24-d128",
+                make=partial(_arguments, JointShapes(id="", heads=(1, 24, 128), text=T, image=S)),
+            )
             for T, S in ((128, 1024), (512, 4096))
         )
 
@@ -198,53 +211,56 @@ def _check_stream(name: str, q: Tensor, k: Tensor | None, v: Tensor | None) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointCase:
-    """Shapes of one sample."""
+class JointShapes:
+    """Shapes and layouts of the arguments of one case."""
 
     id: str
     heads: tuple[int, int, int]
-    """B, H, d"""
+    """B, H and d."""
     text: int
     image: int
     k_heads: int | None = None
     adjacent: bool = True
     tables: Literal["full", "compact", "none"] = "full"
     layout: Literal["contiguous", "packed", "transposed", "mixed"] = "contiguous"
-    """packed: one tensor for each stream; transposed: (B, H, S, d) in memory; mixed: the text packed, the image not."""
+    """`packed`: one tensor for each stream; `transposed`: (B, H, S, d) in memory; `mixed`: the text
+    packed, the image not."""
     wide: bool = False
-    """Weights in float32 beside narrower streams."""
+    """Weights in float32 for narrower streams."""
 
 
-CASES = (
-    JointCase(id="B2-T3-I5-H3-d8", heads=(2, 3, 8), text=3, image=5),
-    JointCase(id="B2-T3-I5-H3-d8-packed", heads=(2, 3, 8), text=3, image=5, layout="packed"),
-    JointCase(id="B2-T4-I7-H2-d64-mixed-half-compact", heads=(2, 2, 64), text=4, image=7, layout="mixed", adjacent=False, tables="compact"),
-    JointCase(id="B1-T2-I9-H4-k2-d96-transposed", heads=(1, 4, 96), text=2, image=9, k_heads=2, layout="transposed"),
-    JointCase(id="B2-T5-I13-H2-d128-packed-none", heads=(2, 2, 128), text=5, image=13, layout="packed", tables="none"),
-    JointCase(id="B1-T3-I2-H1-d6-wide", heads=(1, 1, 6), text=3, image=2, wide=True),
-    JointCase(id="B1-T0-I4-H2-d8", heads=(1, 2, 8), text=0, image=4),
-    JointCase(id="B2-T3-I0-H2-d8-packed", heads=(2, 2, 8), text=3, image=0, layout="packed"),
-    JointCase(id="B0-T3-I2-H2-d8", heads=(0, 2, 8), text=3, image=2),
+SHAPES = (
+    JointShapes(id="B2-T3-I5-H3-d8", heads=(2, 3, 8), text=3, image=5),
+    JointShapes(id="B2-T3-I5-H3-d8-packed", heads=(2, 3, 8), text=3, image=5, layout="packed"),
+    JointShapes(
+        id="B2-T4-I7-H2-d64-mixed-half-compact", heads=(2, 2, 64), text=4, image=7, layout="mixed", adjacent=False, tables="compact"
+    ),
+    JointShapes(id="B1-T2-I9-H4-k2-d96-transposed", heads=(1, 4, 96), text=2, image=9, k_heads=2, layout="transposed"),
+    JointShapes(id="B2-T5-I13-H2-d128-packed-none", heads=(2, 2, 128), text=5, image=13, layout="packed", tables="none"),
+    JointShapes(id="B1-T3-I2-H1-d6-wide", heads=(1, 1, 6), text=3, image=2, wide=True),
+    JointShapes(id="B1-T0-I4-H2-d8", heads=(1, 2, 8), text=0, image=4),
+    JointShapes(id="B2-T3-I0-H2-d8-packed", heads=(2, 2, 8), text=3, image=0, layout="packed"),
+    JointShapes(id="B0-T3-I2-H2-d8", heads=(0, 2, 8), text=3, image=2),
 )
 
 
-def _arguments(case: JointCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    B, H, d = case.heads
+def _arguments(shapes: JointShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    B, H, d = shapes.heads
 
     def stream(tokens: int, packed: bool) -> list[Tensor | None]:
         if packed:
             return [torch.randn(B, tokens, 3, H, d, device=device).to(dtype).requires_grad_(), None, None]
-        heads = (H, case.k_heads or H, case.k_heads or H)
-        if case.layout == "transposed":
+        heads = (H, shapes.k_heads or H, shapes.k_heads or H)
+        if shapes.layout == "transposed":
             return [torch.randn(B, h, tokens, d, device=device).to(dtype).transpose(1, 2).requires_grad_() for h in heads]
         return [torch.randn(B, tokens, h, d, device=device).to(dtype).requires_grad_() for h in heads]
 
-    kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
+    kept = torch.float32 if shapes.wide and dtype != torch.float64 else dtype
     weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(4)]
-    width = {"full": d, "compact": d // 2, "none": 0}[case.tables]
-    tables = [torch.randn(case.text + case.image, width, device=device).to(accumulator_of(dtype)) if width else None for _ in range(2)]
-    text, image = stream(case.text, case.layout in ("packed", "mixed")), stream(case.image, case.layout == "packed")
-    return *text, *image, *weights, *tables, 1e-6, case.adjacent
+    width = {"full": d, "compact": d // 2, "none": 0}[shapes.tables]
+    tables = [torch.randn(shapes.text + shapes.image, width, device=device).to(accumulator_of(dtype)) if width else None for _ in range(2)]
+    text, image = stream(shapes.text, shapes.layout in ("packed", "mixed")), stream(shapes.image, shapes.layout == "packed")
+    return *text, *image, *weights, *tables, 1e-6, shapes.adjacent
 
 
 JOINT_QK_NORM_ROPE = JointQkNormRope()

@@ -1,6 +1,8 @@
 """Adaptive layer-norm modulation: LN(x) * (1 + scale) + shift.
 
 Shapes: B batch, S tokens, D channels.
+
+Kernels: csrc/cpu/adaln.cpp, csrc/cuda/adaln.cu, ops/triton/adaln.py
 """
 
 from __future__ import annotations
@@ -12,34 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops import row_cases
+from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Request
-from fastdistill.ops.op import Operator, Sample, accumulator_of
-from fastdistill.ops.row_cases import RowCase
-from fastdistill.ops.rows import check_beside, check_modulation, check_rows, contiguous_rows, over_rows
+from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.row_shapes import RowShapes
+from fastdistill.ops.rows import check_modulation, check_rows, check_same_modulation, contiguous_rows, over_rows
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend: Request | None = None) -> Tensor:
-    """`LN(x) * (1 + scale) + shift`, where `LN(x) = (x - mean) / sqrt(var + eps)` over D, without affine.
+    """`LN(x) * (1 + scale) + shift`, where `LN(x) = (x - mean) / sqrt(var + eps)` over D, without
+    affine.
 
-    The adaptive layer norm (adaLN) of DiT, arXiv 2212.09748, section 3.2, as diffusers computes it in
-    `AdaLayerNormZero`, `AdaLayerNormContinuous` and every FLUX block. Differentiable in x, scale and shift.
+    The adaptive layer norm (adaLN) of DiT, arXiv 2212.09748, section 3.2, as diffusers computes it
+    in `AdaLayerNormZero`, `AdaLayerNormContinuous` and every FLUX block. Differentiable in x, scale
+    and shift.
 
     Args:
-        x: (B, S, D) or (S, D), float32, bfloat16, float16 or (on CPU) float64. D must be contiguous, the
-            other axes may have any stride.
-        scale, shift: of one shape, (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for an (S, D) x: (D) or
-            (S, D). The dtype of x, or float32 beside a bfloat16 or float16 x: a modulation kept in float32
-            is not rounded.
+        x: (B, S, D) or (S, D), float32, bfloat16, float16 or (on CPU) float64. D must be
+            contiguous, the other axes may have any stride.
+        scale, shift: both of one shape, (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for an (S,
+            D) x: (D) or (S, D). The dtype of x, or float32 for a bfloat16 or float16 x: a
+            modulation kept in float32 is not rounded.
         eps: added to the variance.
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
         A contiguous tensor (eager: strided as torch pleases) of the shape and dtype of x.
 
-    Statistics and sums are float32 (float64 for float64), rounded once at the end. The gradients of scale and
-    shift are summed over tokens in an order given by the shape alone, so they are bitwise repeatable. The
-    gradients themselves cannot be differentiated, except on `eager`.
+    Statistics and sums are float32 (float64 for float64), rounded once at the end. The gradients of
+    scale and shift are summed over tokens in an order given by the shape alone, so they are bitwise
+    repeatable. The gradients themselves cannot be differentiated, except on `eager`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
@@ -52,10 +57,15 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, back
 def modulate_for_two(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend: Request | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`modulate` for a result with two consumers, as in a FLUX single block, where it feeds attention and feed-forward.
+    """`modulate` for a result with two consumers, as in a FLUX single block, where the result feeds
+    attention and feed-forward.
 
-    The two tensors are one in memory; change neither in place. Give one to each consumer: their gradients then arrive apart and the
-    backward pass adds them in float32 on its way, where autograd would first write their sum, rounded.
+    The two tensors share one memory; change neither in place. Give one to each consumer: the two
+    gradients then arrive apart and the backward pass adds them in float32, where autograd would
+    first write their sum, rounded. Arguments and errors are those of `modulate`.
+
+    Returns:
+        Two contiguous tensors on one memory, of the shape and dtype of x.
     """
     return MODULATE_FOR_TWO(x, scale, shift, eps, backend=backend)  # type: ignore[no-any-return]
 
@@ -71,14 +81,14 @@ class Modulate(Operator):
     def check(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
         check_rows("x", x)
         check_modulation("scale", scale, x)
-        check_beside("shift", shift, "scale", scale)
+        check_same_modulation("shift", shift, "scale", scale)
 
     def reference(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:], eps=eps)
         return (normed * (1 + over_rows(scale, x)) + over_rows(shift, x)).to(x.dtype)
 
     def fake(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        # stats is (2, ...): mean and 1/sqrt(var + eps) of every row.
+        # stats is (2, ...): mean and 1 / sqrt(var + eps) of every row.
         return x.new_empty(x.shape), x.new_empty((2, *x.shape[:-1]), dtype=accumulator_of(x.dtype))
 
     def fake_backward(self, grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,15 +108,15 @@ class Modulate(Operator):
         rows, modulation = x.nbytes, scale.nbytes + shift.nbytes
         return 2 * rows + modulation, 3 * rows + modulation + scale.nbytes
 
-    def samples(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments)
+    def cases(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments)
 
-    def workloads(self) -> Sequence[Sample]:
-        return row_cases.samples(_arguments, row_cases.FLUX)
+    def workloads(self) -> Sequence[Case]:
+        return row_shapes.cases(_arguments, row_shapes.FLUX)
 
 
 class ModulateForTwo(Modulate):
-    """The same values; its backward op adds the gradients of two consumers itself."""
+    """Modulation whose backward op adds the gradients of two consumers."""
 
     name = "modulate_for_two"
     backward_schema = (
@@ -132,8 +142,8 @@ class ModulateForTwo(Modulate):
         return forward, backward + x.nbytes
 
 
-def _arguments(case: RowCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    return case.rows(dtype, device), *case.modulations(2, dtype, device), 1e-6
+def _arguments(shapes: RowShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return shapes.rows(dtype, device), *shapes.modulations(2, dtype, device), 1e-6
 
 
 MODULATE = Modulate()

@@ -1,19 +1,23 @@
-"""The contract of an operator.
+"""Contract of an operator.
 
-An operator is one object: a schema, a reference in plain PyTorch, the shapes of its results, its gradient,
-and the samples and workloads on which tests and benchmarks try it. A subclass states those; this file
-registers them with torch and runs the chosen backend.
+An operator is one object: a schema, a reference in plain PyTorch, the shapes of its results, its
+gradient, the cases on which tests try it and the workloads on which benchmarks measure it. A
+subclass states these; this file registers them with torch and runs the chosen backend.
 
-Registered are `fastdistill::<name>` and `fastdistill::<name>_backward`, implemented by the compiled library
-for CPU and CUDA tensors, and their `triton` overloads. The `eager` backend is the reference itself,
-differentiated by autograd and visible to torch.compile.
+Torch knows an operator as `fastdistill::<name>` and `fastdistill::<name>_backward`, which the
+compiled library implements for CPU and CUDA tensors, and by the `triton` overloads of both. The
+`eager` backend is the reference itself, differentiated by autograd and visible to torch.compile.
+
+One kernel file serves a family of operators. A line `Kernels: ...` in the docstring of an
+operator's file names its kernel files, relative to the repository (`csrc`) or to the package
+(`ops/triton`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,79 +30,88 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One set of arguments. `make(dtype, device)` draws them from torch's global generator; the tensors among
-    them that require a gradient are the ones whose gradients the suite compares."""
+class Case:
+    """One set of arguments, drawn by `make(dtype, device)` from torch's global generator.
+
+    The suite compares the gradients of the tensors among the arguments that require a gradient.
+    """
 
     id: str
     make: Callable[[torch.dtype, torch.device], Sequence[Any]]
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Operator(ABC):
-    """See the module docstring. `arguments` below are always the positional arguments of `schema`."""
+    """A fused operator. Its methods take the positional arguments of `schema` as `arguments`.
+
+    A subclass is constructed once, which enters it in `OPERATORS` and registers it with torch.
+
+    Attributes:
+        name: name of the operator and of its public function.
+        schema: arguments and results of the forward op.
+        backward_schema: arguments and results of the backward op; None without a gradient.
+        triton_module: module of the Triton kernels.
+        visible_results: number of leading results of the forward op that the caller receives. The
+            other results are saved for the backward op.
+        is_derivative: False where the gradient is by definition not the derivative of the value.
+    """
 
     name: ClassVar[str]
     schema: ClassVar[str]
     backward_schema: ClassVar[str | None] = None
-    # Where its Triton kernels are.
     triton_module: ClassVar[str]
-    # How many leading results of the forward op the caller receives; the rest is saved for the backward op.
     visible_results: ClassVar[int] = 1
-    # False where the gradient is by definition another than the derivative of the value.
     is_derivative: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, *arguments: Any) -> None:
-        """Raises `TypeError` or `ValueError` naming the argument at fault and what was expected."""
+        """Raise `TypeError` or `ValueError` naming the argument at fault and what was expected."""
 
     @abstractmethod
     def reference(self, *arguments: Any) -> Any:
-        """The formula in plain, differentiable PyTorch, for any floating dtype."""
+        """Formula in plain, differentiable PyTorch, for any floating dtype."""
 
     @abstractmethod
     def fake(self, *arguments: Any) -> Any:
         """Results of the forward op with the right shape, dtype and strides, and no values."""
 
     @abstractmethod
-    def samples(self) -> Sequence[Sample]:
-        """Small arguments that reach every branch: broadcasts, strides, odd and empty sizes."""
+    def cases(self) -> Sequence[Case]:
+        """Small cases that reach every branch: broadcasts, strides, odd and empty sizes."""
 
     @abstractmethod
-    def workloads(self) -> Sequence[Sample]:
-        """Arguments at the sizes that models have, for the benchmark."""
+    def workloads(self) -> Sequence[Case]:
+        """Cases of the sizes that models have, for the benchmark."""
 
     @abstractmethod
     def bytes_moved(self, *arguments: Any) -> tuple[int, int]:
         """Bytes that a perfect forward and a perfect backward must read and write."""
 
     def fake_backward(self, *arguments: Any) -> Any:
+        """Results of the backward op with the right shape, dtype and strides, and no values."""
         raise NotImplementedError(f"{self.name} has no backward op")
 
     def save(self, ctx: Any, arguments: tuple[Any, ...], results: Any) -> None:  # noqa: B027
-        """Saves on the autograd context what `backward` needs; `results` are those of the forward op."""
+        """Save on the autograd context what `backward` needs; the forward op gave `results`."""
 
     def visible(self, results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """What the caller receives of the results of the forward op."""
+        """Part of the forward op's results that the caller receives."""
         return results[0] if self.visible_results == 1 else tuple(results[: self.visible_results])
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """One gradient or None per argument of `schema`, computed by `backward_op`."""
+        """One gradient or None for each argument of `schema`, computed by `backward_op`."""
         raise NotImplementedError(f"{self.name} has no backward op")
 
     def dtypes(self, backend: Backend, device: str) -> tuple[torch.dtype, ...]:
-        """Dtypes that a backend serves. float64 is for checking gradients, so only the CPU has it."""
+        """Dtypes that a backend serves; float64, for checking gradients, on the CPU alone."""
         double = backend == "eager" or (backend == "native" and device == "cpu")
         return (*FLOATS, torch.float64) if double else FLOATS
-
-    # -------------------------------------------------------------------------------------------------
-    # registration
 
     @property
     def qualified_name(self) -> str:
         return f"{NAMESPACE}::{self.name}"
 
     def __init__(self) -> None:
+        OPERATORS[self.name] = self
         backends.register(self.name, backends.Served(triton_module=self.triton_module, dtypes=self.dtypes))
         self._run: dict[str, Callable[..., Any]] = {"eager": self.reference}
         self._run_with_grad: dict[str, Callable[..., Any]] = {"eager": self.reference}
@@ -119,8 +132,8 @@ class Operator(ABC):
     def _differentiable(self, forward_op: Callable[..., Any], backward_op: Callable[..., Any]) -> Callable[..., Any]:
         op = self
 
-        # Not torch.library.register_autograd, which costs a call 6 us without and 25 us with gradients where
-        # this costs 0 and 8 (tiny tensor, torch 2.13, EPYC Zen 4).
+        # Not torch.library.register_autograd, which adds 6 us to a call without gradients and 25 us
+        # to one with gradients, where this adds 0 and 8 (tiny tensor, torch 2.13, EPYC Zen 4).
         class Gradient(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *arguments: Any) -> Any:
@@ -133,8 +146,8 @@ class Operator(ABC):
             @staticmethod
             def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                    # once_differentiable raises only if `grads` need a gradient, and else drops the term in
-                    # silence.
+                    # once_differentiable raises only if `grads` need a gradient, and drops the term
+                    # silently otherwise.
                     raise RuntimeError(
                         f"{op.name}: its gradient cannot be differentiated (create_graph=True); "
                         f"run it with backend='eager' or in `with use_backend('eager')`"
@@ -155,13 +168,17 @@ class Operator(ABC):
         return self._run[chosen](*arguments)
 
 
+OPERATORS: dict[str, Operator] = {}
+"""Every operator by name. Constructing an operator enters it here."""
+
+
 def describe(t: Tensor) -> str:
-    """A tensor for an error message."""
+    """Shape, dtype and device of a tensor, for an error message."""
     return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 def accumulator_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and statistics: float32, and float64 for float64."""
+    """Dtype of sums and statistics: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,6 +1,8 @@
-"""Queries and keys ready for attention: an RMS norm of every head, then the rotary position embedding.
+"""Queries and keys for attention: RMS norm and rotary position embedding of every head.
 
 Shapes: B batch, S tokens, H heads, d head size.
+
+Kernels: csrc/cpu/norm_rope.cpp, csrc/cuda/norm_rope.cu, ops/triton/qk_norm_rope.py
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fastdistill.ops.backend import Request
 from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, check_tables, check_weight, is_adjacent, normed, rotated
-from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
+from fastdistill.ops.op import Case, Operator, accumulator_of, describe
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
 
@@ -31,33 +33,41 @@ def qk_norm_rope(
     pairing: Pairing = "adjacent",
     backend: Request | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rope(n * weight)` with `n = x / sqrt(mean(x^2) + eps)` over each head, for q and for k, in one pass each way.
+    """`rope(n * weight)` with `n = x / sqrt(mean(x^2) + eps)` over each head, for q and for k, in
+    one pass each way.
 
-    The norm is RMSNorm (arXiv 1910.07467, equation 4) as in the query-key norm of SD3 (arXiv 2403.03206, section 5.3.2) and FLUX;
-    the rotation is RoPE (arXiv 2104.09864, equation 34): a pair (a, b) of channels becomes `(a cos - b sin, b cos + a sin)`.
-    Differentiable in q, k, q_weight and k_weight.
+    The norm is RMSNorm (arXiv 1910.07467, equation 4) as in the query-key norm of SD3 (arXiv
+    2403.03206, section 5.3.2) and FLUX. The rotation is RoPE (arXiv 2104.09864, equation 34): a
+    pair (a, b) of channels becomes `(a cos - b sin, b cos + a sin)`. Differentiable in q, k,
+    q_weight and k_weight.
 
     Args:
-        q, k: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64; k may have fewer heads. d must be
-            contiguous, even and at most 512; the other axes may have any stride, so chunks of one projection and transposed
-            (B, H, S, d) tensors are read in place.
-        q_weight, k_weight: (d), the dtype of q, or float32 beside a bfloat16 or float16 q.
-        cos, sin: (S, d), the table of diffusers, which has an entry for either channel of a pair; or (S, d / 2), an entry for each
-            pair. float32 (float64 beside float64). Constants: they may not require a gradient. None: norms without a rotation.
+        q, k: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64; k may have
+            fewer heads. d must be contiguous, even and at most 512. The other axes may have any
+            stride, so chunks of one projection and transposed (B, H, S, d) tensors are read in
+            place.
+        q_weight, k_weight: (d), the dtype of q, or float32 for a bfloat16 or float16 q.
+        cos, sin: (S, d), the table of diffusers, with an entry for either channel of a pair; or (S,
+            d / 2), with an entry for each pair. float32 (float64 for float64). Constants: neither
+            may require a gradient. None: norms without a rotation.
         eps: added to the mean square.
-        pairing: which channels are a pair: `adjacent`, 2i and 2i + 1 (FLUX, SD3, Wan: diffusers' `use_real_unbind_dim=-1`), or
-            `half`, i and i + d / 2 (NeoX, Lumina, CogVideoX: `use_real_unbind_dim=-2`).
-        backend: `eager`, `native`, `triton` or `auto`; the default is that of `use_backend`, else `auto`.
+        pairing: which channels are a pair: `adjacent`, 2i and 2i + 1 (FLUX, SD3, Wan: diffusers'
+            `use_real_unbind_dim=-1`), or `half`, i and i + d / 2 (NeoX, Lumina, CogVideoX:
+            `use_real_unbind_dim=-2`).
+        backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
+            `auto`.
 
     Returns:
-        q and k, contiguous (eager: strided as torch pleases), of their shapes and dtype.
+        q and k, contiguous (eager: strided as torch pleases), of unchanged shapes and dtype.
 
-    Between the norm and the rotation nothing is rounded; diffusers rounds there, so in 16 bits this differs from it by about one unit in
-    the last place, towards the exact result. Only q and k are kept for the backward pass. The gradients of the weights are summed in an
-    order given by the shape alone, so they are bitwise repeatable.
+    Nothing is rounded between the norm and the rotation. diffusers rounds there, so in 16 bits this
+    result differs from diffusers' by about one unit in the last place, towards the exact result.
+    Only q and k are kept for the backward pass. The gradients of the weights are summed in an order
+    given by the shape alone, so they are bitwise repeatable.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride; the
+            message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     return QK_NORM_ROPE(q, k, q_weight, k_weight, cos, sin, eps, is_adjacent(pairing), backend=backend)  # type: ignore[no-any-return]
@@ -128,64 +138,64 @@ class QkNormRope(Operator):
         heads, tables = q.nbytes + k.nbytes, 0 if cos is None else 2 * cos.nbytes
         return 2 * heads + tables, 3 * heads + tables
 
-    def samples(self) -> Sequence[Sample]:
-        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+    def cases(self) -> Sequence[Case]:
+        return tuple(Case(id=shapes.id, make=partial(_arguments, shapes)) for shapes in SHAPES)
 
-    def workloads(self) -> Sequence[Sample]:
-        return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadCase(id="", q=(1, S, 24, 128)))) for S in (1152, 4608))
+    def workloads(self) -> Sequence[Case]:
+        return tuple(Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128)))) for S in (1152, 4608))
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadCase:
-    """Shapes of one sample."""
+class HeadShapes:
+    """Shapes and layouts of the arguments of one case."""
 
     id: str
     q: tuple[int, int, int, int]
     k_heads: int | None = None
     adjacent: bool = True
     tables: Literal["full", "compact", "none"] = "full"
-    """compact: with one entry for each pair; none: no rotation."""
+    """`compact`: one entry for each pair; `none`: no rotation."""
     layout: Literal["contiguous", "packed", "transposed"] = "contiguous"
-    """packed: chunks of one projection; transposed: (B, H, S, d) in memory."""
+    """`packed`: chunks of one projection; `transposed`: (B, H, S, d) in memory."""
     wide: bool = False
-    """Weights in float32 beside a narrower q."""
+    """Weights in float32 for a narrower q."""
 
 
-CASES = (
-    HeadCase(id="B2-S5-H3-d8", q=(2, 5, 3, 8)),
-    HeadCase(id="B2-S5-H3-d8-half", q=(2, 5, 3, 8), adjacent=False),
-    HeadCase(id="B1-S7-H2-d64-compact", q=(1, 7, 2, 64), tables="compact"),
-    HeadCase(id="B1-S7-H2-d64-half-compact", q=(1, 7, 2, 64), adjacent=False, tables="compact"),
-    HeadCase(id="B2-S19-H5-d128-packed", q=(2, 19, 5, 128), layout="packed"),
-    HeadCase(id="B1-S4-H4-k2-d96-half-transposed", q=(1, 4, 4, 96), k_heads=2, adjacent=False, layout="transposed"),
-    HeadCase(id="B3-S3-H1-d6-packed", q=(3, 3, 1, 6), layout="packed", wide=True),
-    HeadCase(id="B1-S2-H2-d50-half", q=(1, 2, 2, 50), adjacent=False, wide=True),
-    HeadCase(id="B1-S2-H1-d2", q=(1, 2, 1, 2)),
-    HeadCase(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
-    HeadCase(id="B1-S2-H2-d512", q=(1, 2, 2, 512)),
-    HeadCase(id="B1-S1-H3-d320-half-compact", q=(1, 1, 3, 320), adjacent=False, tables="compact"),
-    HeadCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
-    HeadCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
+SHAPES = (
+    HeadShapes(id="B2-S5-H3-d8", q=(2, 5, 3, 8)),
+    HeadShapes(id="B2-S5-H3-d8-half", q=(2, 5, 3, 8), adjacent=False),
+    HeadShapes(id="B1-S7-H2-d64-compact", q=(1, 7, 2, 64), tables="compact"),
+    HeadShapes(id="B1-S7-H2-d64-half-compact", q=(1, 7, 2, 64), adjacent=False, tables="compact"),
+    HeadShapes(id="B2-S19-H5-d128-packed", q=(2, 19, 5, 128), layout="packed"),
+    HeadShapes(id="B1-S4-H4-k2-d96-half-transposed", q=(1, 4, 4, 96), k_heads=2, adjacent=False, layout="transposed"),
+    HeadShapes(id="B3-S3-H1-d6-packed", q=(3, 3, 1, 6), layout="packed", wide=True),
+    HeadShapes(id="B1-S2-H2-d50-half", q=(1, 2, 2, 50), adjacent=False, wide=True),
+    HeadShapes(id="B1-S2-H1-d2", q=(1, 2, 1, 2)),
+    HeadShapes(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
+    HeadShapes(id="B1-S2-H2-d512", q=(1, 2, 2, 512)),
+    HeadShapes(id="B1-S1-H3-d320-half-compact", q=(1, 1, 3, 320), adjacent=False, tables="compact"),
+    HeadShapes(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
+    HeadShapes(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
 )
 
 
-def _arguments(case: HeadCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    B, S, H, d = case.q
+def _arguments(shapes: HeadShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    B, S, H, d = shapes.q
 
     def draw(heads: int) -> Tensor:
-        if case.layout == "packed":
+        if shapes.layout == "packed":
             return torch.randn(B, S, 3, heads, d, device=device).to(dtype)[:, :, 1]
-        if case.layout == "transposed":
+        if shapes.layout == "transposed":
             return torch.randn(B, heads, S, d, device=device).to(dtype).transpose(1, 2)
         return torch.randn(B, S, heads, d, device=device).to(dtype)
 
-    kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
+    kept = torch.float32 if shapes.wide and dtype != torch.float64 else dtype
     weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(2)]
-    # Not of a common angle, so that every entry of a table counts.
-    width = {"full": d, "compact": d // 2, "none": 0}[case.tables]
+    # Not the cosine and sine of one angle, so that every entry of a table counts.
+    width = {"full": d, "compact": d // 2, "none": 0}[shapes.tables]
     tables = [torch.randn(S, width, device=device).to(accumulator_of(dtype)) if width else None for _ in range(2)]
-    q, k = draw(H), draw(case.k_heads or H)
-    return q.requires_grad_(), k.requires_grad_(), *weights, *tables, 1e-6, case.adjacent
+    q, k = draw(H), draw(shapes.k_heads or H)
+    return q.requires_grad_(), k.requires_grad_(), *weights, *tables, 1e-6, shapes.adjacent
 
 
 QK_NORM_ROPE = QkNormRope()

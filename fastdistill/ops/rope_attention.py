@@ -1,6 +1,8 @@
-"""Attention on queries and keys that are normalised and rotated on the way: qk_norm_rope and attention, as one operator or as two.
+"""Attention on normalised and rotated queries and keys, as one operator or as two.
 
 Shapes: B batch, S tokens, H heads, d head size.
+
+Kernels: ops/triton/rope_attention.py
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops.attention import attend
+from fastdistill.ops.attention import attend, attention_names
 from fastdistill.ops.backend import Request
 from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, is_adjacent
-from fastdistill.ops.op import Operator, Sample, accumulator_of, describe
-from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, HeadCase, qk_norm_rope
+from fastdistill.ops.op import Case, Operator, accumulator_of, describe
+from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, HeadShapes, qk_norm_rope
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
 # The kernels hold tiles of whole heads in registers and shared memory.
@@ -38,43 +40,53 @@ def rope_attention(
     attention: str = "auto",
     backend: Request | None = None,
 ) -> Tensor:
-    """`softmax(rope(n(q)) rope(n(k))^T / sqrt(d)) v` for every head, with the norm n and the rotation of :func:`qk_norm_rope`.
+    """`softmax(rope(n(q)) rope(n(k))^T / sqrt(d)) v` for every head, with the norm n and the
+    rotation of `qk_norm_rope`.
 
-    Attention is that of arXiv 1706.03762, equation 1, over all tokens, without a mask. Differentiable in q, k, v, q_weight and k_weight.
+    Attention as in arXiv 1706.03762, equation 1, over all tokens, without a mask. Differentiable in
+    q, k, v, q_weight and k_weight.
 
-    There are two forms. One writes the rotated q and k (`qk_norm_rope`) and then calls the best attention kernel for the device; it keeps
-    q and k twice for the backward pass. The other, `attention="fused"`, is one flash attention kernel (arXiv 2307.08691) that prepares
-    its own tiles of q and k: it writes nothing of the size of q but the result and keeps nothing for the backward pass but its arguments,
-    the result and the log-sum-exp. It prepares every key once for each block of queries, so it is the form for memory and not, on long
-    sequences, for speed.
+    There are two forms. One writes the rotated q and k (`qk_norm_rope`), then calls the best
+    attention kernel for the device, and keeps q and k twice for the backward pass. The other,
+    `attention="fused"`, is one flash attention kernel (arXiv 2307.08691) that prepares its own
+    tiles of q and k. The fused form writes nothing of the size of q but the result, and keeps for
+    the backward pass nothing but its arguments, the result and the log-sum-exp. The kernel prepares
+    every key once for each block of queries, so the fused form is the one for memory and not, on
+    long sequences, for speed.
 
     Args:
-        q, k, v: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64. d must be contiguous, even and at most 512
-            (256 if fused); the other axes may have any stride, so chunks of one projection and transposed (B, H, S, d) tensors are
-            read in place.
-        q_weight, k_weight: (d), the dtype of q, or float32 beside a bfloat16 or float16 q.
-        cos, sin: (S, d), or (S, d / 2) with an entry for each pair. float32 (float64 beside float64). Constants: they may not
-            require a gradient. None: no rotation.
+        q, k, v: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64. d must
+            be contiguous, even and at most 512 (256 if fused). The other axes may have any stride,
+            so chunks of one projection and transposed (B, H, S, d) tensors are read in place.
+        q_weight, k_weight: (d), the dtype of q, or float32 for a bfloat16 or float16 q.
+        cos, sin: (S, d), or (S, d / 2) with an entry for each pair. float32 (float64 for float64).
+            Constants: neither may require a gradient. None: no rotation.
         eps: added to the mean square.
         pairing: which channels are a pair, `adjacent` (2i and 2i + 1) or `half` (i and i + d / 2).
-        attention: `fused`, or what runs attention after `qk_norm_rope`: `auto` or a name, see :func:`fastdistill.ops.attention.attend`.
-        backend: of the fused operator, or of `qk_norm_rope`: `eager`, `native`, `triton` or `auto`; the default is that of
-            `use_backend`, else `auto`. The fused operator has no native kernel.
+        attention: `fused`, or what runs attention after `qk_norm_rope`: `auto` or the name of a
+            backend, as in `fastdistill.ops.attention.attend`.
+        backend: backend of the fused operator, or of `qk_norm_rope`: `eager`, `native`, `triton` or
+            `auto`; by default the one of `use_backend`, else `auto`. The fused operator has no
+            native kernel.
 
     Returns:
-        (B, S, H, d) of the dtype of q; contiguous if fused, else strided as the attention backend pleases.
+        (B, S, H, d) of the dtype of q; contiguous if fused, else strided as the attention backend
+        pleases.
 
-    Statistics, softmax and sums are float32. The factors of the matrix products have the dtype of q: the rotated q and k, the
-    probabilities, and in the backward pass the gradients of the scores are rounded to it, each once. Fused gradients, those of the weights
-    included, are summed in an order given by the shape and the device alone, so they are bitwise repeatable.
+    Statistics, softmax and sums are float32. The factors of the matrix products have the dtype of
+    q: the rotated q and k, the probabilities and, in the backward pass, the gradients of the scores
+    are each rounded once to it. Fused gradients, including the gradients of the weights, are summed
+    in an order given by the shape and the device alone, so they are bitwise repeatable.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride, or `attention` is no known name; the
-            message says which.
+        TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride, or
+            `attention` is no known name; the message says which.
         RuntimeError: `backend` or `attention` was named and cannot run here; the message says why.
     """
     if attention == "fused":
         return ROPE_ATTENTION(q, k, v, q_weight, k_weight, cos, sin, eps, is_adjacent(pairing), backend=backend)  # type: ignore[no-any-return]
+    if attention != "auto" and attention not in attention_names():
+        raise ValueError(f"attention: expected fused, auto or one of {', '.join(attention_names())}, got {attention!r}")
     _check_k_and_v(q, k, v)
     q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, pairing=pairing, backend=backend)
     return attend(q, k, v, attention)
@@ -162,17 +174,17 @@ class RopeAttention(Operator):
         tables, lse = 0 if cos is None else 2 * cos.nbytes, 4 * q.shape[:3].numel()
         return 4 * q.nbytes + tables + lse, 8 * q.nbytes + tables + lse
 
-    def samples(self) -> Sequence[Sample]:
-        return tuple(Sample(id=case.id, make=partial(_arguments, case)) for case in CASES)
+    def cases(self) -> Sequence[Case]:
+        return tuple(Case(id=shapes.id, make=partial(_arguments, shapes)) for shapes in SHAPES)
 
-    def workloads(self) -> Sequence[Sample]:
-        # Minutes for one row on a CPU at the length of an image of 1024^2.
+    def workloads(self) -> Sequence[Case]:
+        # On a CPU, one row at the length of a 1024 x 1024 image takes minutes.
         lengths = (1152, 4608) if torch.cuda.is_available() else (1152,)
-        return tuple(Sample(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadCase(id="", q=(1, S, 24, 128)))) for S in lengths)
+        return tuple(Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128)))) for S in lengths)
 
 
 def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises where q, k and v differ, which attention would take and mean something else."""
+    """Raise where q, k and v differ: attention would accept that and compute something else."""
     check_heads("q", q)
     for name, t in (("k", k), ("v", v)):
         if t.shape != q.shape or t.device != q.device:
@@ -181,34 +193,35 @@ def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_contiguous("v", v)
 
 
-CASES = (
-    HeadCase(id="B2-S5-H2-d8", q=(2, 5, 2, 8)),
-    HeadCase(id="B1-S37-H2-d24-packed", q=(1, 37, 2, 24), layout="packed"),
-    HeadCase(id="B1-S33-H1-d64-half-compact-transposed", q=(1, 33, 1, 64), adjacent=False, tables="compact", layout="transposed"),
-    HeadCase(id="B2-S18-H1-d50-half-packed", q=(2, 18, 1, 50), adjacent=False, layout="packed", wide=True),
-    HeadCase(id="B1-S18-H1-d128-compact", q=(1, 18, 1, 128), tables="compact"),
-    HeadCase(id="B1-S5-H1-d256-transposed", q=(1, 5, 1, 256), layout="transposed"),
-    HeadCase(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
-    HeadCase(id="B2-S1-H2-d2", q=(2, 1, 2, 2)),
-    HeadCase(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
-    HeadCase(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
+SHAPES = (
+    HeadShapes(id="B2-S5-H2-d8", q=(2, 5, 2, 8)),
+    HeadShapes(id="B1-S37-H2-d24-packed", q=(1, 37, 2, 24), layout="packed"),
+    HeadShapes(id="B1-S33-H1-d64-half-compact-transposed", q=(1, 33, 1, 64), adjacent=False, tables="compact", layout="transposed"),
+    HeadShapes(id="B2-S18-H1-d50-half-packed", q=(2, 18, 1, 50), adjacent=False, layout="packed", wide=True),
+    HeadShapes(id="B1-S18-H1-d128-compact", q=(1, 18, 1, 128), tables="compact"),
+    HeadShapes(id="B1-S5-H1-d256-transposed", q=(1, 5, 1, 256), layout="transposed"),
+    HeadShapes(id="B1-S3-H2-d16-none", q=(1, 3, 2, 16), tables="none"),
+    HeadShapes(id="B2-S1-H2-d2", q=(2, 1, 2, 2)),
+    HeadShapes(id="B1-S0-H2-d8", q=(1, 0, 2, 8)),
+    HeadShapes(id="B0-S3-H2-d8", q=(0, 3, 2, 8)),
 )
 
 
-def _arguments(case: HeadCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    B, S, H, d = case.q
-    if case.layout == "packed":
+def _arguments(shapes: HeadShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    B, S, H, d = shapes.q
+    if shapes.layout == "packed":
         heads = torch.randn(B, S, 3, H, d, device=device).to(dtype).unbind(2)
-    elif case.layout == "transposed":
+    elif shapes.layout == "transposed":
         heads = tuple(torch.randn(B, H, S, d, device=device).to(dtype).transpose(1, 2) for _ in range(3))
     else:
         heads = tuple(torch.randn(B, S, H, d, device=device).to(dtype) for _ in range(3))
-    kept = torch.float32 if case.wide and dtype != torch.float64 else dtype
+    kept = torch.float32 if shapes.wide and dtype != torch.float64 else dtype
     weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(2)]
-    # Not of a common angle, so that every entry of a table counts; of the size of cosines, so that the scores are those of a model.
-    width = {"full": d, "compact": d // 2, "none": 0}[case.tables]
+    # Not the cosine and sine of one angle, so that every entry of a table counts. As large as
+    # cosines, so that the scores are as large as in a model.
+    width = {"full": d, "compact": d // 2, "none": 0}[shapes.tables]
     tables = [torch.randn(S, width, device=device).mul(0.5**0.5).to(accumulator_of(dtype)) if width else None for _ in range(2)]
-    return *(t.detach().requires_grad_() for t in heads), *weights, *tables, 1e-6, case.adjacent
+    return *(t.detach().requires_grad_() for t in heads), *weights, *tables, 1e-6, shapes.adjacent
 
 
 ROPE_ATTENTION = RopeAttention()

@@ -1,4 +1,4 @@
-"""What the operators on rows share: arguments of (B, S, D) or (S, D), and modulations that broadcast over them.
+"""Checks of rows, (B, S, D) or (S, D), and of the modulations that broadcast over them.
 
 Shapes: B batch, S tokens, D channels.
 """
@@ -14,14 +14,14 @@ from fastdistill.ops.op import describe
 
 
 def check_rows(name: str, x: Tensor) -> None:
-    """Raises `ValueError` unless x is (B, S, D) or (S, D) with a contiguous D."""
+    """Raise `ValueError` unless x is (B, S, D) or (S, D) with a contiguous D."""
     if x.dim() not in (2, 3):
         raise ValueError(f"{name}: expected (B, S, D) or (S, D), got {describe(x)}")
     check_contiguous(name, x)
 
 
 def check_like(name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
-    """Raises unless t has the shape, dtype and device of x, and a contiguous D."""
+    """Raise unless t has the shape, dtype and device of x, and a contiguous D."""
     if t.shape != x.shape or t.device != x.device:
         raise ValueError(f"{name}: expected the shape and device of {x_name}, {tuple(x.shape)} on {x.device}, got {describe(t)}")
     if t.dtype != x.dtype:
@@ -30,9 +30,9 @@ def check_like(name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
 
 
 def check_modulation(name: str, t: Tensor, x: Tensor) -> None:
-    """Raises unless t broadcasts over the rows of x, in the dtype of x or float32."""
+    """Raise unless t broadcasts over the rows of x, in the dtype of x or float32."""
     if t.shape != x.shape and not _broadcasts(t.shape, x.shape):
-        raise ValueError(f"{name}: expected {_expected(x.shape)} beside x of {describe(x)}, got {describe(t)}")
+        raise ValueError(f"{name}: expected {_expected(x.shape)} for x of {describe(x)}, got {describe(t)}")
     if t.dtype != x.dtype and (t.dtype != torch.float32 or x.dtype == torch.float64):
         raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, or float32, got {describe(t)}")
     if t.device != x.device:
@@ -40,8 +40,8 @@ def check_modulation(name: str, t: Tensor, x: Tensor) -> None:
     check_contiguous(name, t)
 
 
-def check_beside(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """Raises unless t has the shape, dtype and device of another modulation, and a contiguous D."""
+def check_same_modulation(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless t has the shape, dtype and device of another modulation, and a contiguous D."""
     if t.shape != other.shape:
         raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {describe(t)}")
     if t.dtype != other.dtype:
@@ -57,12 +57,15 @@ def check_contiguous(name: str, t: Tensor) -> None:
 
 
 def over_rows(t: Tensor, x: Tensor) -> Tensor:
-    """A modulation with the axes that plain PyTorch needs to broadcast it over x."""
+    """Modulation with the axes that plain PyTorch needs to broadcast it over x."""
     return t.unsqueeze(1) if x.dim() == 3 and t.dim() == 2 else t
 
 
 def contiguous_rows(grad: Tensor) -> Tensor:
-    """out.sum().backward() sends one number expanded to the whole shape; kernels read rows."""
+    """Gradient with contiguous rows, as kernels read it.
+
+    `out.sum().backward()` sends one number expanded to the whole shape.
+    """
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pkgutil import resolve_name
 from typing import NoReturn, TypeVar
 
 import tyro
 
 from fastdistill.errors import UserError
+from fastdistill.run.options import JobConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -19,15 +24,66 @@ MEMORY_FULL = "error: the GPU's memory is full; lower --batch (and for training 
 
 
 def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: str) -> None:
-    """Parse ``config_type`` from the command line and call ``main``.
+    """Parse `config_type` from the command line and call `main`.
 
     Exit codes: 2 wrong input, 1 a file that cannot be read or written, 130 Ctrl-C.
     """
+    with _errors_in_a_line():
+        main(_parsed(config_type, _as_called(prog)))
+
+
+def run_job(config_type: type[JobConfig], job: str, *, prog: str) -> None:
+    """Parse `config_type` from the command line and run a job of it, or with `--dry-run` print its plan.
+
+    Args:
+        job: `module:class` of a `fastdistill.job.Job`, imported once the options are known to be
+            right: `--help` and a mistyped option should not wait for torch.
+        prog: how the command is called, as in `python -m fastdistill.compress`.
+
+    Exit codes are those of `run`.
+    """
+    with _errors_in_a_line():
+        prog = _as_called(prog)
+        config = _parsed(config_type, prog)
+        job_class = resolve_name(job)
+        if config.run.dry_run:
+            print(job_class.plan(config))
+            return
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        job_class(config, console=console, command=f"{prog} {shlex.join(sys.argv[1:])}").run()
+
+
+def _parsed(config_type: type[ConfigT], prog: str) -> ConfigT:
+    """The config of the command line.
+
+    Raises:
+        UserError: the config refuses its values.
+        SystemExit: an option is unknown or cannot be read, or `--help` was given.
+    """
+    # tyro takes a ValueError of a config for an option that cannot be read, and breaks its lines in a frame.
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(config_type, prog=prog)
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
     # The libraries read their verbosity when they are imported; at their default they talk of optional packages that nothing needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        main(tyro.cli(config_type, prog=prog))
+        yield
     except UserError as error:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -47,6 +103,12 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
         if type(error).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(error):
             _leave(DISK_FULL, 1)
         raise
+
+
+def _as_called(prog: str) -> str:
+    """`fastdistill compress` for the program `python -m fastdistill.compress` where `fastdistill` has dispatched to it."""
+    module = prog.split()[-1]
+    return prog if module in sys.orig_argv else module.replace(".", " ")
 
 
 def _leave(message: str, code: int) -> NoReturn:

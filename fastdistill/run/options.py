@@ -1,10 +1,16 @@
-"""Options that several commands share. Imports no torch, so that ``--help`` answers at once."""
+"""Options that several commands share. Imports no torch, so that `--help` answers at once.
+
+A group of options is a frozen dataclass that checks itself when it is made. A command has groups as
+fields of its config, where `OmitArgPrefixes` gives each a box in `--help` and its flags no prefix.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -13,14 +19,15 @@ from fastdistill.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to sample, where it should differ from the model's fastdistill.json (without one: FLUX.1-dev's defaults)."""
+    """How to sample, where it should differ from the model's fastdistill.json; without that file, from
+    FLUX.1-dev's defaults."""
 
     num_inference_steps: int | None = None
     """Sampling steps."""
     true_cfg_scale: float | None = None
     """Classifier-free guidance with the empty prompt; 1 is off."""
     guidance_scale: float | None = None
-    """Embedded guidance of a guidance-distilled model; others ignore it."""
+    """Embedded guidance of a guidance-distilled model; other models ignore it."""
     height: int | None = None
     """Pixels."""
     width: int | None = None
@@ -29,23 +36,171 @@ class SamplingOptions:
     """T5 tokens."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, *(field.name for field in fields(self) if "scale" not in field.name))
+        at_least(self, 1, "num_inference_steps", "height", "width", "max_sequence_length")
+        at_least(self, 0, "true_cfg_scale", "guidance_scale")
 
 
-Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
-"""As a field of a command's options: its own box in ``--help``, no prefix to type."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What to work on, and where the results go."""
+
+    dry_run: bool = False
+    """Only print what is planned. Needs no weights: --model may be a config.json."""
+    model: str = "emoji"
+    """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
+    output: Path | None = None
+    """Folder to write to, new or empty; default: a folder in runs/, named after the command, the model and what is asked for."""
+    seed: int = 0
+    """Seed of everything that is random: calibration, training and evaluation."""
+    prompts: Path | None = None
+    """Text file with one prompt a line; default: the model's own prompts.txt, else a small general list."""
+    images: Path | None = None
+    """Folder of jpg, png or webp images to use instead of images that the model draws, scaled and cropped to the size to sample
+    at. Their captions are in .txt files of the same names, or there are none."""
+    evaluate_images: int = 200
+    """Images of each model to measure; 0 skips the measurement."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the saved transformer's weights."""
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "seed", "evaluate_images")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be less than 2^32, got {self.seed}")
+        if not self.model:
+            raise UserError('--model is empty; give a folder or hub id of a FLUX pipeline, or "emoji"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How the student is trained."""
+
+    batch: int = 64
+    """Samples of an update, and images at once wherever else a network runs; 1 to 4 for a model of FLUX.1-dev's size."""
+    micro_batches: int = 1
+    """Equal parts of a training batch that are in memory one at a time."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; cosine decay to zero."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of AdamW's two moments."""
+    ema_decay: float = 0.98
+    """Decay of the averaged weights, which are what is measured and saved."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps both moments in a byte each; it needs bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, far less memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of training; bf16 is autocast over float32 weights."""
+    tensorboard: bool = False
+    """Write curves and images for TensorBoard, too, to OUTPUT/tensorboard."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch", "micro_batches")
+        if self.batch % self.micro_batches:
+            raise UserError(f"a batch of {self.batch} cannot be cut into {self.micro_batches} equal parts: change --micro-batches")
+        positive(self, "learning_rate")
+        decay(self, "betas", "ema_decay")
+
+
+Sampling = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
+Run = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
+Training = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Options of a job: a command that trains, writes a pipeline and a report, and goes on after an interruption.
+
+    A command adds its own, and gives a group other defaults by redeclaring its field:
+
+        training: Training = field(default_factory=partial(TrainingOptions, learning_rate=5e-4))
+    """
+
+    run: Run = field(default_factory=RunOptions)
+    training: Training = field(default_factory=TrainingOptions)
+    sampling: Sampling = field(default_factory=SamplingOptions)
+
+    results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output",)
+    """Options that an interrupted run may be continued with other values of."""
+
+    @property
+    def name(self) -> str:
+        """Name of the default output folder in `runs/`."""
+        raise NotImplementedError
+
+    @property
+    def image_count(self) -> int:
+        """How many images are taken from `--images` at most."""
+        raise NotImplementedError
+
+    def flags(self) -> dict[str, Any]:
+        """Every option by its name, whatever group it is in."""
+        return flat(asdict(self))
+
+    def settings(self) -> dict[str, Any]:
+        """The options that results depend on."""
+        return {name: value for name, value in self.flags().items() if name not in self.results_do_not_depend_on}
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with those of every group among the others."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= flat(value) if isinstance(value, Mapping) else {name: value}
+    return result
 
 
 def at_least(options: object, least: float, *names: str) -> None:
-    """Raise :class:`UserError` for an option of ``names`` that is given and less than ``least``."""
+    """Raise `UserError` for an option of `names` that is given and less than `least`, or not finite."""
+    for name, value in _numbers(options, names):
+        if value < least:
+            raise UserError(f"{flag(name)} must be at least {least:g}, got {value}")
+
+
+def positive(options: object, *names: str) -> None:
+    """Raise `UserError` for an option of `names` that is given and not above zero, or not finite."""
+    for name, value in _numbers(options, names):
+        if value <= 0:
+            raise UserError(f"{flag(name)} must be positive, got {value:g}")
+
+
+def decay(options: object, *names: str) -> None:
+    """Raise `UserError` for an option of `names` that is given and no decay of a moving average, in [0, 1)."""
+    for name, value in _numbers(options, names):
+        if not 0 <= value < 1:
+            raise UserError(f"{flag(name)} must be at least 0 and less than 1, got {value:g}")
+
+
+def check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise `UserError` if a plug-in is named that is not among the `known` ones of its kind."""
+    if name not in (names := list(known)):
+        raise UserError(f"there is no {kind} {name!r}; there are {', '.join(names)}")
+
+
+def flag(name: str) -> str:
+    """What a user types for the option `name`: `--learning-rate`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _numbers(options: object, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    """Every number that is given for `names`.
+
+    Raises:
+        UserError: a number is infinite or NaN, which every comparison below would let pass.
+    """
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}, got {value}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None:
+                continue
+            if not math.isfinite(number):
+                raise UserError(f"{flag(name)} must be a finite number, got {number}")
+            yield name, number
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise :class:`UserError` if ``path`` cannot be written, before the work for it begins."""
+    """Raise `UserError` if `path` cannot be written, before the work for it begins."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output, or give --overwrite")
     if not path.parent.is_dir():

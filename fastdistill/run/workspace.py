@@ -12,6 +12,7 @@ from typing import Any
 
 from fastdistill.errors import UserError
 from fastdistill.run.files import write_json
+from fastdistill.run.options import flat
 
 
 class Workspace:
@@ -28,7 +29,7 @@ class Workspace:
         """
         self.output, self.work = output, output / "work"
         recorded = self.work / "settings.json"
-        settings = json.loads(json.dumps(_flat(settings), default=str))
+        settings = json.loads(json.dumps(flat(settings), default=str))
         if (output / result).exists():
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
         if recorded.exists():
@@ -81,11 +82,3 @@ class Workspace:
     def finish(self) -> None:
         """Remove `work`, which only a restart would have needed."""
         shutil.rmtree(self.work)
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the options of a group among the others, as a user gives them."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
-    return flat

@@ -22,6 +22,19 @@ class Loss:
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def give_turn(role: str, trained: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Leave gradients to `role` among the `trained` parameters of all roles, as a loss may lead through the networks of other roles.
+
+    Gradients of the others stay off until the next turn: a recomputed forward pass (gradient checkpointing) has to find what the first
+    one found.
+    """
+    for parameters in trained.values():
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    for parameter in trained[role]:
+        parameter.requires_grad_(True)
+
+
 class StudentMethod:
     """The usual case of a :class:`Method`: the student alone is trained, in every step."""
 
@@ -52,7 +65,10 @@ class Method(Protocol):
         ...
 
     def loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
-        """The loss of ``role`` on ``batch``. All randomness comes from ``rng``, so that a resumed run repeats the same bits."""
+        """The loss of ``role`` on ``batch``, whose parameters alone require gradients during its turn.
+
+        All randomness comes from ``rng``, so that a resumed run repeats the same bits.
+        """
         ...
 
     def after_step(self, step: int) -> None:

@@ -23,7 +23,7 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
 from fastdistill.train.learning_rate import learning_rate
 from fastdistill.train.log import Log
-from fastdistill.train.method import BeforeStep, Method, Stateful
+from fastdistill.train.method import BeforeStep, Method, Stateful, give_turn
 from fastdistill.train.watch import Best, Evaluation, Observer
 
 # Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as many parts as a batch may have.
@@ -140,6 +140,7 @@ class Trainer:
         """One optimizer step of ``role``."""
         config, optimizer = self.config.of(role), self.optimizers[role]
         logs: dict[str, Tensor] = {}
+        give_turn(role, self.parameters)
         for part, batch in parts.items():
             with self._seeded(part):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -161,9 +162,7 @@ class Trainer:
             group["lr"] = learning_rate(config, self.step, self.config.steps)
         self._mid_step = True
         optimizer.step()
-        # Of every role: the loss of one may lead through the network of another, and what it leaves there is not that one's gradient.
-        for each in self.optimizers.values():
-            each.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         if role in self.emas:
             self.emas[role].update(self.method.networks[role])
         return {**logs, "gradient_norm": norm}

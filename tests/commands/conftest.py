@@ -7,7 +7,7 @@ import pytest
 
 from fastdistill.compress.__main__ import main as compress_main
 from fastdistill.compress.config import CompressConfig
-from fastdistill.distill.__main__ import main as distill_main
+from fastdistill.distill.__main__ import JOB, PROGRAM
 from fastdistill.distill.config import config_of
 from fastdistill.evaluate import EvaluateConfig
 from fastdistill.evaluate import main as evaluate_main
@@ -19,7 +19,6 @@ from tests.tiny import tiny_flux_pipeline
 
 COMMANDS = {
     "compress": (lambda arguments: CompressConfig, compress_main),
-    "distill": (config_of, distill_main),
     "sample": (lambda arguments: SampleConfig, sample_main),
     "evaluate": (lambda arguments: EvaluateConfig, evaluate_main),
 }
@@ -42,12 +41,15 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys):
     def call(name, *options):
-        config_of, main = COMMANDS[name]
         arguments = [*map(str, options)]
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         capsys.readouterr()
         try:
-            cli.run(config_of(arguments), main, prog=name)
+            if name == "distill":
+                cli.run_job(config_of(arguments), JOB, prog=PROGRAM)
+            else:
+                of, main = COMMANDS[name]
+                cli.run(of(arguments), main, prog=name)
         except SystemExit as stop:
             code = stop.code
         else:

@@ -37,6 +37,7 @@ def test_help_answers_in_two_seconds(name):
     assert time.perf_counter() - began < 4
 
 
+@pytest.mark.slow
 def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder, tmp_path):
     output = tmp_path / "out"
     ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK)
@@ -76,6 +77,7 @@ assert image.size == (64, 64)
     assert "finished run" in again.message
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("repair", ["scale", "average", "none"])
 def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_folder, tmp_path, repair):
     output = tmp_path / "out"
@@ -95,6 +97,7 @@ def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_
     assert "After recovery" not in report
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--model", pipeline_folder, "--drop-blocks", "2", *QUICK]
     assert command("compress", *options, "--output", tmp_path / "whole").code == 0
@@ -121,6 +124,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("budget", ["params=0.7", "latency=0.8"])
 def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     output = tmp_path / "out"
@@ -155,6 +159,7 @@ def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipe
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--recovery-steps", "0", *QUICK[2:]]
     measured, whole = [], scoring.joint_output_error
@@ -190,6 +195,7 @@ def images(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monkeypatch):
     output = tmp_path / "out"
     options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", images, "--also-score", "trajectory", *QUICK]
@@ -211,6 +217,7 @@ def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monke
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
     options = ["--model", pipeline_folder, "--drop-blocks", "2", "--recovery-steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
     assert command("compress", *options).code == 0
@@ -440,6 +447,7 @@ def test_evaluate_against_itself_is_identical(command, pipeline_folder, tmp_path
     assert f"{metrics['transformer_parameters']:,}" in ended.message
 
 
+@pytest.mark.slow
 def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("cat face\nrocket\n")
     output = tmp_path / "evaluation.json"

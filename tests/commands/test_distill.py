@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill import METHODS, job
-from fastdistill.distill.config import TRAINING, MethodName
+from fastdistill.distill.config import config_of
 from fastdistill.models import loading
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import interrupt, save_tiny
@@ -46,9 +46,12 @@ def weights(folder):
 
 
 def test_every_method_can_be_named():
-    assert set(MethodName.__args__) == set(METHODS) >= set(TRAINING)
+    for name, method in METHODS.items():
+        found = config_of(["--method", name])(method=name, steps=1 if name == "dmd" else 4).flags()
+        assert {option: found[option] for option in method.command_defaults} == method.command_defaults
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("method", METHODS)
 def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_folder, tmp_path, method):
     output, steps = tmp_path / "out", 1 if method == "dmd" else 2
@@ -62,7 +65,7 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     short = f"teacher, {steps} step{'s' if steps > 1 else ''}"
     assert record["calls"] == {"teacher": 6, short: 2 * steps, "student": steps}
     assert list(record["evaluation"]) == ["teacher", short, "student"]
-    assert record["command"].startswith(f"python -m fastdistill.distill --method {method} --steps {steps}")
+    assert record["command"].startswith(f"fastdistill distill --method {method} --steps {steps}")
     assert record["chosen"]["monitor"] == "frechet_distance_to_reference"
     assert record["chosen"]["step"] in (3, 6)
     assert json.loads((output / "model" / "distill.json").read_text()) == record
@@ -86,6 +89,7 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     assert scheduler.config.stochastic_sampling == (method == "consistency")
 
 
+@pytest.mark.slow
 def test_the_report_says_what_diffusers_does_with_the_result(command, pipeline_folder, tmp_path):
     """In a process that cannot import fastdistill: the times of the scheduler are those that were trained at."""
     output = tmp_path / "out"
@@ -101,6 +105,7 @@ def test_the_report_says_what_diffusers_does_with_the_result(command, pipeline_f
     torch.testing.assert_close(sigmas, torch.cat([few_step_times(4, 3.0), torch.zeros(1)]))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--method", "dmd2", "--steps", "2", "--model", pipeline_folder, *QUICK]
     assert command("distill", *options, "--output", tmp_path / "whole").code == 0
@@ -133,6 +138,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     assert "finished run" in again.message
 
 
+@pytest.mark.slow
 def test_a_smaller_student(command, pipeline_folder, tmp_path):
     smaller = save_tiny(tiny_flux_pipeline(num_layers=1, num_single_layers=2), tmp_path / "smaller")
     output = tmp_path / "out"
@@ -170,6 +176,7 @@ def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_gan_no_image_is_drawn(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "teacher_pairs", lambda *args, **kwargs: pytest.fail("the teacher has drawn"))
     options = ["--method", "dmd2", "--steps", "2", "--gan-weight", "0", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
@@ -177,6 +184,7 @@ def test_without_gan_no_image_is_drawn(command, pipeline_folder, tmp_path, monke
     assert "3 prompts and no images" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_of_ones_own(command, pipeline_folder, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -194,17 +202,10 @@ def test_images_of_ones_own(command, pipeline_folder, tmp_path):
         assert "leave out --images" in refused.message
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypatch):
     values = iter([10.0, 5.0, 6.0, 7.0, 8.0, 9.0])
-    real = job._observing
-
-    def worse_and_worse(*args):
-        found = real(*args)
-        evaluation = found["evaluation"]
-        object.__setattr__(evaluation, "evaluate", lambda: {evaluation.monitor: next(values)})
-        return found
-
-    monkeypatch.setattr(job, "_observing", worse_and_worse)
+    monkeypatch.setattr(job.FewStepStudent, "measure", lambda self: {job.WATCHED[0]: next(values)})
     options = ["--method", "output_kd", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     options += ["--training-steps", "12", "--watch-every", "2", "--patience", "2"]
     assert command("distill", *options).code == 0
@@ -213,6 +214,7 @@ def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypat
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_student_of_the_teachers_steps_is_compared_with_it_once(command, pipeline_folder, tmp_path):
     options = ["--method", "guidance", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     assert command("distill", *options).code == 0
@@ -298,6 +300,7 @@ def test_an_interruption_before_training_keeps_what_the_teacher_drew(command, pi
     assert len(list((tmp_path / "out" / "work" / "pairs").glob("*.safetensors"))) == 2
 
 
+@pytest.mark.slow
 def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, monkeypatch):
     shared = ["--steps", "1", "--model", pipeline_folder, "--teacher-cache", tmp_path / "drawn", *QUICK]
     assert command("distill", "--method", "reflow", "--output", tmp_path / "a", *shared).code == 0
@@ -315,6 +318,7 @@ def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, mo
     assert "pairs of another true_cfg_scale" in ended.message
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_in_bfloat16(command, pipeline_folder, tmp_path, monkeypatch, precision):
     """As a GPU loads it: the student trains in float32, and is sampled by a pipeline of the teacher's dtype."""

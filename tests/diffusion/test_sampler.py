@@ -30,6 +30,7 @@ def test_the_tables_name_every_sampler() -> None:
     assert set(ORDER) == set(DETERMINISTIC)
 
 
+@pytest.mark.slow_but_first("sampler")
 @every_process
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_the_moments_and_mode_weights_of_the_mixture(process: Process, sampler: str) -> None:
@@ -59,6 +60,7 @@ def test_samples_have_the_moments_and_mode_weights_of_the_mixture(process: Proce
     torch.testing.assert_close(volumes / torch.linalg.det(data.covariances).sqrt(), torch.ones_like(volumes), rtol=0, atol=volume)
 
 
+@pytest.mark.slow_but_first("sampler")
 @every_process
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
 def test_it_converges_to_the_exact_flow_of_a_gaussian(process: Process, sampler: str) -> None:

@@ -1,4 +1,6 @@
-"""Compiles the Triton kernels of every operator for a GPU that need not be there: `python -m tests.ops.compile_triton 90`.
+"""Compile the Triton kernels of every operator for a GPU that need not be there.
+
+    python -m tests.ops.compile_triton 90
 
 The interpreter, which runs them in the other tests, accepts Python that Triton's compiler refuses.
 """
@@ -18,12 +20,12 @@ from triton.runtime.jit import JITFunction
 from fastdistill.ops import OPERATORS
 from fastdistill.ops import backend as backends
 
-# What a block may have of shared memory, which only launching would tell.
+# Limits of a block's shared memory, which only a launch would check.
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 
 
 class AbsentGpu:
-    """What the compiler asks of a driver."""
+    """Driver that answers what the compiler asks."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -54,8 +56,8 @@ def main(capability: int) -> None:
     backends.choose = lambda *_: "triton"
     for op in OPERATORS.values():
         importlib.import_module(op.triton_module)
-        for sample in op.samples():
-            arguments = sample.make(torch.bfloat16, torch.device("cpu"))
+        for case in op.cases():
+            arguments = case.make(torch.bfloat16, torch.device("cpu"))
             results = op(*arguments)
             results = results if isinstance(results, tuple) else (results,)
             leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]

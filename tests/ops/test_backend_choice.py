@@ -17,7 +17,7 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a compiler."""
+    """Stand-in for a machine without a compiler."""
     monkeypatch.setattr(backends, "load_native", lambda: "the compiled library is not installed")
     monkeypatch.setattr(backends, "_CHOICES", {})
     backends.why_not.cache_clear()
@@ -27,7 +27,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The backends that served calls of modulate, in order."""
+    """Backends that served calls of `modulate`, in order."""
     names: list[str] = []
     for name, run in MODULATE._run.items():
         monkeypatch.setitem(MODULATE._run, name, lambda *a, name=name, run=run: (names.append(name), run(*a))[1])

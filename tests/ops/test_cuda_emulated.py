@@ -1,4 +1,4 @@
-"""The CUDA kernels on machines without a GPU: see emulated_cuda/__main__.py."""
+"""CUDA kernels on machines without a GPU: see emulated_cuda/__main__.py."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def test_the_cuda_kernels_pass_the_suite(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed
     on_cuda = [op for op in OPERATORS.values() if f'm.impl("{op.name}"' in sources()]
-    assert int(passed[1]) >= 3 * sum(len(op.samples()) for op in on_cuda)
+    assert int(passed[1]) >= 3 * sum(len(op.cases()) for op in on_cuda)
 
 
 def sources() -> str:

@@ -1,4 +1,4 @@
-"""What is particular to the operators on features: their sources' formulas, precision where student and teacher agree, messages."""
+"""Operators on features: published formulas, precision where features almost agree, messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_equal_features_have_no_distance(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_cosine_is_exact_where_features_almost_agree(name: str) -> None:
-    """2 - 2 cos in float32 is off by 1e-7, here a hundredth of the value itself."""
+    """2 - 2 cos in float32 is off by 1e-7, a hundredth of the value here."""
     if reason := backends.why_not("feature_kd_loss", name, "cpu", torch.float32):  # type: ignore[arg-type]
         pytest.skip(reason)
     t = 100 + torch.randn(1, 6, 300)

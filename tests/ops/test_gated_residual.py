@@ -1,4 +1,4 @@
-"""What is particular to the gated residual, alone and before the norm: its messages and the float16 clip."""
+"""Gated residual, alone and before the norm: messages and the float16 clip."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_clip_is_that_of_diffusers_in_float16(backend: str) -> None:
     modulation = [torch.randn(2, 1, 24).half().requires_grad_() for _ in range(2)]
     h, _ = ops.gated_residual_modulate(*leaves, *modulation, clip=True, backend=backend)
     torch.testing.assert_close(h, results[0][0], rtol=4e-3, atol=1e-2)
-    # Through h alone the norm contributes nothing, so the gradients are those of the residual.
+    # Through h alone the norm contributes nothing, so the gradients are the residual's.
     for actual, expected in zip(torch.autograd.grad(h, leaves, upstream), results[0][1:], strict=True):
         torch.testing.assert_close(actual, expected, rtol=4e-3, atol=1e-2)
 
@@ -80,7 +80,7 @@ def test_the_chain_is_its_two_operators() -> None:
 @pytest.mark.parametrize("op", [ops.OPERATORS["gated_residual"], ops.OPERATORS["gated_residual_modulate"]], ids=lambda op: op.name)
 @pytest.mark.parametrize("shape", [(3, 1031, 40), (1, 6000, 768)], ids=["many chunks", "larger than the cache"])
 def test_long(op: Operator, shape: tuple[int, int, int]) -> None:
-    """Many chunks with a remainder in each; results so large that they are written by streaming stores."""
+    """Many chunks with a remainder in each, and results that only streaming stores write."""
     modulations, options = (1, [math.inf]) if op.name == "gated_residual" else (3, [1e-6, math.inf])
     leaves = [torch.randn(s, requires_grad=True) for s in [shape, shape] + [shape[-1:]] * modulations]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]

@@ -1,7 +1,8 @@
-"""What every operator passes on every backend, without a line of its own."""
+"""Tests that every operator passes on every backend, without a line of its own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from fastdistill import ops
 from fastdistill.ops.op import FLOATS
-from tests.ops.cases import Case, as_tuple, cases, converted, detached, gradients, leaves
+from tests.ops.trials import Trial, as_tuple, converted, detached, gradients, leaves, trials
 
 FAST = ("native", "triton")
-# Beside one unit in the last place.
+# In addition to one unit in the last place.
 ERROR_RATIO = 2.0
 FLOAT32_RELATIVE = 2e-6
 
@@ -33,25 +34,28 @@ def scale_of(exact: Tensor) -> float:
 
 
 def unit(actual: Tensor, exact: Tensor, upstream: Sequence[Tensor]) -> float:
-    """One unit in the last place of the largest value of a result, and of the largest term of a sum over gradients: whether the sum of
-    terms that nearly cancel is exact is luck of their order, in eager too."""
+    """One unit in the last place of the largest value of a result, and of the largest term of a sum
+    over gradients.
+
+    The error of a sum of terms that nearly cancel depends on the order of the terms, also in eager.
+    """
     ulp = torch.finfo(actual.dtype).eps * scale_of(exact)
     if actual.numel() < max(u.numel() for u in upstream):
         ulp += torch.finfo(torch.float32).eps * max(scale_of(u) for u in upstream)
     return ulp
 
 
-@cases(dtypes=FLOATS, backends=FAST)
-def test_forward_and_gradients_against_float64(case: Case) -> None:
-    arguments = case.arguments()
+@trials(dtypes=FLOATS, backends=FAST)
+def test_forward_and_gradients_against_float64(trial: Trial) -> None:
+    arguments = trial.arguments()
     with torch.no_grad():
-        upstream = upstream_for(as_tuple(case.op.reference(*arguments)))
-    actual = gradients(case.run, arguments, upstream)
-    eager = gradients(lambda a: as_tuple(case.op.reference(*a)), arguments, upstream)
-    exact = gradients(lambda a: as_tuple(case.op.reference(*a)), converted(arguments, torch.float64), upstream)
+        upstream = upstream_for(as_tuple(trial.op.reference(*arguments)))
+    actual = gradients(trial.run, arguments, upstream)
+    eager = gradients(lambda a: as_tuple(trial.op.reference(*a)), arguments, upstream)
+    exact = gradients(lambda a: as_tuple(trial.op.reference(*a)), converted(arguments, torch.float64), upstream)
 
-    # Two implementations of the same sums differ by the rounding of the largest value that passes through
-    # them.
+    # Two implementations of the same sums differ by the rounding of the largest value that passes
+    # through them.
     conditioning = max([1.0, *(scale_of(a) for a in leaves(arguments))])
     for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
         assert a.shape == e.shape, f"result {i}: shape"
@@ -59,32 +63,32 @@ def test_forward_and_gradients_against_float64(case: Case) -> None:
         ulp = unit(a, x, upstream)
         allowed = ERROR_RATIO * error(e, x) + ulp
         assert error(a, x) <= allowed, f"result {i}: error {error(a, x):.3g}, eager {error(e, x):.3g}, ulp {ulp:.3g}"
-        if case.dtype == torch.float32:
+        if trial.dtype == torch.float32:
             assert error(a, x) <= FLOAT32_RELATIVE * conditioning * max(scale_of(x), 1e-30), f"result {i}: relative"
 
 
-@cases(dtypes=(torch.float64,), backends=("eager", "native"))
-def test_gradcheck(case: Case) -> None:
-    arguments = case.arguments()
-    if not leaves(arguments) or not case.op.is_derivative:
+@trials(dtypes=(torch.float64,), backends=("eager", "native"))
+def test_gradcheck(trial: Trial) -> None:
+    arguments = trial.arguments()
+    if not leaves(arguments) or not trial.op.is_derivative:
         pytest.skip("nothing to differentiate")
-    # The whole Jacobian of a small sample, a random projection of a large one.
+    # The whole Jacobian of a small case, a random projection of a large one.
     large = sum(leaf.numel() for leaf in leaves(arguments)) > 200
-    assert torch.autograd.gradcheck(lambda *a: case.run(a), arguments, fast_mode=large)
+    assert torch.autograd.gradcheck(lambda *a: trial.run(a), arguments, fast_mode=large)
 
 
-@cases(dtypes=(torch.float32,), backends=FAST)
-def test_opcheck(case: Case) -> None:
-    """Schema, fake tensors and tracing of the registered ops; their gradient lives outside the ops."""
+@trials(dtypes=(torch.float32,), backends=FAST)
+def test_opcheck(trial: Trial) -> None:
+    """Schema, fake tensors and tracing of the registered ops, which define no gradient."""
     checks = ["test_schema", "test_faketensor"]
-    if case.sample.id == case.op.samples()[0].id:
-        checks.append("test_aot_dispatch_dynamic")  # seconds each, and the same for every sample
-    for op, arguments in recorded_calls(case):
+    if trial.case.id == trial.op.cases()[0].id:
+        checks.append("test_aot_dispatch_dynamic")  # seconds each, and the same for every case
+    for op, arguments in recorded_calls(trial):
         torch.library.opcheck(op, arguments, test_utils=checks)
 
 
-def recorded_calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The forward and backward op calls that one use of the operator makes, with their arguments."""
+def recorded_calls(trial: Trial) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Forward and backward op calls that one use of the operator makes, with their arguments."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -93,21 +97,21 @@ def recorded_calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
                 calls.append((func, detached(args)))
             return func(*args, **(kwargs or {}))
 
-    arguments = case.arguments()
+    arguments = trial.arguments()
     with Recorder():
-        outputs = case.run(arguments)
+        outputs = trial.run(arguments)
         if leaves(arguments):
             torch.autograd.grad(outputs, leaves(arguments), upstream_for(outputs))
-    assert len(calls) == (2 if case.op.backward_schema else 1)
+    assert len(calls) == (2 if trial.op.backward_schema else 1)
     return calls
 
 
-@cases(dtypes=(torch.float32, torch.bfloat16), backends=FAST)
-def test_noncontiguous_gradient(case: Case) -> None:
-    if case.interpreted and case.dtype != torch.float32:
+@trials(dtypes=(torch.float32, torch.bfloat16), backends=FAST)
+def test_noncontiguous_gradient(trial: Trial) -> None:
+    if trial.interpreted and trial.dtype != torch.float32:
         pytest.skip("the interpreter treats the strides of all dtypes alike")
-    arguments = case.arguments()
-    outputs = case.run(arguments)
+    arguments = trial.arguments()
+    outputs = trial.run(arguments)
     if not any(o.requires_grad for o in outputs) or any(o.dim() < 2 for o in outputs):
         pytest.skip("no gradient that could be strided")
     contiguous = upstream_for(outputs)
@@ -123,59 +127,60 @@ def test_noncontiguous_gradient(case: Case) -> None:
         assert torch.equal(a, e)
 
 
-@cases(dtypes=(torch.float32, torch.bfloat16), backends=FAST)
-def test_bitwise_repeatable(case: Case) -> None:
-    if case.interpreted and case.sample.id != case.op.samples()[0].id:
+@trials(dtypes=(torch.float32, torch.bfloat16), backends=FAST)
+def test_bitwise_repeatable(trial: Trial) -> None:
+    if trial.interpreted and trial.case.id != trial.op.cases()[0].id:
         pytest.skip("the interpreter runs programs in one order")
-    arguments = case.arguments()
+    arguments = trial.arguments()
     with torch.no_grad():
-        upstream = upstream_for(case.run(arguments))
-    first = gradients(case.run, arguments, upstream)
+        upstream = upstream_for(trial.run(arguments))
+    first = gradients(trial.run, arguments, upstream)
     threads = torch.get_num_threads()
     try:
         for count in (threads, 1):
             torch.set_num_threads(count)
-            for a, b in zip(first, gradients(case.run, arguments, upstream), strict=True):
+            for a, b in zip(first, gradients(trial.run, arguments, upstream), strict=True):
                 assert torch.equal(a, b)
     finally:
         torch.set_num_threads(threads)
 
 
-@cases(dtypes=(torch.float32,), backends=("eager", "native"))
-def test_compiles_whole(case: Case) -> None:
-    """One graph with dynamic sizes, forward and backward; Inductor, which takes seconds, for one sample."""
-    arguments = case.arguments()
+@trials(dtypes=(torch.float32,), backends=("eager", "native"))
+def test_compiles_whole(trial: Trial) -> None:
+    """One graph with dynamic sizes, forward and backward.
+
+    Inductor, which takes seconds, compiles one case.
+    """
+    arguments = trial.arguments()
     if any(isinstance(a, Tensor) and a.numel() == 0 for a in arguments):
         pytest.skip("the compiler specialises on empty tensors")
-    if case.backend == "eager" and case.sample.id != case.op.samples()[0].id:
+    if trial.backend == "eager" and trial.case.id != trial.op.cases()[0].id:
         pytest.skip("plain PyTorch, a second of compiling each")
     torch._dynamo.reset()
-    compiler = "inductor" if case.sample.id == case.op.samples()[0].id else "aot_eager"
-    compiled = torch.compile(lambda *a: case.op(*a, backend=case.backend), fullgraph=True, dynamic=True, backend=compiler)
-    upstream = upstream_for(case.run(detached(arguments)))
-    expected = gradients(case.run, arguments, upstream)
+    compiler = "inductor" if trial.case.id == trial.op.cases()[0].id else "aot_eager"
+    compiled = torch.compile(lambda *a: trial.op(*a, backend=trial.backend), fullgraph=True, dynamic=True, backend=compiler)
+    upstream = upstream_for(trial.run(detached(arguments)))
+    expected = gradients(trial.run, arguments, upstream)
     actual = gradients(lambda a: as_tuple(compiled(*a)), arguments, upstream)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-@cases(dtypes=(torch.float32,), backends=FAST, every_sample=False)
-def test_second_derivative_is_refused(case: Case) -> None:
-    arguments = case.arguments()
-    outputs = case.run(arguments)
+@trials(dtypes=(torch.float32,), backends=FAST, every_case=False)
+def test_second_derivative_is_refused(trial: Trial) -> None:
+    arguments = trial.arguments()
+    outputs = trial.run(arguments)
     if not leaves(arguments):
         pytest.skip("nothing to differentiate")
-    with pytest.raises(RuntimeError, match=f"{case.op.name}: its gradient cannot be differentiated"):
+    with pytest.raises(RuntimeError, match=f"{trial.op.name}: its gradient cannot be differentiated"):
         torch.autograd.grad(outputs, leaves(arguments), upstream_for(outputs), create_graph=True)
 
 
-@cases(dtypes=(torch.float32,), backends=FAST, every_sample=False)
-def test_no_gradient_is_computed_in_no_grad(case: Case) -> None:
+@trials(dtypes=(torch.float32,), backends=FAST, every_case=False)
+def test_no_gradient_is_computed_in_no_grad(trial: Trial) -> None:
     with torch.no_grad():
-        assert not any(o.requires_grad for o in case.run(case.arguments()))
+        assert not any(o.requires_grad for o in trial.run(trial.arguments()))
 
 
-def test_every_operator_is_in_the_public_namespace() -> None:
-    for name in ops.OPERATORS:
-        assert callable(getattr(ops, name))
-        assert name in ops.__all__
+def test_every_operator_has_a_public_function_of_its_name() -> None:
+    assert all(inspect.isfunction(getattr(ops, name)) for name in ops.OPERATORS)

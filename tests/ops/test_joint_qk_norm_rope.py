@@ -1,4 +1,4 @@
-"""What is particular to the joint query-key norm: it is that of a FLUX and of an SD3 block, packed or not, and its messages."""
+"""Joint query-key norm: agreement with FLUX's and SD3's blocks, packed or not, and messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to modulate: its messages, its large offsets, its mixed dtypes."""
+"""Modulation: messages, instruction sets, long and large inputs, dynamic sizes."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
 @pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_agrees(capability: str) -> None:
-    """Each in a process of its own, since the choice is made once."""
+    """Each instruction set in a process of its own, since the choice is made once."""
     import os
     import subprocess
     import sys
@@ -72,8 +72,8 @@ def test_every_instruction_set_agrees(capability: str) -> None:
 import torch
 from fastdistill.ops.modulate import MODULATE
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    for sample in MODULATE.samples():
-        arguments = sample.make(dtype, torch.device("cpu"))
+    for case in MODULATE.cases():
+        arguments = case.make(dtype, torch.device("cpu"))
         results = []
         upstream = torch.randn(arguments[0].shape).to(dtype)
         for backend in ("eager", "native"):
@@ -82,8 +82,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for a, b in zip(*results):
             eps = torch.finfo(dtype).eps
             limit = 32 * eps * max(1.0, b.abs().max().item() if b.numel() else 0.0)
-            if "offset100" in sample.id: limit *= 100
-            assert a.shape == b.shape and ((a - b).abs() <= limit).all(), (dtype, sample.id, limit)
+            if "offset100" in case.id: limit *= 100
+            assert a.shape == b.shape and ((a - b).abs() <= limit).all(), (dtype, case.id, limit)
 special = torch.tensor([[float("nan"), 1.0, float("inf"), 2.0]] * 3)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     zero = torch.zeros(4, dtype=dtype)
@@ -120,7 +120,7 @@ def test_many_chunks_of_tokens() -> None:
 @pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_results_larger_than_the_cache(dtype: torch.dtype) -> None:
-    """They are written by streaming stores; one row of three registers shows that none of them is left out."""
+    """Results that streaming stores write; a row of three registers shows that none is left out."""
     tokens = (17 << 20) // (48 * dtype.itemsize)
     arguments = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, tokens, 48), (48,), (48,))]
     wide = [a.detach().double().requires_grad_() for a in arguments]

@@ -1,4 +1,4 @@
-"""What is particular to the query-key norm with rotation: it is that of diffusers, on every form of its tables, and its messages."""
+"""Query-key norm with rotation: agreement with diffusers, forms of the tables, messages."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ q, k, w, t = torch.zeros(2, 5, 3, 8), torch.zeros(2, 5, 1, 8), torch.zeros(8), t
         ((q, k, w, w.half(), t, t), TypeError, "k_weight: expected the dtype of q, torch.float32"),
         ((q.half(), k.half(), w.half(), w, t, t), TypeError, "k_weight: expected the dtype of q_weight, torch.float16"),
         ((q, k, w, w, t[:4], t[:4]), ValueError, r"cos: expected \(5, 8\) or \(5, 4\)"),
-        ((q, k, w, w, t, t[:, :4]), ValueError, r"sin: expected \(5, 8\) or \(5, 4\), cos and sin alike"),
-        ((q, k, w, w, t.double(), t), TypeError, "cos: expected torch.float32 beside q of torch.float32"),
+        ((q, k, w, w, t, t[:, :4]), ValueError, r"sin: expected \(5, 8\) or \(5, 4\), cos and sin the same"),
+        ((q, k, w, w, t.double(), t), TypeError, "cos: expected torch.float32 for q of torch.float32"),
         ((q, k, w, w, t, t.clone().requires_grad_()), ValueError, "sin: expected a constant"),
     ],
 )
@@ -131,7 +131,7 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
 
 
 def test_many_chunks_with_a_remainder() -> None:
-    """Long enough that every thread sums several chunks; the weight's gradient is where that shows."""
+    """Long enough that every thread sums several chunks, which the weight's gradient shows."""
     if reason := backends.why_not(OP.name, "native", "cpu", torch.float32):
         pytest.skip(reason)
     q, k = (torch.randn(2, 1031, heads, 40, requires_grad=True) for heads in (3, 1))

@@ -1,4 +1,4 @@
-"""What is particular to rope_attention: its two forms agree, the attention backend is the one that should run, and its messages."""
+"""Attention with norms and rotation: agreement of both forms, choice of the backend, messages."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def fused(*inputs: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("interpreted")
 def test_fused_over_several_blocks() -> None:
-    """50 tokens: four blocks of 16 that a program owns, two steps of 32, neither full at the end."""
+    """50 tokens: four blocks of 16 that a program owns, two steps of 32, none full at the end."""
     inputs, grad = arguments(2, 50, 2, 40), torch.randn(2, 50, 2, 40)
     actual, expected = results(fused, inputs, grad), results(reference, inputs, grad)
     assert actual[0].is_contiguous()
@@ -94,7 +94,10 @@ def test_fused_over_several_blocks() -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_fused_with_scores_beyond_the_exponents_of_float32(sign: float) -> None:
-    """Every score is -128 or 128: a key outside of the sequence, whose score is 0, must not count, nor overflow."""
+    """Every score is -128 or 128.
+
+    A key outside of the sequence, whose score is 0, must neither count nor overflow.
+    """
     x, v = torch.randn(1, 1, 1, 64).expand(1, 18, 1, 64), torch.randn(1, 18, 1, 64)
     weight = torch.full((64,), 4.0)
     inputs = [x.clone().requires_grad_(), (sign * x).clone().requires_grad_(), v.requires_grad_(), weight, weight.clone()]
@@ -108,7 +111,7 @@ def test_fused_with_scores_beyond_the_exponents_of_float32(sign: float) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_fused_without_eps() -> None:
-    """The rows that fill up a block are zero, and their norm without eps would be 0 / 0."""
+    """Rows that fill up a block are zero, and their norm without eps would be 0 / 0."""
     inputs, grad = arguments(1, 5, 1, 16), torch.randn(1, 5, 1, 16)
     actual = results(lambda *a: ops.rope_attention(*a, eps=0.0, attention="fused", backend="triton"), inputs, grad)  # type: ignore[arg-type]
     expected = results(lambda *a: OP.reference(*a, 0.0, True), inputs, grad)
@@ -146,13 +149,13 @@ def test_two_operators_compile_whole(name: str) -> None:
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which attention runs
 
 
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[AttentionBackendName]:
-    """The backends that diffusers was asked for."""
+    """Backends that diffusers was asked for."""
     asked: list[AttentionBackendName] = []
     real = attention_dispatch.dispatch_attention_fn
 
@@ -275,6 +278,12 @@ def test_a_name_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
         ops.rope_attention(*inputs, attention="flash_hub")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"'_native_flash' was asked for, but it takes bfloat16 and float16, not torch.float32"):
         ops.rope_attention(*inputs, attention="_native_flash")  # type: ignore[arg-type]
+
+
+def test_messages_offer_what_is_taken() -> None:
+    inputs = arguments(1, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"attention: expected auto or one of flash, .*, got 'fused'"):
+        attend(*inputs[:3], "fused")
     with pytest.raises(ValueError, match=r"attention: expected fused, auto or one of flash, .*, got 'flash3'"):
         ops.rope_attention(*inputs, attention="flash3")  # type: ignore[arg-type]
 
@@ -284,7 +293,7 @@ def test_importing_the_operators_leaves_diffusers_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # messages
 
 q, w, t = torch.zeros(2, 5, 3, 8), torch.zeros(8), torch.zeros(5, 8)

@@ -27,7 +27,7 @@ FASTDISTILL_INLINE Vec<A> load_mask(const bool* p, Extent extent) {
 template <class T, bool GUIDED, bool MASKED>
 struct Place {
     using A = Accumulator<T>;
-    const T *cond, *uncond, *fake;
+    const T *cond, *uncond, *critic;
     const bool* mask;
     A guidance;
     bool finite;
@@ -35,7 +35,7 @@ struct Place {
     FASTDISTILL_INLINE Place(const DmdOperands& in, int64_t b, int64_t first)
         : cond(in.cond.at<T>(b, first)),
           uncond(in.uncond.at<T>(b, first)),
-          fake(in.fake.at<T>(b, first)),
+          critic(in.critic.at<T>(b, first)),
           mask(in.mask.at<bool>(b, first)),
           guidance(A(in.guidance)),
           finite(in.finite) {}
@@ -49,7 +49,7 @@ struct Place {
     }
     template <class Extent>
     FASTDISTILL_INLINE Vec<A> difference(Vec<A> real, int64_t i, Extent extent) const {
-        Vec<A> d = real - load(fake + i, extent);
+        Vec<A> d = real - load(critic + i, extent);
         if (finite) d = finite_or_zero<A>(d);
         if constexpr (MASKED) d = load_mask<A>(mask + i, extent) > Vec<A>{} ? d : Vec<A>{};
         return d;

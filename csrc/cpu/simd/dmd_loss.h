@@ -8,14 +8,14 @@ namespace fastdistill {
 
 struct DmdReduce {
     DmdOperands in;
-    double* partials;  // (B, chunks, 3): sum |real - target|, sum (real - fake)^2, count, the last two inside
-                       // the mask
+    double* partials;  // (B, chunks, 3): sum |real - target|, sum (real - critic)^2, count, the last two
+                       // inside the mask
     int64_t elements, chunk, chunks;
 };
 
 struct DmdBackward {
-    DmdOperands in;       // cond, uncond, fake and mask
-    const void* factors;  // (B) accumulators: dx = upstream * factors[b] * (real - fake)
+    DmdOperands in;       // cond, uncond, critic and mask
+    const void* factors;  // (B) accumulators: dx = upstream * factors[b] * (real - critic)
     double upstream;
     void* dx;  // contiguous
     int64_t elements, chunk, chunks;

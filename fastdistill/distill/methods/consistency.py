@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,46 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction, convert
 from fastdistill.diffusion.process import expand_time, noise_like
 from fastdistill.diffusion.timesteps import few_step_times
+from fastdistill.distill.methods.denoiser import Denoiser
 from fastdistill.distill.methods.distillation import Distillation, Setup, follow, without_prefix
 from fastdistill.distill.methods.losses import pseudo_huber
-from fastdistill.distill.options import ConsistencyOptions
+from fastdistill.distill.options import MethodOptions
+from fastdistill.errors import UserError
+from fastdistill.run.options import at_least
 from fastdistill.train.method import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyOptions(MethodOptions):
+    """Map every point of a trajectory of the teacher to its end. The result is sampled with stochastic_sampling."""
+
+    grid_steps: int = 48
+    """Steps into which the trajectory is cut; a multiple of the steps to sample in."""
+    skip: int = 1
+    """Of those, how many one step of the teacher spans."""
+    solver: Literal["ddim", "heun"] = "ddim"
+    """The teacher's step: one call (LCM), or two and of second order (consistency distillation)."""
+    loss: Literal["pseudo_huber", "mse"] = "pseudo_huber"
+    huber_c: float = 1e-3
+    """Below this difference the pseudo-Huber loss is quadratic, above it linear."""
+    target_decay: float = 0.95
+    """Of the moving average that is the target network; 0: the student itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "grid_steps", "skip")
+        if not 0 <= self.target_decay < 1:
+            raise UserError(f"--target-decay is at least 0 and less than 1, got {self.target_decay:g}")
+        if self.huber_c <= 0:
+            raise UserError(f"--huber-c must be positive, got {self.huber_c:g}")
+
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        if self.grid_steps % steps:
+            raise UserError(
+                f"the times of {steps} steps are not among those of {self.grid_steps}: --grid-steps must be a multiple of the steps, "
+                f"such as {steps * max(1, round(self.grid_steps / steps))}"
+            )
 
 
 class ConsistencyDistillation(Distillation):
@@ -36,52 +72,54 @@ class ConsistencyDistillation(Distillation):
     Several steps are taken by stochastic sampling: to ``f``, and back to the next time with new noise (CD, algorithm 1).
     """
 
+    Options = ConsistencyOptions
+    options: ConsistencyOptions
     stochastic_sampling = True
 
-    def __init__(self, options: ConsistencyOptions = ConsistencyOptions(), **setup: Unpack[Setup]) -> None:
+    def __init__(self, options: ConsistencyOptions, **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
-        self.options = options
         self.grid = torch.cat([few_step_times(options.grid_steps, self.shift), torch.zeros(1)])
-        self.check_determined("teacher", self.grid[:-1])
+        self.teacher.check_determined(self.grid[:-1])
+        self.target = self.student
         if options.target_decay:
-            self.networks["target"] = copy.deepcopy(self.networks["student"]).requires_grad_(False)
-            self.predictions["target"] = self.predictions["student"]
+            self.target = self.student.copy("target")
+            self.networks["target"] = self.target.network
 
     def after_step(self, step: int) -> None:
         if "target" in self.networks:
-            follow(self.networks["target"], self.networks["student"], self.options.target_decay)
+            follow(self.target.network, self.student.network, self.options.target_decay)
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        return self.networks["target"].state_dict(prefix="target.") if "target" in self.networks else {}
+        return self.target.network.state_dict(prefix="target.") if "target" in self.networks else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            self.networks["target"].load_state_dict(without_prefix(state, "target."))
+            self.target.network.load_state_dict(without_prefix(state, "target."))
 
-    def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
+    def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_0, conditioning = batch.latents, batch.conditioning
         noise = noise_like(x_0, rng)
         n = torch.randint(self.options.grid_steps, (len(x_0),), generator=rng, device=rng.device).cpu()
         t, s = (self.grid[index].to(x_0.device) for index in (n, (n + self.options.skip).clamp(max=self.options.grid_steps)))
-        scale = self.draw_scale(x_0, rng)
+        scale = self.teacher.draw_scale(x_0, rng)
         x_t = self.process.add_noise(x_0, noise, t)
         with torch.no_grad():
             x_s, last = self._teacher_step(x_t, t, s, conditioning, scale), s == 0
             # A network need not be defined at t = 0, and its value there is not used.
-            end = self._end("target" if "target" in self.networks else "student", x_s, torch.where(last, t, s), conditioning, scale)
+            end = self._end(self.target, x_s, torch.where(last, t, s), conditioning, scale)
             target = _where(last, x_s, end)
-        found = self._end("student", x_t, t, conditioning, scale)
+        found = self._end(self.student, x_t, t, conditioning, scale)
         if self.options.loss == "mse":
             return Loss(total=(found - target).square().mean())
         return Loss(total=pseudo_huber(found, target, self.options.huber_c))
 
-    def _end(self, role: str, x_t: Tensor, t: Tensor, conditioning: Any, scale: Tensor | None) -> Tensor:
-        """``f(x_t, t)`` by the network of ``role``."""
-        x_0 = self.predict(role, x_t, t, conditioning, Prediction.X0, scale)
+    def _end(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, conditioning: Any, scale: Tensor | None) -> Tensor:
+        """`f(x_t, t)` by the network of `denoiser`."""
+        x_0 = denoiser.predict(x_t, t, conditioning, Prediction.X0, scale)
         return self.process.ddim_step(x_t, x_0, t, torch.zeros_like(t))
 
     def _teacher_step(self, x_t: Tensor, t: Tensor, s: Tensor, conditioning: Any, scale: Tensor | None) -> Tensor:
-        x_0 = self.teach(x_t, t, conditioning, Prediction.X0, scale)
+        x_0 = self.teacher.guided(x_t, t, conditioning, Prediction.X0, scale)
         x_s = self.process.ddim_step(x_t, x_0, t, s)
         if self.options.solver == "ddim":
             return x_s
@@ -90,7 +128,7 @@ class ConsistencyDistillation(Distillation):
         velocity = convert(x_0, x_t, t, self.process, Prediction.X0, Prediction.VELOCITY)
         step = (expand_time(s, x_t) - expand_time(t, x_t)).to(x_t.dtype)
         euler, s = x_t + step * velocity, torch.where(last, t, s)
-        corrected = x_t + step * (velocity + self.teach(euler, s, conditioning, Prediction.VELOCITY, scale)) / 2
+        corrected = x_t + step * (velocity + self.teacher.guided(euler, s, conditioning, Prediction.VELOCITY, scale)) / 2
         return _where(last, x_s, corrected)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,113 +12,134 @@ from typing_extensions import Unpack
 
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
-from fastdistill.diffusion.timesteps import Uniform
-from fastdistill.distill.methods.discriminator import Discriminator, blocks_at, image_features, inner_dim
-from fastdistill.distill.methods.distillation import Setup
-from fastdistill.distill.methods.losses import discriminator_loss, generator_loss, pseudo_huber
+from fastdistill.distill.methods.critic import FOLLOWING, Critic, two_time_scales
+from fastdistill.distill.methods.discriminator import Discriminator
+from fastdistill.distill.methods.distillation import Distillation, Setup
+from fastdistill.distill.methods.losses import GanLoss, pseudo_huber
 from fastdistill.distill.methods.rollout import Rollout, Visit
-from fastdistill.distill.options import DMD2Options
-from fastdistill.models.families.family import Family
-from fastdistill.models.guidance_embedder import embeds_guidance, with_guidance_embedder, with_scale
+from fastdistill.distill.options import RolloutOptions, TrainingData
+from fastdistill.errors import UserError
+from fastdistill.run.options import at_least
 from fastdistill.train.method import Loss
 
-# SenseFlow's distance of the middle of a segment from its ends (20 of 1000 times).
 SEGMENT_MARGIN = 0.02
+"""SenseFlow's distance of the middle of a segment from its ends (20 of 1000 times)."""
 
 
-class DMD2(Rollout):
-    """Distribution matching without pairs, in several steps::
+@dataclass(frozen=True, kw_only=True)
+class DMD2Options(RolloutOptions):
+    """Match the teacher's distribution where the few-step student samples, with a critic that follows it closely, and with a GAN."""
+
+    critic_knows_step: bool = False
+    """Tell the critic which of several steps a sample is from, by its input for guidance. Then each step has to match the teacher,
+    and not only, as in the paper, all of them together."""
+    gan_weight: float = 5e-3
+    """Weight of the adversarial loss in the student's loss; 0: no GAN, and no data is needed."""
+    gan_critic_weight: float = 1e-2
+    """Weight of the discriminator's loss in the loss of the critic, whose features it reads."""
+    gan_loss: GanLoss = "non_saturating"
+    gan_depths: tuple[float, ...] = (0.5,)
+    """Depths of the blocks whose features have a head: 0 the first block, 1 the last."""
+    isg_weight: float = 0.0
+    """Weight of intra-segment guidance: the distance between the student's jump and one by way of the teacher (SenseFlow: 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "gan_weight", "gan_critic_weight", "isg_weight")
+        if self.critic_knows_step and self.guidance_range is not None:
+            raise UserError("--critic-knows-step uses the critic's input for guidance: give one scale, or --no-critic-knows-step")
+        if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):
+            raise UserError(f"--gan-depths are between 0, the first block, and 1, the last, got {self.gan_depths}")
+
+    @property
+    def training_data(self) -> TrainingData:
+        return "images" if self.gan_weight else super().training_data
+
+
+class DMD2(Distillation):
+    """Distribution matching without pairs, in several steps:
 
         L_student = L_matching + gan_weight L_G + isg_weight L_ISG          every critic_updates steps
-        L_critic    = L_denoising + gan_critic_weight L_D                       every step
+        L_critic  = L_denoising + gan_critic_weight L_D                     every step
         L_heads   = L_D                                                     every step
 
-    ``x``, which all judge, is the student's ``x_0`` at one of its times (:class:`~fastdistill.distill.methods.rollout.Rollout`).
+    All three judge the student's `x_0` at one of its times (`Rollout`). The critic sees the samples of all steps as one
+    distribution, so that the steps may share out the modes. With `critic_knows_step` each step is matched by itself; that is not in
+    the paper.
 
-    The critic sees the samples of all steps as one distribution, so that the steps may share out the modes. With ``critic_knows_step`` it
-    is given the time of the step as guidance, which it has no other use for, and each step is matched by itself; not in the paper.
+    `L_G` and `L_D` read the critic's features of the sample and of data, each behind fresh noise (section 4.3). The role
+    `discriminator` is the heads; the body is trained with the critic.
 
-    ``L_G`` and ``L_D`` read the critic's features of ``x`` and of data, each noised anew (section 4.3). The role ``discriminator`` is
-    the heads; the body is trained with the critic.
-
-    Intra-segment guidance (``isg_weight``; SenseFlow) compares the student's jump from ``t_k`` to ``t_k+1`` with the teacher's to a random
-    time between, ``t_k+1 + 0.02 .. t_k - 0.02``, and the student's from there, by the pseudo-Huber loss.
+    Intra-segment guidance (`isg_weight`; SenseFlow) compares the student's jump from `t_k` to `t_k+1` with the teacher's to a random
+    time between, `t_k+1 + 0.02 .. t_k - 0.02`, and the student's from there, by the pseudo-Huber loss.
     """
 
+    Options = DMD2Options
+    options: DMD2Options
+    command_defaults = {"learning_rate": 5e-5, "betas": (0.0, 0.99), **FOLLOWING, "critic_knows_step": True}
+    may_average_guidance = True
+    trains: Sequence[str] = ("student", "critic")
+
     def __init__(
-        self,
-        options: DMD2Options = DMD2Options(),
-        *,
-        critic: nn.Module | None = None,
-        discriminator: nn.Module | None = None,
-        **setup: Unpack[Setup],
+        self, options: DMD2Options, *, critic: nn.Module | None = None, heads: nn.Module | None = None, **setup: Unpack[Setup]
     ) -> None:
-        self.tells_step = options.critic_knows_step and setup["steps"] > 1
-        if self.tells_step:
-            critic = copy.deepcopy(setup["student"]) if critic is None else critic
-            critic = critic if embeds_guidance(critic) else with_guidance_embedder(critic)
-        super().__init__(options, critic, **setup)
-        self.options = options
+        super().__init__(options, **setup)
+        self.critic = Critic.of(self.student, options, critic, knows_step=options.critic_knows_step and self.steps > 1)
+        self.rollout = Rollout(self.student, self.teacher, self.times, options)
+        self.stochastic_sampling = self.rollout.stochastic
+        self.networks["critic"] = self.critic.network
         if options.gan_weight:
-            critic = self.networks["critic"]
-            self.blocks = blocks_at(critic, cast(Family, self.family), options.gan_depths)
-            if discriminator is None:
-                discriminator = Discriminator(inner_dim(critic), len(self.blocks)).to(next(critic.parameters()).device)
-            self.networks["discriminator"] = discriminator
+            self.discriminator = Discriminator(self.critic, options.gan_depths, options.gan_loss, heads)
+            self.networks["discriminator"] = self.discriminator.heads
             self.trains = ("student", "critic", "discriminator")
+        if options.ida_decay is not None:
+            self.critic.check_alignable(self.student)
         if options.isg_weight:
-            self.check_determined("teacher", self.times)
+            self.teacher.check_determined(self.times)
 
-    def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        if role == "discriminator" and role in self.trains:
-            return Loss(total=self._discriminator_loss(*self.sample_to_judge(batch, rng), batch, rng))
-        return super().role_loss(role, batch, rng)
+    def turns(self, step: int) -> Sequence[str]:
+        return two_time_scales(self.trains, step, self.options.critic_updates)
 
-    def student_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        critic_scale = self._critic_scale(visit)
-        terms = {"matching": self.matching_loss(x_0, batch.conditioning, visit.scale, rng, critic_scale=critic_scale)}
+    def before_step(self, step: int, rng: torch.Generator) -> None:
+        self.rollout.agree(rng)
+
+    def after_step(self, step: int) -> None:
+        if self.options.ida_decay is not None and "student" in self.turns(step):
+            self.critic.align(self.student, self.options.ida_decay)
+
+    def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
+        if role == "student":
+            visit, x_0 = self.rollout.sample(batch, rng)
+            return self._student_loss(visit, x_0, batch.conditioning, rng)
+        visit, x_0 = self.rollout.sample_to_judge(batch, rng)
+        told = self.critic.told(visit)
+        if role == "discriminator":
+            return Loss(total=self.discriminator.loss(batch, x_0, told, rng))
+        denoising = self.critic.denoising_loss(x_0, batch.conditioning, told, rng)
+        if not self.options.gan_weight:
+            return denoising
+        gan = self.discriminator.loss(batch, x_0, told, rng)
+        return Loss(total=denoising.total + self.options.gan_critic_weight * gan, logs={"denoising": denoising.total, "gan": gan})
+
+    def _student_loss(self, visit: Visit, x_0: Tensor, conditioning: Any, rng: torch.Generator) -> Loss:
+        told = self.critic.told(visit)
+        terms = {"matching": self.critic.difference(self.critic.noised(x_0, conditioning, visit.scale, rng), self.teacher, told)}
         total = terms["matching"]
         if self.options.gan_weight:
-            terms["gan"] = generator_loss(self._logits(x_0, batch.conditioning, critic_scale, rng), self.options.gan_loss)
+            terms["gan"] = self.discriminator.generator_loss(x_0, conditioning, told, rng)
             total = total + self.options.gan_weight * terms["gan"]
         if self.options.isg_weight:
-            terms["isg"] = self._segment_loss(x_0, visit, batch.conditioning, rng)
+            terms["isg"] = self._segment_loss(visit, x_0, conditioning, rng)
             total = total + self.options.isg_weight * terms["isg"]
         return Loss(total=total, logs=terms)
 
-    def critic_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Loss:
-        denoising = self.denoising_loss(x_0, batch.conditioning, self._critic_scale(visit), rng)
-        if not self.options.gan_weight:
-            return denoising
-        gan = self._discriminator_loss(visit, x_0, batch, rng)
-        return Loss(total=denoising.total + self.options.gan_critic_weight * gan, logs={"denoising": denoising.total, "gan": gan})
-
-    def _discriminator_loss(self, visit: Visit, x_0: Tensor, batch: LatentBatch, rng: torch.Generator) -> Tensor:
-        scale = self._critic_scale(visit)
-        critic = self._logits(x_0, batch.conditioning, scale, rng)
-        real = self._logits(batch.latents, batch.conditioning, scale, rng)
-        return discriminator_loss(real, critic, self.options.gan_loss)
-
-    def _critic_scale(self, visit: Visit) -> Tensor | None:
-        """What the critic is given as guidance: the time of the step that a sample is from, if it is told."""
-        return visit.t if self.tells_step else visit.scale
-
-    def _logits(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
-        """What the heads say about ``x_0`` (B, ...) behind fresh noise."""
-        x_t, t, _ = self.process.draw(x_0, Uniform(), rng)
-        critic, family = self.networks["critic"], cast(Family, self.family)
-        conditioning = with_scale(conditioning, critic, self.default_scale(x_0) if scale is None else scale)
-        logits: Tensor = self.networks["discriminator"](image_features(critic, family, self.blocks, x_t, t, conditioning))
-        return logits
-
-    def _segment_loss(self, x_0: Tensor, visit: Visit, conditioning: Any, rng: torch.Generator) -> Tensor:
-        x_t, t, scale = visit.x_t, visit.t, visit.scale
-        s = self.end(visit)
+    def _segment_loss(self, visit: Visit, x_0: Tensor, conditioning: Any, rng: torch.Generator) -> Tensor:
+        x_t, t, s = visit.x_t, visit.t, self.rollout.end(visit)
         with torch.no_grad():
             # Narrow segments, of many steps or a strong shift, keep half of their width.
             margin = torch.minimum(torch.full_like(s, SEGMENT_MARGIN), (t - s) / 4)
             middle = s + margin + (t - s - 2 * margin) * torch.rand(len(t), generator=rng, device=rng.device).to(t)
-            x_middle = self.process.ddim_step(x_t, self.teach(x_t, t, conditioning, Prediction.X0, scale), t, middle)
-            x_0_middle = self.predict("student", x_middle, middle, conditioning, Prediction.X0, scale)
+            x_middle = self.process.ddim_step(x_t, self.teacher.guided(x_t, t, conditioning, Prediction.X0, visit.scale), t, middle)
+            x_0_middle = self.student.predict(x_middle, middle, conditioning, Prediction.X0, visit.scale)
             target = self.process.ddim_step(x_middle, x_0_middle, middle, s)
         return pseudo_huber(self.process.ddim_step(x_t, x_0, t, s), target)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from typing_extensions import Unpack
 
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.distill.methods.distillation import Distillation, Setup, time_distribution
-from fastdistill.distill.options import OutputKDOptions
+from fastdistill.distill.options import MethodOptions
 from fastdistill.train.method import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputKDOptions(MethodOptions):
+    """Imitate the teacher's output, which needs as many steps as the teacher's."""
+
+    error_in: Literal["x0", "epsilon", "v", "score", "velocity"] = "velocity"
+    """The prediction in which student and teacher are compared, which weighs the times."""
 
 
 class OutputKD(Distillation):
@@ -19,13 +30,16 @@ class OutputKD(Distillation):
     the student needs one call for the teacher's two.
     """
 
-    def __init__(self, options: OutputKDOptions = OutputKDOptions(), **setup: Unpack[Setup]) -> None:
+    Options = OutputKDOptions
+    options: OutputKDOptions
+
+    def __init__(self, options: OutputKDOptions, **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         self.error_in = Prediction(options.error_in)
         self.distribution = time_distribution("logit_normal", self.shift)
 
-    def role_loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
+    def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_t, t, _ = self.process.draw(batch.latents, self.distribution, rng)
-        scale = self.draw_scale(x_t, rng)
-        target = self.teach(x_t, t, batch.conditioning, self.error_in, scale)
-        return Loss(total=(self.predict("student", x_t, t, batch.conditioning, self.error_in, scale) - target).square().mean())
+        scale = self.teacher.draw_scale(x_t, rng)
+        target = self.teacher.guided(x_t, t, batch.conditioning, self.error_in, scale)
+        return Loss(total=(self.student.predict(x_t, t, batch.conditioning, self.error_in, scale) - target).square().mean())

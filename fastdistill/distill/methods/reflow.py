@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.distill.methods.distillation import Distillation, Setup, time_distribution
 from fastdistill.distill.methods.teacher_pairs import require_pairs
-from fastdistill.distill.options import ReflowOptions
+from fastdistill.distill.options import MethodOptions, TimesName, TrainingData
 from fastdistill.errors import UserError
+from fastdistill.run.options import at_least
 from fastdistill.train.method import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflowOptions(MethodOptions):
+    """Straighten the flow between noise and the teacher's samples from it, then train where few steps look."""
+
+    straighten: int | None = None
+    """Training steps of flow matching at all times; those after them see the times of the few steps only. 0: distil at once; default:
+    half of the training."""
+    times: TimesName = "uniform"
+    """Of the straightening."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "straighten")
+
+    @property
+    def training_data(self) -> TrainingData:
+        return "pairs"
+
+    def resolved(self, steps: int, training_steps: int) -> Self:
+        self.check_steps(steps)
+        return replace(self, straighten=training_steps // 2) if self.straighten is None else self
 
 
 class Reflow(Distillation):
@@ -31,11 +56,13 @@ class Reflow(Distillation):
     Trained on :class:`~fastdistill.data.pairs.PairBatch`, from :func:`fastdistill.distill.methods.teacher_pairs.teacher_pairs`.
     """
 
-    def __init__(self, options: ReflowOptions = ReflowOptions(), **setup: Unpack[Setup]) -> None:
+    Options = ReflowOptions
+    options: ReflowOptions
+
+    def __init__(self, options: ReflowOptions, **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         if not isinstance(self.process, RectifiedFlow):
             raise UserError(f"reflow straightens rectified flow, not {type(self.process).__name__}; choose progressive or consistency")
-        self.options = options
         self.distribution = time_distribution(options.times, self.shift)
         self.distilling = options.straighten == 0
 
@@ -48,7 +75,7 @@ class Reflow(Distillation):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.distilling = bool(state.get("distilling", self.distilling))
 
-    def role_loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
+    def loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
         pairs = require_pairs(batch, "reflow")
         if self.distilling:
             t = self.times[torch.randint(self.steps, (len(pairs),), generator=rng, device=rng.device).cpu()]
@@ -57,4 +84,4 @@ class Reflow(Distillation):
         t = t.to(pairs.latents.device)
         x_t = self.process.add_noise(pairs.latents, pairs.noise, t)
         target = Prediction.VELOCITY.target(self.process, pairs.latents, pairs.noise, t)
-        return Loss(total=(self.predict("student", x_t, t, pairs.conditioning, Prediction.VELOCITY, pairs.scale) - target).square().mean())
+        return Loss(total=(self.student.predict(x_t, t, pairs.conditioning, Prediction.VELOCITY, pairs.scale) - target).square().mean())

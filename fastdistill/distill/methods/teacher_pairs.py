@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +17,25 @@ from fastdistill.diffusion.prediction import Predictor
 from fastdistill.diffusion.sampler import sample
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill.methods.distillation import Distillation
-from fastdistill.distill.options import PairOptions
 from fastdistill.errors import UserError
+from fastdistill.run.options import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How the teacher's samples are drawn for reflow and dmd."""
+
+    count: int = 4096
+    """Pairs of noise and sample."""
+    steps: int = 28
+    """Sampling steps of the teacher."""
+    sampler: Literal["flow_euler", "ode_heun"] = "flow_euler"
+    """As FLUX is sampled, or with twice the calls and an error of second order."""
+    batch: int = 64
+    """Pairs at once, which are kept when a run is interrupted."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "count", "steps", "batch")
 
 
 def teacher_pairs(
@@ -45,16 +63,18 @@ def teacher_pairs(
     """
     device = torch.device("cpu") if device is None else device
     times = few_step_times(options.steps, method.shift)
-    method.check_determined("teacher", times)
-    prediction = method.predictions["teacher"]
+    method.teacher.check_determined(times)
+    teacher = method.teacher
 
     def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
         prompts = torch.randint(len(conditioning), (size,), generator=generator)
         noise = torch.randn(size, *shape, generator=generator)
-        scale = method.draw_scale(noise, generator)
+        scale = teacher.draw_scale(noise, generator)
         chosen, on_device = conditioning[prompts.to(device)], None if scale is None else scale.to(device)
         predictor = Predictor(
-            function=lambda x_t, t: method.teach(x_t, t, chosen, prediction, on_device), process=method.process, prediction=prediction
+            function=lambda x_t, t: teacher.guided(x_t, t, chosen, teacher.prediction, on_device),
+            process=teacher.process,
+            prediction=teacher.prediction,
         )
         latents = sample(predictor, noise.to(device), times, sampler=options.sampler)
         tick(size)
@@ -62,7 +82,7 @@ def teacher_pairs(
 
     described = {
         **dataclasses.asdict(options),
-        **{name: getattr(method.guidance, name) for name in ("true_cfg_scale", "guidance_scale", "guidance_range")},
+        **{name: getattr(teacher, name) for name in ("true_cfg_scale", "guidance_scale", "guidance_range")},
         "shift": method.shift,
         "shape": shape,
         "prompts": len(conditioning),

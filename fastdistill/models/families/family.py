@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,22 @@ class Predicts(Protocol):
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """Output of `network` at `x_t` (B, ...) and `t` (B,)."""
         ...
+
+
+class HasStacks(Protocol):
+    """A family that knows the block lists of its networks."""
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]: ...
+
+    def stack(self, attribute: str) -> Stack: ...
+
+
+@runtime_checkable
+class ReadsBlocks(Predicts, HasStacks, Protocol):
+    """A family that can call its networks and read what their blocks return."""
+
+    def streams(self, block_output: Any) -> Mapping[str, Tensor]: ...
 
 
 class Family(Anatomy):

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operator. Imported only when the triton backend is chosen."""
+"""Triton kernels, one file for a family of operators, imported only for the triton backend."""

@@ -1,6 +1,7 @@
-"""Triton kernels of activation_concat. Formulas, shapes and dtypes: fastdistill/ops/activation_concat.py.
+"""Triton kernels of `activation_concat`.
 
-One program per row and block of its channels, of x and of the activation alike.
+Formulas, shapes and dtypes: fastdistill/ops/activation_concat.py. One program per row and block of
+the row's channels, both for x and for the activation.
 """
 
 import triton
@@ -61,7 +62,7 @@ def _backward_kernel(
         dy = dy_ptr + row * size + i
         w = y * (LINEAR + CUBIC * y * y)
         p = tl.sigmoid(w)
-        # Of -w and not 1 - p, which rounds away what is left.
+        # sigmoid(-w) and not 1 - p, which rounds away what is left.
         slope = p + y * p * tl.sigmoid(-w) * (LINEAR + 3.0 * CUBIC * y * y)
     tl.store(dy, (grad * slope).to(dy_ptr.dtype.element_ty), mask=i < size)
 

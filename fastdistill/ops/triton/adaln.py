@@ -1,8 +1,12 @@
-"""Triton kernels of modulate and of gated_residual_modulate, which differ by what is normalised: x, or h = x + gate * y.
+"""Triton kernels of `modulate`, `modulate_for_two` and `gated_residual_modulate`.
 
-Forward: one program per row. Backward: grid (B, P), each program walks one chunk of the tokens of one batch element, holds the sums
-over tokens in registers and writes them once to (B, P, 2 or 3, D); a second kernel adds the chunks in order. No atomics, so two runs
-agree to the bit. Rows are held whole, hence D <= MAX_CHANNELS.
+Formulas, shapes and dtypes: fastdistill/ops/modulate.py and gated_residual_modulate.py. The
+operators differ by what is normalised: x, or `h = x + gate * y`.
+
+Forward: one program per row. Backward: grid (B, P). Each program walks one chunk of the tokens of
+one batch element, holds the sums over tokens in registers and writes the sums once to (B, P, 2 or
+3, D); a second kernel adds the chunks in order. There are no atomics, so two runs agree to the bit.
+A program holds whole rows, hence D <= MAX_CHANNELS.
 """
 
 import torch
@@ -33,7 +37,7 @@ def _forward_kernel(
         h = x + gate * y
         h = tl.where(h > clip, clip, tl.where(h < -clip, -clip, h)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row * D + d, h, mask=inside)
-        # The norm is that of h as the caller and the backward pass see it.
+        # The norm is taken of h as the caller and the backward pass see it.
         x = h.to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_stride_b + s * scale_stride_s + d, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + b * shift_stride_b + s * shift_stride_s + d, mask=inside, other=0.0).to(tl.float32)
@@ -110,7 +114,7 @@ def _backward_kernel(
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    # Without a residual the kernel reads none of the pointers for it.
+    # Without a residual the kernel reads none of the residual's pointers.
     _, out, stats = _forward(x, x, scale, scale, shift, x, eps, float("inf"), residual=False)
     return out, stats
 

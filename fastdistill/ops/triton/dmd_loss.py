@@ -1,7 +1,8 @@
-"""Triton kernels of dmd_loss. Formula, shapes and dtypes: fastdistill/ops/dmd_loss.py.
+"""Triton kernels of `dmd_loss`.
 
-Two launches forward, one backward: grid (B, P) sums chunks of the samples, one program combines them into the loss and the factor of
-each sample, grid (B, P) writes the gradient. The host reads nothing back.
+Formula, shapes and dtypes: fastdistill/ops/dmd_loss.py. Two launches forward: grid (B, P) sums
+chunks of the samples, then one program combines the chunks into the loss and the factor of each
+sample. One launch backward: grid (B, P) writes the gradient. The host reads nothing back.
 """
 
 import torch
@@ -17,14 +18,14 @@ BLOCK = 1024
 
 @triton.jit
 def _difference(
-    i, inside, cond, uncond_ptr, fake_ptr, mask_ptr, guidance, GUIDED: tl.constexpr, MASKED: tl.constexpr, FINITE: tl.constexpr
+    i, inside, cond, uncond_ptr, critic_ptr, mask_ptr, guidance, GUIDED: tl.constexpr, MASKED: tl.constexpr, FINITE: tl.constexpr
 ):
-    """real, and real - fake as far as it counts."""
+    """real, and real - critic as far as it counts."""
     real = cond
     if GUIDED:
         uncond = tl.load(uncond_ptr + i, mask=inside, other=0.0).to(tl.float32)
         real = uncond + guidance * (cond - uncond)
-    difference = real - tl.load(fake_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    difference = real - tl.load(critic_ptr + i, mask=inside, other=0.0).to(tl.float32)
     if FINITE:
         difference = tl.where(difference - difference == 0.0, difference, 0.0)
     if MASKED:
@@ -34,9 +35,9 @@ def _difference(
 
 @triton.jit
 def _reduce_kernel(
-    x_ptr, noise_ptr, cond_ptr, uncond_ptr, fake_ptr, mask_ptr, coefficients_ptr, partials_ptr,
+    x_ptr, noise_ptr, cond_ptr, uncond_ptr, critic_ptr, mask_ptr, coefficients_ptr, partials_ptr,
     N, P, guidance, of_x, of_noise,
-    x_stride, noise_stride, cond_stride, uncond_stride, fake_stride, mask_stride,
+    x_stride, noise_stride, cond_stride, uncond_stride, critic_stride, mask_stride,
     GUIDED: tl.constexpr, MASKED: tl.constexpr, PER_SAMPLE: tl.constexpr, FINITE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +53,7 @@ def _reduce_kernel(
         inside = i < N
         cond = tl.load(cond_ptr + b * cond_stride + i, mask=inside, other=0.0).to(tl.float32)
         real, difference = _difference(
-            i, inside, cond, uncond_ptr + b * uncond_stride, fake_ptr + b * fake_stride, mask_ptr + b * mask_stride, guidance,
+            i, inside, cond, uncond_ptr + b * uncond_stride, critic_ptr + b * critic_stride, mask_ptr + b * mask_stride, guidance,
             GUIDED, MASKED, FINITE,
         )  # fmt: skip
         x = tl.load(x_ptr + b * x_stride + i, mask=inside, other=0.0).to(tl.float32)
@@ -105,8 +106,8 @@ def _finish_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, cond_ptr, uncond_ptr, fake_ptr, mask_ptr, factors_ptr, dx_ptr,
-    N, guidance, cond_stride, uncond_stride, fake_stride, mask_stride,
+    grad_ptr, cond_ptr, uncond_ptr, critic_ptr, mask_ptr, factors_ptr, dx_ptr,
+    N, guidance, cond_stride, uncond_stride, critic_stride, mask_stride,
     GUIDED: tl.constexpr, MASKED: tl.constexpr, FINITE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b, p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -116,14 +117,14 @@ def _backward_kernel(
         inside = i < N
         cond = tl.load(cond_ptr + b * cond_stride + i, mask=inside, other=0.0).to(tl.float32)
         _, difference = _difference(
-            i, inside, cond, uncond_ptr + b * uncond_stride, fake_ptr + b * fake_stride, mask_ptr + b * mask_stride, guidance,
+            i, inside, cond, uncond_ptr + b * uncond_stride, critic_ptr + b * critic_stride, mask_ptr + b * mask_stride, guidance,
             GUIDED, MASKED, FINITE,
         )  # fmt: skip
         tl.store(dx_ptr + b * N + i, (factor * difference).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def dmd_loss(
-    x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, fake: Tensor, coefficients: Tensor | None, weight: Tensor | None,
+    x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, coefficients: Tensor | None, weight: Tensor | None,
     mask: Tensor | None, guidance: float, a: float, b: float, sign: float, normaliser: int, eps: float, finite: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, N, P = _sizes(x)
@@ -133,9 +134,9 @@ def dmd_loss(
     uncond_, mask_ = x if uncond is None else uncond, x if mask is None else mask
     if B * P > 0:
         _reduce_kernel[(B, P)](
-            x, noise, cond, uncond_, fake, mask_, x if coefficients is None else coefficients, partials,
+            x, noise, cond, uncond_, critic, mask_, x if coefficients is None else coefficients, partials,
             N, P, guidance, a, b,
-            *(t.stride(0) for t in (x, noise, cond, uncond_, fake, mask_)),
+            *(t.stride(0) for t in (x, noise, cond, uncond_, critic, mask_)),
             GUIDED=uncond is not None, MASKED=mask is not None, PER_SAMPLE=coefficients is not None, FINITE=finite,
             CHUNK=CHUNK, BLOCK=BLOCK,
         )  # fmt: skip
@@ -149,15 +150,15 @@ def dmd_loss(
 
 
 def dmd_loss_backward(
-    grad: Tensor, cond: Tensor, uncond: Tensor | None, fake: Tensor, mask: Tensor | None, factors: Tensor, guidance: float, finite: bool
+    grad: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, mask: Tensor | None, factors: Tensor, guidance: float, finite: bool
 ) -> Tensor:
     B, N, P = _sizes(cond)
     dx = cond.new_empty(cond.shape)
     uncond_, mask_ = cond if uncond is None else uncond, cond if mask is None else mask
     if B * P > 0:
         _backward_kernel[(B, P)](
-            grad, cond, uncond_, fake, mask_, factors, dx,
-            N, guidance, *(t.stride(0) for t in (cond, uncond_, fake, mask_)),
+            grad, cond, uncond_, critic, mask_, factors, dx,
+            N, guidance, *(t.stride(0) for t in (cond, uncond_, critic, mask_)),
             GUIDED=uncond is not None, MASKED=mask is not None, FINITE=finite, CHUNK=CHUNK, BLOCK=BLOCK,
         )  # fmt: skip
     return dx

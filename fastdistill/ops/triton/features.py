@@ -1,8 +1,11 @@
-"""Triton kernels of feature_kd_loss and block_statistics. Formulas, shapes and dtypes: fastdistill/ops/feature_kd_loss.py and
-block_statistics.py; how the distance of unit vectors is found: csrc/cpu/simd/features.cpp.
+"""Triton kernels of `feature_kd_loss` and `block_statistics`.
 
-Forward: grid (B, P), each program walks one chunk of the tokens of one sample and writes its sums; one program adds them in order. Rows
-are held whole, hence D <= MAX_CHANNELS.
+Formulas, shapes and dtypes: fastdistill/ops/feature_kd_loss.py and block_statistics.py. Distance of
+unit vectors: csrc/cpu/simd/features.cpp.
+
+Forward: grid (B, P). Each program walks one chunk of the tokens of one sample and writes the sums
+of the chunk; one program adds the chunks in order. A program holds whole rows, hence D <=
+MAX_CHANNELS.
 """
 
 import torch
@@ -39,7 +42,8 @@ def _unit_distance(student, teacher):
 
 @triton.jit
 def _moments(ptr, stride_b, stride_s, b, first, end, D, d, inside, partial_ptr):
-    # The mean of the first row is near that of the chunk, so the squares of what is left do not cancel.
+    # The mean of the first row is near the mean of the chunk, so the squares of the rest do not
+    # cancel.
     pivot = tl.sum(_row(ptr, stride_b, stride_s, b, first, d, inside), axis=0) / D
     total = tl.zeros(d.shape, dtype=tl.float32)
     square = tl.zeros(d.shape, dtype=tl.float32)
@@ -231,7 +235,7 @@ def block_statistics(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _terms(student: Tensor, kind: int) -> int:
-    """What the loss is a mean over: tokens or elements."""
+    """Number of terms that the loss is a mean over: tokens or elements."""
     return max(1, student.shape[:-1].numel() if kind == COSINE.value else student.numel())
 
 

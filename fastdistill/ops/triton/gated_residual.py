@@ -1,6 +1,7 @@
-"""Triton kernels of gated_residual. Formula, shapes and dtypes: fastdistill/ops/gated_residual.py.
+"""Triton kernels of `gated_residual`.
 
-Forward: one program per row. Backward: grid (B, P) as in adaln.py.
+Formula, shapes and dtypes: fastdistill/ops/gated_residual.py. Forward: one program per row.
+Backward: grid (B, P) as in adaln.py.
 """
 
 import torch

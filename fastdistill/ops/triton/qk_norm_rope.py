@@ -1,8 +1,12 @@
-"""Triton kernels of qk_norm_rope and joint_qk_norm_rope. Formulas, shapes and dtypes: fastdistill/ops/<operator>.py.
+"""Triton kernels of `qk_norm_rope` and `joint_qk_norm_rope`.
 
-Queries and keys of every stream are launches of the same kernels. Forward: one program per token, all its heads at once. Backward: one
-program per chunk of the tokens of all batch elements, which holds the sum of the weight's gradient and writes it once; a second kernel
-adds the chunks in order. The two channels of a pair are held apart, so one code serves both pairings.
+Formulas, shapes and dtypes: fastdistill/ops/qk_norm_rope.py and joint_qk_norm_rope.py. Queries and
+keys of every stream are launches of the same kernels.
+
+Forward: one program per token, for all heads of the token. Backward: one program per chunk of the
+tokens of all batch elements, which sums the weight's gradient over the chunk and writes the sum
+once; a second kernel adds the chunks in order. The two channels of a pair are held apart, so one
+code serves both pairings.
 """
 
 import torch
@@ -212,7 +216,7 @@ def _backward(
 
 
 def _tables(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-    # A pointer that is not read, where nothing is rotated.
+    # Without a rotation the kernel does not read these pointers.
     return (x, x) if cos is None or sin is None else (cos, sin)
 
 

@@ -1,12 +1,17 @@
-"""Triton kernels of rope_attention. Formula, shapes and dtypes: fastdistill/ops/rope_attention.py.
+"""Triton kernels of `rope_attention`.
 
-Flash attention (arXiv 2307.08691) whose programs normalise and rotate their own tiles of q and k. Forward: one program per block of
-queries of a head, which loops over the keys. Backward: the same program again for dq, which also leaves the row sums of `grad * out`
-for the other kernel, one program per block of keys, which loops over the queries for dk and dv. A program owns whole heads, so it ends by
-turning its gradient back and through the norm itself; of the weights' gradients it writes its part, which further kernels add in order.
+Formula, shapes and dtypes: fastdistill/ops/rope_attention.py. Flash attention (arXiv 2307.08691)
+whose programs normalise and rotate their own tiles of q and k.
 
-q k^T does not depend on the order of the channels. The two channels of every pair are therefore held in two tiles of half the width,
-`s = q_a k_a^T + q_b k_b^T`, in which the rotation and its inverse are elementwise for both pairings.
+Forward: one program per block of queries of a head, which loops over the keys. Backward: the same
+program again for dq, which also stores the row sums of `grad * out`; then one program per block of
+keys, which reads these sums and loops over the queries for dk and dv. A program owns whole heads,
+so it takes its gradient back through the rotation and the norm itself. It writes its part of the
+weights' gradients, and further kernels add the parts in order.
+
+`q k^T` does not depend on the order of the channels. The two channels of every pair are therefore
+held in two tiles of half the width, `s = q_a k_a^T + q_b k_b^T`, in which the rotation and its
+inverse are elementwise for both pairings.
 """
 
 import functools
@@ -22,7 +27,8 @@ from triton.runtime import driver
 from fastdistill.ops.backend import triton_interpreted
 from fastdistill.ops.triton.rows import register, sum_partials
 
-# The kernels compute 2^x, which is one instruction; so the scale carries log2(e), and the log-sum-exp is one to base 2.
+# The kernels compute 2^x, which is one instruction. The scale therefore carries log2(e), and the
+# log-sum-exp is to base 2.
 LOG2_E = math.log2(math.e)
 # Shared memory of a block by compute capability; 99 KiB where not listed (8.6, 8.9, 12.0).
 SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
@@ -42,7 +48,8 @@ def _narrowed(x, dtype: tl.constexpr):
 @triton.jit
 def _dot(a, b, onto=None):
     if INTERPRETED:
-        # The interpreter multiplies the bits of bfloat16. Products of 16-bit numbers are exact in float32, as in tensor cores.
+        # The interpreter multiplies the bits of bfloat16. Products of 16-bit numbers are exact in
+        # float32, as in tensor cores.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, onto, input_precision="ieee")
 
@@ -124,7 +131,7 @@ def _normed(ptr, row, stride, inside, eps, D: tl.constexpr, HALF: tl.constexpr, 
     first, second = _pair(ptr, row, stride, inside, D, HALF, ADJACENT, POLICY)
     first, second = first.to(tl.float32), second.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=1) / D + eps)
-    # Rows outside are zero and must stay so with eps = 0, too.
+    # Rows outside are zero and must stay zero even with eps = 0.
     rstd = tl.where(inside, rstd, 0.0)[:, None]
     return first * rstd, second * rstd, rstd
 
@@ -150,9 +157,13 @@ def _store_input_gradient(
     row, stride, cos_stride, sin_stride, dx_stride, inside, eps,
     D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, COMPACT: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of `rope(norm(x))` to that of x, and to this tile's part of the weight's."""
-    # What is loaded here is not needed again. Loads under another policy than the first ones are also not merged with them, or the
-    # compiler would hold x and the tables in registers from there to here, across the loop.
+    """Store the gradient of x and this tile's part of the weight's gradient.
+
+    `d_a` and `d_b` are the gradient of `rope(norm(x))`.
+    """
+    # These loads are the last of x and of the tables, hence `evict_first`. The compiler merges
+    # loads of one policy: it would hold x and the tables in registers from the first loads to here,
+    # across the loop.
     g_a, g_b = d_a, d_b
     if cos_ptr is not None:
         cos_a, cos_b = _table(cos_ptr, row, cos_stride, inside, D, HALF, ADJACENT, COMPACT, "evict_first")
@@ -171,7 +182,10 @@ def _store_input_gradient(
 
 @triton.jit
 def _owned(S, H, BLOCK: tl.constexpr):
-    """Batch element, head and first row of this program's block; the blocks of a head, which read the same keys, are neighbours."""
+    """Batch element, head and first row of this program's block.
+
+    The blocks of a head, which read the same keys, are neighbours.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(S, BLOCK)
     head = program // blocks
@@ -334,19 +348,24 @@ class Blocks(NamedTuple):
 
 @functools.cache
 def _blocks(kernel: str, d: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Chosen by what the compiler makes of them (registers, spills and shared memory; Triton 3.9, compute capability 8.0 to 12.0).
+    """Sizes chosen by the registers, spills and shared memory of the compiled kernels (Triton 3.9,
+    compute capability 8.0 to 12.0).
 
-    Every step prepares its rows anew, at a cost that does not depend on `owned`, so `owned` is as large as the registers of 8 warps allow:
-    they hold the accumulators, of `owned x d` in `forward` and `q` and twice that in `kv`. `step` is the largest with which the loop spills
-    nothing, or next to nothing. A second stage has the loads of the next step under way, the tables' too, and takes as much shared memory
-    again; below 9.0, where products take their factors from registers and not from shared memory, `kv` has none left for it.
+    Every step prepares its rows again, at a cost that does not depend on `owned`. `owned` is
+    therefore as large as the registers of 8 warps allow. The registers hold the accumulators:
+    `owned x d` in `forward` and `q`, and twice that in `kv`. `step` is the largest with which the
+    loop spills nothing, or next to nothing. A second stage loads the rows and tables of the next
+    step in advance, and takes as much shared memory again. Below 9.0, where products take their
+    factors from registers and not from shared memory, `kv` has no shared memory left for a second
+    stage.
     """
     if triton_interpreted():
         # Several blocks and steps of a short sequence, and not as many rows in one as in the other.
         return Blocks(16, 32)
     wide = _half(d) > 64
     if dtype == torch.float32:
-        # Without tensor cores, which would round to TF32, both factors of every product are in registers.
+        # Without tensor cores, which would round to TF32, both factors of every product are in
+        # registers.
         return Blocks(16, 16) if wide else Blocks(32, 32)
     shared = SHARED_KIB.get(driver.active.get_current_target().arch, 99)
     if kernel == "forward":
@@ -421,7 +440,8 @@ def rope_attention_backward(
     )  # fmt: skip
     if weight_grads:
         for partials, dweight in ((q_partials, dq_weight), (k_partials, dk_weight)):
-            # In two steps, of the blocks of a head and of the heads: one sum would be as long as there are programs.
+            # In two steps, over the blocks of a head and over the heads: one sum would have as many
+            # terms as there are programs.
             of_heads = partials.new_empty((1, B * H, 1, d))
             sum_partials(partials, [of_heads])
             sum_partials(of_heads, [dweight])

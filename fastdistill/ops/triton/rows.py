@@ -1,4 +1,4 @@
-"""What the Triton kernels on rows share: sizes and strides of (B, S, D), and the ordered sum over tokens."""
+"""Sizes and strides of (B, S, D) and the ordered sum over tokens, for every Triton kernel on rows."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Above a few thousand channels registers spill, which is slow and right; no model is near this.
+# Above a few thousand channels registers spill, which is slow but correct; no model is near this
+# limit.
 MAX_CHANNELS = 65536
 
 
@@ -24,7 +25,10 @@ def sum_partials_kernel(partials_ptr, out_ptr, count, stride, D, BLOCK_D: tl.con
 
 
 def sum_partials(partials: Tensor, outs: list[Tensor]) -> None:
-    """Adds partials (B, P, outs, D) in the order of P: over P for modulations of a batch element, over B and P for shared ones."""
+    """Add partials (B, P, outs, D) in the order of P.
+
+    The sum is over P for modulations of a batch element, and over B and P for shared modulations.
+    """
     B, P, kinds, D = partials.shape
     for kind, out in enumerate(outs):
         groups = out.numel() // D
@@ -56,7 +60,10 @@ def row_block(D: int) -> tuple[int, int]:
 
 
 def token_chunks(B: int, S: int, device: torch.device) -> int:
-    """Chunks of a batch element's tokens that are summed apart: two programs for every multiprocessor."""
+    """Number of chunks of a batch element's tokens, each summed apart.
+
+    Two programs for every multiprocessor.
+    """
     return max(1, min(-(-S // 4), 2 * _multiprocessors(device) // B))
 
 
@@ -67,8 +74,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def register(name: str, forward: Callable[..., object], backward: Callable[..., object] | None = None) -> None:
-    """Implements the `triton` overloads of an operator."""
-    # CompositeExplicitAutograd rather than CUDA: the interpreter runs the same functions on CPU tensors.
+    """Implement the `triton` overloads of an operator."""
+    # CompositeExplicitAutograd rather than CUDA: the interpreter runs the same functions on CPU
+    # tensors.
     torch.library.impl(f"fastdistill::{name}.triton", "CompositeExplicitAutograd")(forward)
     if backward is not None:
         torch.library.impl(f"fastdistill::{name}_backward.triton", "CompositeExplicitAutograd")(backward)

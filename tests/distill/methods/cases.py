@@ -13,27 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdistill.distill.methods.consistency import ConsistencyDistillation
-from fastdistill.distill.methods.discriminator import Discriminator
+from fastdistill.distill.methods.consistency import ConsistencyDistillation, ConsistencyOptions
+from fastdistill.distill.methods.discriminator import Heads
 from fastdistill.distill.methods.distillation import Distillation
-from fastdistill.distill.methods.dmd import DMD
-from fastdistill.distill.methods.dmd2 import DMD2
-from fastdistill.distill.methods.guidance import GuidanceDistillation
-from fastdistill.distill.methods.output_kd import OutputKD
-from fastdistill.distill.methods.progressive import ProgressiveDistillation
-from fastdistill.distill.methods.reflow import Reflow
-from fastdistill.distill.methods.tdm import TDM
-from fastdistill.distill.options import (
-    ConsistencyOptions,
-    DMD2Options,
-    DMDOptions,
-    GuidanceOptions,
-    OutputKDOptions,
-    ProgressiveOptions,
-    ReflowOptions,
-    TDMOptions,
-)
-from tests.distill.methods.toys import LabelFamily, Perceptron, exact, null, pairs_of
+from fastdistill.distill.methods.dmd import DMD, DMDOptions
+from fastdistill.distill.methods.dmd2 import DMD2, DMD2Options
+from fastdistill.distill.methods.guidance import GuidanceDistillation, GuidanceOptions
+from fastdistill.distill.methods.output_kd import OutputKD, OutputKDOptions
+from fastdistill.distill.methods.progressive import ProgressiveDistillation, ProgressiveOptions
+from fastdistill.distill.methods.reflow import Reflow, ReflowOptions
+from fastdistill.distill.methods.tdm import TDM, TDMOptions
+from tests.distill.methods.toys import LabelFamily, Perceptron, exact, loss_of, null, pairs_of
 from tests.toy import generator, mixture
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -54,7 +44,7 @@ def setup(*, guidance: bool = False, steps: int = 2) -> dict[str, Any]:
 def heads() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        discriminator = Discriminator(16, 2).double()
+        discriminator = Heads(16, 2).double()
         for head in discriminator.heads:
             nn.init.normal_(head.out.weight, std=0.1)
     return discriminator
@@ -74,7 +64,7 @@ CASES: dict[str, Callable[[], Distillation]] = {
             isg_weight=0.5,
         ),
         critic=Perceptron(seed=2),
-        discriminator=heads(),
+        heads=heads(),
         **setup(),
     ),
     "tdm": lambda: TDM(TDMOptions(true_cfg_scale=3.0, backward_simulation=0.5, ida_decay=0.9), critic=Perceptron(seed=2), **setup()),
@@ -93,7 +83,7 @@ def losses(name: str) -> list[dict[str, float]]:
     for step in range(STEPS):
         of_step = {}
         for number, role in enumerate(method.turns(step)):
-            loss = method.loss(role, batch, generator(10 * step + number)).total
+            loss = loss_of(method, role, batch, generator(10 * step + number)).total
             loss.backward()
             of_step[role] = float(loss.detach())
             with torch.no_grad():

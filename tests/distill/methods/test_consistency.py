@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import LinearVariancePreserving, VarianceExploding
-from fastdistill.distill.methods.consistency import ConsistencyDistillation
-from fastdistill.distill.options import ConsistencyOptions
+from fastdistill.distill.methods.consistency import ConsistencyDistillation, ConsistencyOptions
 from fastdistill.errors import UserError
 from tests.distill.methods.toys import (
     FLOW,
@@ -25,6 +24,7 @@ from tests.distill.methods.toys import (
     batch_of,
     column,
     exact,
+    loss_of,
     null,
     sampled,
     train,
@@ -112,11 +112,12 @@ def test_the_exact_consistency_function_has_no_loss(process: Any) -> None:
             student=End(), teacher=exact(data, process, Prediction.X0), family=LabelFamily(), steps=2, process=process,
             teacher_prediction=Prediction.X0, student_prediction=Prediction.X0,
         )  # fmt: skip
-        losses.append(float(method.loss("student", unlabelled_draws(data, 4000)(0, generator()), generator()).total))
+        losses.append(float(loss_of(method, "student", unlabelled_draws(data, 4000)(0, generator()), generator()).total))
     # A step's error is of second order: its square falls sixteenfold with twice the steps, but for the few steps next to the data.
     assert losses[1] < losses[0] / 6
 
 
+@pytest.mark.slow
 def test_a_student_hits_the_linear_flow(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """``E |f(x, t) - flow_map|^2`` < 1e-4 of the data's variance (4e-6 to 2e-5) at three times; and diffusers' stochastic sampling."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.distill.methods.dmd import DMD
-from fastdistill.distill.methods.teacher_pairs import teacher_pairs
-from fastdistill.distill.options import DMDOptions, PairOptions
+from fastdistill.distill.methods.dmd import DMD, DMDOptions
+from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
 from fastdistill.errors import UserError
 from tests.distill.methods.toys import (
     FLOW,
@@ -68,10 +67,11 @@ def test_the_gradients(regression_loss: Any) -> None:
         assert_same_gradient(chosen, role, batch, formula)
 
 
+@pytest.mark.slow
 def test_it_reaches_the_teachers_distribution_and_its_map(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """Matching gives the moments (to 0.01), and regression, of the maps that have them, the teacher's (to 3e-4 of the variance)."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)
-    method = DMD(student=student, teacher=exact(data), family=LabelFamily(), steps=1)
+    method = DMD(DMDOptions(), student=student, teacher=exact(data), family=LabelFamily(), steps=1)
     options = PairOptions(count=2048, steps=32, sampler="ode_heun", batch=2048)
     pool = teacher_pairs(method, tmp_path / "pairs", options, conditioning=Labels(torch.zeros(1, dtype=torch.long)), shape=(2,))
     trainer = train(method, pair_batches(pool, 128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
@@ -83,14 +83,16 @@ def test_it_reaches_the_teachers_distribution_and_its_map(flow_of_the_teacher: A
 
 
 def test_turns_are_both_in_every_step() -> None:
-    method = DMD(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1)
+    method = DMD(DMDOptions(), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1)
     assert [tuple(method.turns(step)) for step in range(3)] == [("student", "critic")] * 3
 
 
 def test_impossible_combinations_are_refused() -> None:
     with pytest.raises(UserError, match="choose tdm or dmd2"):
-        DMD(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=4)
+        DMD(DMDOptions(), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=4)
     with pytest.raises(UserError, match="teacher_pairs"):
-        DMD(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1).loss("student", batch_of(), generator())
+        DMD(DMDOptions(), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1).loss(
+            "student", batch_of(), generator()
+        )
     with pytest.raises(UserError, match="regression-weight"):
         DMDOptions(regression_weight=-1.0)

@@ -18,9 +18,8 @@ from fastdistill.data.closed_form import GaussianMixture
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import LinearVariancePreserving
-from fastdistill.distill.methods.discriminator import Discriminator, blocks_at
-from fastdistill.distill.methods.dmd2 import DMD2
-from fastdistill.distill.options import DMD2Options
+from fastdistill.distill.methods.discriminator import Heads, blocks_at
+from fastdistill.distill.methods.dmd2 import DMD2, DMD2Options
 from fastdistill.errors import UserError
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId
@@ -37,6 +36,7 @@ from tests.distill.methods.toys import (
     batch_of,
     column,
     exact,
+    loss_of,
     null,
     randn,
     rollout,
@@ -49,11 +49,11 @@ from tests.tiny import mixing_transformer, tiny_flux_pipeline, tiny_inputs
 from tests.toy import gaussian, generator, mixture
 
 
-def opinionated(heads: int = 1) -> Discriminator:
+def opinionated(heads: int = 1) -> Heads:
     """Heads that do not start at zero."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        discriminator = Discriminator(16, heads).double()
+        discriminator = Heads(16, heads).double()
         for head in discriminator.heads:
             nn.init.normal_(head.out.weight)
     return discriminator
@@ -213,7 +213,7 @@ def test_the_closed_form_on_a_gaussian(time: float, of_mean: float, of_scale: fl
         DMD2Options(gan_weight=0.0, normaliser="none", time_low=time, time_high=time + 1e-6),
         student=student, teacher=exact(TEACHER), family=LabelFamily(), steps=1, critic=ScoreOf(student),
     )  # fmt: skip
-    method.loss("student", unlabelled(1_000_000)(0, generator()), generator()).total.backward()
+    loss_of(method, "student", unlabelled(1_000_000)(0, generator()), generator()).total.backward()
     assert 2 * time * float(student.mean.grad[0]) == pytest.approx(of_mean, abs=2e-3)
     assert 2 * time * float(student.matrix.grad[0, 0]) == pytest.approx(of_scale, abs=2e-3)
     # The second dimension has the teacher's moments already.
@@ -257,18 +257,20 @@ def x_0_of_each_step(student: nn.Module, steps: int, rollout: str = "ode") -> li
     batch, found = unlabelled(20_000)(0, generator()), {}
     for seed in range(30):
         method.before_step(0, generator(seed))
-        visit = method.visit(batch, generator())
+        visit = method.rollout.visit(batch, generator())
         with torch.no_grad():
-            found[visit.index] = method.predict("student", visit.x_t, visit.t, batch.conditioning, Prediction.X0)
+            found[visit.index] = method.student.predict(visit.x_t, visit.t, batch.conditioning, Prediction.X0)
     return [found[index] for index in range(steps)]
 
 
+@pytest.mark.slow
 def test_with_a_learned_critic_it_reaches_the_same_limit(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """Student and critic start as the teacher, whose one step gives the mean alone. Errors of the moments: 0.01."""
     method = distilled(flow_of_the_teacher, tmp_path, steps=1)
     assert_moments(sampled(method.networks["student"], method.times), gaussian(), 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollout", ["ode", "sde"])
 def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path, rollout: str) -> None:
     """The moments of ``x_0`` over both steps together are the teacher's within 0.01.
@@ -293,6 +295,7 @@ class PerStep(nn.Module):
         return (self.first if guidance[0] == 1 else self.others)(x_t, t, labels)
 
 
+@pytest.mark.slow
 def test_with_a_critic_that_knows_the_step_each_step_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """The moments of ``x_0`` of either step, which are 0.1 off where the critic sees both steps as one distribution."""
     student = copy.deepcopy(flow_of_the_teacher)
@@ -316,6 +319,7 @@ def test_a_critic_that_knows_the_step_of_a_transformer() -> None:
         DMD2Options(critic_knows_step=True, guidance_range=(1.0, 2.0))
 
 
+@pytest.mark.slow
 def test_a_student_of_noised_data_is_not_ready_for_its_own_states(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """The variance over four steps, relative to the teacher's: 3 % too large with backward simulation, 72 % without."""
     spreads = {}
@@ -341,22 +345,22 @@ def test_turns_follow_the_two_time_scales() -> None:
 def test_all_losses_of_a_step_train_at_one_time_if_they_are_told_before() -> None:
     """As the parts of a batch and processes have to, whose generators differ."""
     method, batch = flow_method(), batch_of()
-    assert len({method.visit(batch, generator(seed)).index for seed in range(10)}) == 2
+    assert len({method.rollout.visit(batch, generator(seed)).index for seed in range(10)}) == 2
     for step in range(4):
         method.before_step(step, generator(step))
-        indices = {method.visit(batch, generator(seed)).index for seed in range(10)}
+        indices = {method.rollout.visit(batch, generator(seed)).index for seed in range(10)}
         assert indices == {int(torch.randint(2, (1,), generator=generator(step)))}
 
 
 def test_critic_and_heads_judge_the_same_samples_of_a_step() -> None:
     method, batch, rng = flow_method(), batch_of(), generator()
     method.before_step(0, generator())
-    (visit, x_0), (again, same) = (method.sample_to_judge(batch, rng) for _ in range(2))
+    (visit, x_0), (again, same) = (method.rollout.sample_to_judge(batch, rng) for _ in range(2))
     assert again is visit
     assert same is x_0
-    assert method.sample_to_judge(batch_of(seed=1), rng)[1] is not x_0, "another part of the batch"
+    assert method.rollout.sample_to_judge(batch_of(seed=1), rng)[1] is not x_0, "another part of the batch"
     method.before_step(1, generator(1))
-    assert method.sample_to_judge(batch, rng)[1] is not x_0
+    assert method.rollout.sample_to_judge(batch, rng)[1] is not x_0
 
 
 def test_implicit_distribution_alignment_moves_the_critic_after_the_student() -> None:
@@ -382,7 +386,7 @@ def test_it_trains_flux_with_all_that_it_has() -> None:
         student=student, teacher=teacher, family=family_of(teacher), steps=2, unconditional=empty,
     )  # fmt: skip
     for role in method.turns(0):
-        method.loss(role, LatentBatch(latents=x, conditioning=conditioning), generator()).total.backward()
+        loss_of(method, role, LatentBatch(latents=x, conditioning=conditioning), generator()).total.backward()
         for other, network in method.networks.items():
             assert (other == role) == any(parameter.grad is not None for parameter in network.parameters())
             network.zero_grad()
@@ -401,11 +405,11 @@ def test_backward_simulation_is_how_the_pipeline_samples(shift: float) -> None:
     batch, seen = LatentBatch(latents=x, conditioning=conditioning), set()
     for seed in range(12):
         method.before_step(0, generator(seed))
-        visit = method.visit(batch, generator(6))
+        visit = method.rollout.visit(batch, generator(6))
         seen.add(visit.index)
         torch.testing.assert_close(visit.x_t, states[visit.index], atol=1e-5, rtol=1e-5)
         if visit.index == 3:
-            x_0 = method.predict("student", visit.x_t, visit.t, conditioning, Prediction.X0)
+            x_0 = method.student.predict(visit.x_t, visit.t, conditioning, Prediction.X0)
             torch.testing.assert_close(x_0, states[-1], atol=1e-5, rtol=1e-5)
     assert seen == {0, 1, 2, 3}
 

@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from fastdistill.distill.methods.discriminator import Discriminator
-from fastdistill.distill.methods.dmd2 import DMD2
+from fastdistill.distill.methods.discriminator import Heads
+from fastdistill.distill.methods.dmd2 import DMD2, DMD2Options
 from fastdistill.distill.methods.losses import GanLoss, generator_loss
-from fastdistill.distill.options import DMD2Options
-from tests.distill.methods.toys import AffineGenerator, LabelFamily, Perceptron, exact, unlabelled_draws
+from tests.distill.methods.toys import AffineGenerator, LabelFamily, Perceptron, exact, loss_of, unlabelled_draws
 from tests.toy import gaussian, generator
 
 
@@ -23,7 +22,7 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
     student = AffineGenerator(torch.tensor([-4.0, 4.0]).double(), 0.3 * torch.eye(2).double())
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        heads = Discriminator(16, 1).double()
+        heads = Heads(16, 1).double()
     method = DMD2(
         DMD2Options(gan_loss=loss, gan_critic_weight=1.0),
         student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=1, critic=Perceptron(seed=2), discriminator=heads,
@@ -34,7 +33,7 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
     for step in range(steps):
         batch = batches(step, rng)
         for role, optimizer in optimizers.items():
-            method.loss(role, batch, rng).total.backward()
+            loss_of(method, role, batch, rng).total.backward()
             if role == "discriminator":
                 idle.append(all(parameter.grad is None or not bool(parameter.grad.any()) for parameter in heads.parameters()))
             optimizer.step()
@@ -43,6 +42,7 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
     return sum(idle[steps // 2 :]) / (steps - steps // 2)
 
 
+@pytest.mark.slow
 def test_hinge_at_a_batch_of_one_lets_the_heads_idle() -> None:
     """Where one real and one generated sample are beyond the margin there is nothing to learn: in 59 % of the steps.
 

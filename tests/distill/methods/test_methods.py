@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fastdistill.compress.surgery import cut
 from fastdistill.data.pairs import PairBatch
-from fastdistill.distill import METHODS, OPTIONS
+from fastdistill.distill import METHODS
 from fastdistill.distill.methods.distillation import Distillation
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId
 from fastdistill.models.guidance_embedder import embeds_guidance, with_guidance_embedder
 from tests.distill.methods.cases import CASES, GOLDEN, losses
-from tests.distill.methods.toys import pairs_of
+from tests.distill.methods.toys import loss_of, pairs_of
 from tests.tiny import mixing_transformer, tiny_inputs
 from tests.toy import generator
 
@@ -28,20 +28,22 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def test_every_method_has_options_and_a_case() -> None:
-    assert list(METHODS) == list(OPTIONS) == list(CASES)
-    assert all(type(CASES[name]()) is METHODS[name] for name in METHODS)
+    assert list(METHODS) == list(CASES)
+    for name, method in METHODS.items():
+        assert type(CASES[name]()) is method
+        assert method.Options().training_data in ("pairs", "images", "prompts")
 
 
-def test_options_need_no_torch() -> None:
-    """``--help`` answers at once."""
-    code = "import sys, fastdistill.distill; from fastdistill.distill.options import OPTIONS; assert 'torch' not in sys.modules"
+def test_names_need_no_torch() -> None:
+    """`--help` answers at once."""
+    code = "import sys; from fastdistill.distill import METHODS; assert list(METHODS); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @every_method
 def test_options_can_be_typed(name: str) -> None:
-    assert tyro.cli(OPTIONS[name], args=[]) == OPTIONS[name]()
-    assert tyro.cli(OPTIONS[name], args=["--guidance-range", "1", "4"]).guidance_range == (1.0, 4.0)
+    assert tyro.cli(METHODS[name].Options, args=[]) == METHODS[name].Options()
+    assert tyro.cli(METHODS[name].Options, args=["--guidance-range", "1", "4"]).guidance_range == (1.0, 4.0)
 
 
 @every_method
@@ -57,7 +59,7 @@ def test_a_loss_touches_its_role_alone_and_all_of_it(name: str) -> None:
     method = CASES[name]()
     assert set(method.trains) <= set(method.networks)
     for role in method.turns(0):
-        method.loss(role, pairs_of(), generator()).total.backward()
+        loss_of(method, role, pairs_of(), generator()).total.backward()
         for other, network in method.networks.items():
             for parameter_name, parameter in network.named_parameters():
                 assert (parameter.grad is not None) == (other == role), f"{role}: {other}.{parameter_name}"
@@ -70,7 +72,7 @@ def test_a_frozen_parameter_stays_frozen(name: str) -> None:
     method = CASES[name]()
     frozen = method.networks["student"].into.weight.requires_grad_(False)
     for role in method.turns(0):
-        method.loss(role, pairs_of(), generator()).total.backward()
+        loss_of(method, role, pairs_of(), generator()).total.backward()
     assert frozen.grad is None
     assert not frozen.requires_grad
 
@@ -79,10 +81,10 @@ def test_a_frozen_parameter_stays_frozen(name: str) -> None:
 def test_a_loss_is_a_function_of_its_generator(name: str) -> None:
     method, batch = CASES[name](), pairs_of()
     torch.manual_seed(1)
-    first = method.loss("student", batch, generator(3)).total
+    first = loss_of(method, "student", batch, generator(3)).total
     torch.manual_seed(2)
-    assert torch.equal(method.loss("student", batch, generator(3)).total, first)
-    assert not torch.equal(method.loss("student", batch, generator(4)).total, first)
+    assert torch.equal(loss_of(method, "student", batch, generator(3)).total, first)
+    assert not torch.equal(loss_of(method, "student", batch, generator(4)).total, first)
 
 
 @every_method
@@ -103,7 +105,7 @@ def flux_method(name: str, student: nn.Module, teacher: nn.Module, **options: An
     changes = {"teacher_steps": 4} if name == "progressive" else {"grid_steps": 4} if name == "consistency" else {}
     _, _, empty = tiny_inputs(mixing_transformer(), batch=1, seed=5)
     return METHODS[name](
-        OPTIONS[name](**(changes | options)),
+        METHODS[name].Options(**(changes | options)),
         student=student, teacher=teacher, family=family_of(teacher), steps=1 if name == "dmd" else 2, unconditional=empty,
     )  # fmt: skip
 
@@ -115,7 +117,7 @@ def flux_pairs() -> PairBatch:
 
 def check_flux(method: Distillation) -> None:
     for role in method.turns(0):
-        loss = method.loss(role, flux_pairs(), generator()).total
+        loss = loss_of(method, role, flux_pairs(), generator()).total
         loss.backward()
         assert bool(loss.isfinite())
         for other, network in method.networks.items():
@@ -147,7 +149,7 @@ def test_flux_dev_teaches_flux_dev(name: str) -> None:
     pairs = flux_pairs()
     if name in ("reflow", "dmd"):
         pairs = PairBatch(latents=pairs.latents, conditioning=pairs.conditioning, noise=pairs.noise, scale=torch.tensor([2.0, 5.0]))
-    method.loss("student", pairs, generator()).total.backward()
+    loss_of(method, "student", pairs, generator()).total.backward()
     called = [scale for scales in seen.values() for scale in scales]
     assert called
     assert all(scale is not None and torch.equal(scale, called[0]) for scale in called)
@@ -162,7 +164,7 @@ def test_flux_dev_teaches_a_student_without_an_embedder(name: str) -> None:
     check_flux(method)
     taught: list[Tensor] = []
     method.networks["teacher"].register_forward_pre_hook(lambda module, args, kwargs: taught.append(kwargs["guidance"]), with_kwargs=True)
-    method.loss("student", flux_pairs(), generator())
+    loss_of(method, "student", flux_pairs(), generator())
     assert all(torch.equal(scale, torch.full((2,), 2.5)) for scale in taught)
     assert bool(taught) == (name != "reflow")
 
@@ -184,7 +186,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
                     nn.init.normal_(parameter, std=0.1, generator=generator(number))
         gradients = {}
         for role in method.turns(0):
-            method.loss(role, flux_pairs(), generator()).total.backward()
+            loss_of(method, role, flux_pairs(), generator()).total.backward()
             gradients |= {f"{role}.{key}": p.grad for key, p in method.networks[role].named_parameters() if p.grad is not None}
         found.append(gradients)
     assert found[0].keys() == found[1].keys()

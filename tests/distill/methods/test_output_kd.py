@@ -11,9 +11,8 @@ from torch import Tensor
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import LinearVariancePreserving
-from fastdistill.distill.methods.guidance import GuidanceDistillation
-from fastdistill.distill.methods.output_kd import OutputKD
-from fastdistill.distill.options import GuidanceOptions, OutputKDOptions
+from fastdistill.distill.methods.guidance import GuidanceDistillation, GuidanceOptions
+from fastdistill.distill.methods.output_kd import OutputKD, OutputKDOptions
 from fastdistill.errors import UserError
 from fastdistill.models.families import family_of
 from fastdistill.models.guidance_embedder import embeds_guidance, with_guidance_embedder
@@ -25,6 +24,7 @@ from tests.distill.methods.toys import (
     batches_of,
     column,
     exact,
+    loss_of,
     null,
     train,
     two_classes,
@@ -94,6 +94,7 @@ def test_the_gradient_of_guidance_distillation() -> None:
     assert_same_gradient(method, "student", batch, formula)
 
 
+@pytest.mark.slow
 def test_one_network_has_the_guided_field_of_every_scale(tmp_path: Path) -> None:
     """``E |v_S - v_w|^2 < 1 %`` of ``E |v_w|^2``: 0.58 % at ``w = 1``, the end of the range, 0.03 % at 2.5 and 0.06 % at 4."""
     data, student = two_classes(), Perceptron(labels=2, width=64, guidance=True)
@@ -143,9 +144,11 @@ def test_flux_learns_guidance_through_its_embedder() -> None:
     student = with_guidance_embedder(teacher)
     x_t, _, conditioning = tiny_inputs(teacher)
     _, _, empty = tiny_inputs(teacher, batch=1, seed=7)
-    method = GuidanceDistillation(student=student, teacher=teacher, family=family_of(teacher), steps=4, unconditional=empty)
+    method = GuidanceDistillation(
+        GuidanceOptions(), student=student, teacher=teacher, family=family_of(teacher), steps=4, unconditional=empty
+    )
     teacher.requires_grad_(False)
-    method.loss("student", LatentBatch(latents=x_t, conditioning=conditioning), generator()).total.backward()
+    loss_of(method, "student", LatentBatch(latents=x_t, conditioning=conditioning), generator()).total.backward()
     assert float(student.time_text_embed.guidance_embedder.linear_2.weight.grad.abs().max()) > 0
 
 
@@ -160,7 +163,9 @@ def test_flux_learns_guidance_through_its_embedder() -> None:
 )
 def test_impossible_combinations_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        OutputKD(**({"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4} | changes))
+        OutputKD(
+            OutputKDOptions(), **({"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4} | changes)
+        )
 
 
 def test_guidance_needs_a_range_and_a_network_that_lacks_the_embedder() -> None:

@@ -15,8 +15,7 @@ from fastdistill.diffusion.process import LinearVariancePreserving, RectifiedFlo
 from fastdistill.diffusion.sampler import sample
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill.methods.losses import error_weight
-from fastdistill.distill.methods.progressive import ProgressiveDistillation
-from fastdistill.distill.options import ProgressiveOptions
+from fastdistill.distill.methods.progressive import ProgressiveDistillation, ProgressiveOptions
 from fastdistill.errors import UserError
 from tests.distill.methods.toys import (
     FLOW,
@@ -111,6 +110,7 @@ def test_the_weight_of_the_velocity_is_its_error(process: Any) -> None:
     torch.testing.assert_close(weight * (x_0 - other).square(), (velocities[0] - velocities[1]).square())
 
 
+@pytest.mark.slow
 def test_one_step_equals_the_teachers_sixteen(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """Four phases on a Gaussian. The student is the teacher's sixteen Euler steps, to 1e-6 of the variance, and those the flow to 0.7 %."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)

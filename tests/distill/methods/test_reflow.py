@@ -13,9 +13,8 @@ from torch import Tensor
 from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.process import LinearVariancePreserving
 from fastdistill.diffusion.straightness import straightness
-from fastdistill.distill.methods.reflow import Reflow
-from fastdistill.distill.methods.teacher_pairs import teacher_pairs
-from fastdistill.distill.options import PairOptions, ReflowOptions
+from fastdistill.distill.methods.reflow import Reflow, ReflowOptions
+from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
 from fastdistill.errors import UserError
 from tests.distill.methods.toys import (
     FLOW,
@@ -28,6 +27,7 @@ from tests.distill.methods.toys import (
     batch_of,
     column,
     exact,
+    loss_of,
     null,
     pair_batches,
     pairs_of,
@@ -85,9 +85,10 @@ def test_pairs_are_the_guided_teachers_samples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another model"):
         teacher_pairs(method, tmp_path, options, conditioning=prompts, shape=(2,), settings={"model": "another"})
     batch = pool.batch(4, generator())
-    method.loss("student", replace(batch, latents=batch.latents.double(), noise=batch.noise.double()), generator())
+    loss_of(method, "student", replace(batch, latents=batch.latents.double(), noise=batch.noise.double()), generator())
 
 
+@pytest.mark.slow
 def test_one_round_straightens_the_flow_of_a_gaussian(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
     """``int E |(x_1 - x_0) - v|^2 dt`` falls from 50 % to 0.001 % of ``E |x_1 - x_0|^2``; one Euler step is the flow to 2e-6."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)
@@ -129,9 +130,16 @@ def test_it_distils_after_straightening_and_keeps_that() -> None:
 def test_impossible_combinations_are_refused(tmp_path: Path) -> None:
     process = LinearVariancePreserving()
     with pytest.raises(UserError, match="progressive or consistency"):
-        Reflow(student=Perceptron(), teacher=exact(mixture(), process), family=LabelFamily(), steps=2, process=process)
-    method = Reflow(student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=2, teacher_prediction=Prediction.EPSILON)
+        Reflow(ReflowOptions(), student=Perceptron(), teacher=exact(mixture(), process), family=LabelFamily(), steps=2, process=process)
+    method = Reflow(
+        ReflowOptions(),
+        student=Perceptron(),
+        teacher=exact(mixture()),
+        family=LabelFamily(),
+        steps=2,
+        teacher_prediction=Prediction.EPSILON,
+    )
     with pytest.raises(UserError, match="teacher_pairs"):
-        method.loss("student", batch_of(), generator())
+        loss_of(method, "student", batch_of(), generator())
     with pytest.raises(UserError, match="the teacher predicts epsilon"):
         teacher_pairs(method, tmp_path, PairOptions(), conditioning=null(), shape=(2,))

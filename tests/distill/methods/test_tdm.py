@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fastdistill.diffusion.process import LinearVariancePreserving, Process, VarianceExploding
-from fastdistill.distill.methods.dmd2 import DMD2
+from fastdistill.distill.methods.dmd2 import DMD2, DMD2Options
 from fastdistill.distill.methods.rollout import Visit
-from fastdistill.distill.methods.tdm import TDM
-from fastdistill.distill.options import DMD2Options, TDMOptions
+from fastdistill.distill.methods.tdm import TDM, TDMOptions
 from fastdistill.errors import UserError
 from tests.distill.methods.toys import (
     FLOW,
@@ -25,6 +24,7 @@ from tests.distill.methods.toys import (
     batch_of,
     column,
     exact,
+    loss_of,
     null,
     randn,
     rollout,
@@ -78,8 +78,8 @@ def test_the_gradients(role: str, target: str, sde: bool, index: int) -> None:
 
 def test_in_one_step_it_is_dmd2_without_a_gan() -> None:
     setup = {"student": Perceptron(seed=1), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 1, "critic": Perceptron(seed=2)}
-    one, other = TDM(**setup), DMD2(DMD2Options(gan_weight=0.0), **setup)
-    losses = [method.loss("student", batch_of(), generator()).total for method in (one, other)]
+    one, other = TDM(TDMOptions(), **setup), DMD2(DMD2Options(gan_weight=0.0), **setup)
+    losses = [loss_of(method, "student", batch_of(), generator()).total for method in (one, other)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
 
 
@@ -101,6 +101,7 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
     torch.testing.assert_close(centred.T.cov(), expected, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "excess"), [("x_0", 0.17), ("score", -0.02)])
 def test_in_four_steps_with_a_learned_critic(flow_of_the_teacher: AffineFlow, tmp_path: Path, target: str, excess: float) -> None:
     """The moments of its samples are the teacher's, but for the bias of the critic that learns the mean of ``x_0``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -18,9 +19,10 @@ from fastdistill.data.pairs import PairBatch, PairPool
 from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.process import Process, RectifiedFlow
 from fastdistill.diffusion.schedulers import run
-from fastdistill.distill.methods.rollout import Rollout
+from fastdistill.distill.methods.dmd2 import DMD2
+from fastdistill.distill.methods.tdm import TDM
 from fastdistill.models.families.family import Stack, one_stream
-from fastdistill.train.method import Method
+from fastdistill.train.method import Loss, Method, give_turn
 from fastdistill.train.trainer import TrainConfig, Trainer
 from tests.toy import generator, mixture, quasi_random_noise
 
@@ -209,9 +211,20 @@ def gradients(loss: Tensor, network: nn.Module) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
 
 
+_TRAINABLE: WeakKeyDictionary[Any, dict[str, list[nn.Parameter]]] = WeakKeyDictionary()
+
+
+def loss_of(method: Method, role: str, batch: Any, rng: torch.Generator) -> Loss:
+    """Loss of `role` in its turn, as the trainer calls it: gradients are left to what was trainable at the first call."""
+    if method not in _TRAINABLE:
+        _TRAINABLE[method] = {name: [p for p in method.networks[name].parameters() if p.requires_grad] for name in method.trains}
+    give_turn(role, _TRAINABLE[method])
+    return method.loss(role, batch, rng)
+
+
 def assert_same_gradient(method: Method, role: str, batch: Any, formula: Callable[[torch.Generator], Tensor], seed: int = 1) -> None:
     """``method``'s loss of ``role`` and its gradients are those of ``formula``, up to float64's rounding, and no other role has any."""
-    loss = method.loss(role, batch, generator(seed)).total
+    loss = loss_of(method, role, batch, generator(seed)).total
     loss.backward()
     found = {name: p.grad for name, p in method.networks[role].named_parameters()}
     for other, network in method.networks.items():
@@ -242,7 +255,7 @@ def randn(rng: torch.Generator, count: int = 8) -> Tensor:
 
 
 def rollout(
-    method: Rollout, batch: Any, rng: torch.Generator, index: int, *, sde: bool = False, data: bool = False
+    method: DMD2 | TDM, batch: Any, rng: torch.Generator, index: int, *, sde: bool = False, data: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``x_t`` and ``t`` by hand."""
     student, labels = method.networks["student"], batch.conditioning.labels

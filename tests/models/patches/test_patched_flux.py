@@ -183,6 +183,7 @@ def test_halves_that_are_not_neighbours_are_concatenated(transformer: FluxTransf
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_whole(transformer: FluxTransformer2DModel) -> None:
     stock = gradients(transformer)
     x, t, conditioning = tiny_inputs(transformer)
@@ -204,6 +205,7 @@ def test_torch_compile_takes_it_whole(transformer: FluxTransformer2DModel) -> No
     assert fused == {name + suffix for name in kept for suffix in ("", "_backward")}, "the others are left to the compiler"
 
 
+@pytest.mark.slow
 def test_blocks_compile_once_for_all_of_their_kind() -> None:
     """As diffusers' `compile_repeated_blocks` promises of the stock model: one graph for a kind of block, not one for each block."""
     transformer = tiny_flux_pipeline(num_layers=10, num_single_layers=10).transformer

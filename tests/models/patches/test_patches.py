@@ -201,6 +201,7 @@ def test_one_sample(family: Tiny) -> None:
     assert not report.stepped_aside
 
 
+@pytest.mark.slow
 @every_family
 def test_compiles_whole(family: Tiny) -> None:
     model, inputs = seeded(family.smallest), family.inputs()

@@ -1,9 +1,12 @@
-"""Runs the operator suite on the CUDA kernels without a GPU: `python -m tests.ops.emulated_cuda BUILD_FOLDER [pytest arguments]`.
+"""Run the operator suite on the CUDA kernels without a GPU.
 
-The sources under csrc/cuda are compiled as plain C++ against the headers of this folder, which make a block's threads fibers, and are
-registered for CPU tensors in place of the compiled library. What this shows is that the kernels compute the right numbers, write every
-element, read nothing uninitialised in shared memory, do not depend on the order of threads and blocks, and meet at their barriers. What
-it cannot show is speed, and what a real memory system does.
+    python -m tests.ops.emulated_cuda BUILD_FOLDER [pytest arguments]
+
+The sources under csrc/cuda are compiled as plain C++ against the headers of this folder, which make
+a block's threads fibers, and are registered for CPU tensors in place of the compiled library. The
+suite then shows that the kernels compute the right numbers, write every element, read nothing
+uninitialised in shared memory, do not depend on the order of threads and blocks, and meet at their
+barriers. It cannot show speed, nor the effects of a real memory system.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ CUDA = HERE.parents[2] / "csrc" / "cuda"
 
 
 def build(folder: Path) -> Path:
-    """Compiles the CUDA sources, in two processes, and links them."""
+    """Compile the CUDA sources, in two processes, and link the objects."""
     torch_folder = Path(torch.__file__).parent
     headers = ["-I", str(HERE), "-isystem", str(torch_folder / "include")]
     versions = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]

@@ -1,4 +1,4 @@
-"""The table that the inherited suite loops over: operator x backend x device x dtype x sample."""
+"""Trials that the inherited suite loops over: operator x backend x device x dtype x case."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from torch import Tensor
 
 from fastdistill.ops import OPERATORS
 from fastdistill.ops.backend import BACKENDS, Backend, why_not
-from fastdistill.ops.op import Operator, Sample
+from fastdistill.ops.op import Case, Operator
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Trial:
+    """One case of an operator on one backend, device and dtype."""
+
     op: Operator
     backend: Backend
     device: str
     dtype: torch.dtype
-    sample: Sample
+    case: Case
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op.name}-{self.backend}-{self.device}-{dtype}-{self.sample.id}"
+        return f"{self.op.name}-{self.backend}-{self.device}-{dtype}-{self.case.id}"
 
     @property
     def interpreted(self) -> bool:
@@ -36,39 +38,42 @@ class Case:
         return self.backend == "triton" and self.device == "cpu"
 
     def arguments(self) -> tuple[Any, ...]:
-        return tuple(self.sample.make(self.dtype, torch.device(self.device)))
+        return tuple(self.case.make(self.dtype, torch.device(self.device)))
 
     def run(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         return as_tuple(self.op(*arguments, backend=self.backend))
 
 
-def cases(
+def trials(
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
     backends: Sequence[Backend] = BACKENDS,
-    every_sample: bool = True,
+    every_case: bool = True,
 ) -> Callable[[Any], Any]:
-    """Parametrises a test with `case`. A backend that this machine cannot run is skipped with its reason."""
-    return pytest.mark.parametrize("case", list(_cases(dtypes, backends, every_sample)))
+    """Parametrise a test with `trial`.
+
+    A backend that this machine cannot run is skipped with the reason.
+    """
+    return pytest.mark.parametrize("trial", list(_trials(dtypes, backends, every_case)))
 
 
-def _cases(dtypes: Sequence[torch.dtype], backends: Sequence[Backend], every_sample: bool) -> Iterator[Any]:
+def _trials(dtypes: Sequence[torch.dtype], backends: Sequence[Backend], every_case: bool) -> Iterator[Any]:
     for op in OPERATORS.values():
-        samples = op.samples() if every_sample else op.samples()[:1]
+        cases = op.cases() if every_case else op.cases()[:1]
         for backend in backends:
             for device in DEVICES:
                 for dtype in dtypes:
                     if dtype not in op.dtypes(backend, device):
                         continue
-                    for sample in samples:
-                        case = Case(op=op, backend=backend, device=device, dtype=dtype, sample=sample)
-                        yield pytest.param(case, id=str(case), marks=_marks(case))
+                    for case in cases:
+                        trial = Trial(op=op, backend=backend, device=device, dtype=dtype, case=case)
+                        yield pytest.param(trial, id=str(trial), marks=_marks(trial))
 
 
-def _marks(case: Case) -> list[pytest.MarkDecorator]:
-    if case.device == "cuda":
+def _marks(trial: Trial) -> list[pytest.MarkDecorator]:
+    if trial.device == "cuda":
         return [pytest.mark.gpu]
-    reason = why_not(case.op.name, case.backend, case.device, case.dtype)
+    reason = why_not(trial.op.name, trial.backend, trial.device, trial.dtype)
     return [pytest.mark.skip(reason=reason)] if reason else []
 
 
@@ -77,12 +82,12 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
 
 
 def leaves(arguments: Sequence[Any]) -> list[Tensor]:
-    """The tensors whose gradients are compared."""
+    """Tensors whose gradients are compared."""
     return [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
 
 
 def converted(arguments: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The same values in another dtype, as new leaves."""
+    """Equal values in another dtype, as new leaves."""
     return tuple(
         a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
     )

@@ -1,0 +1,220 @@
+"""One run of a command that makes a pipeline out of another, as an object: what the stages share is made once and held here."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from rich.console import Console
+
+from fastdistill.data.images import read_folder
+from fastdistill.errors import UserError
+from fastdistill.evaluation.gallery import Gallery
+from fastdistill.evaluation.table import summarise
+from fastdistill.models.families import family_of
+from fastdistill.models.loading import load, read_prompts
+from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.saving import swapped
+from fastdistill.run.files import write_json, write_text
+from fastdistill.run.options import JobConfig, TrainingOptions
+from fastdistill.run.versions import versions
+from fastdistill.run.workspace import Workspace
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.estimate import memory
+from fastdistill.train.method import Method
+
+ConfigT = TypeVar("ConfigT", bound=JobConfig)
+
+
+class Job(ABC, Generic[ConfigT]):
+    """A run from the model's folder to the finished output folder; a stage is a method.
+
+    Attributes:
+        config: the options.
+        pipeline: the model, as diffusers opens it.
+        teacher: the pipeline's transformer, frozen.
+        family: the family of `teacher`.
+        prompts: the prompts of `--prompts`, else those that come with the model.
+        images: the images of `--images`; empty without the option.
+        sampling: how `pipeline` is sampled.
+        output: the folder to write to.
+        workspace: `output` with the results of finished stages.
+        gallery: measures models, and keeps their images.
+        console: where progress is shown; quiet by default.
+    """
+
+    result: ClassVar[str]
+    """File in `output` that ends a run, and holds everything about it."""
+    reference: ClassVar[str]
+    """Name of the model that the others are compared with in `gallery`."""
+
+    def __init__(self, config: ConfigT, *, console: Console | None = None, command: str = "") -> None:
+        """Open the model, refuse what cannot be done, and claim the output folder.
+
+        Args:
+            command: what the user typed, for the record.
+
+        Raises:
+            UserError: an input is missing or unsound, the request cannot be met, the memory or the disk does not
+                suffice, or the output folder holds something else.
+        """
+        self.config, self.command = config, command
+        self.console = Console(quiet=True) if console is None else console
+        run = config.run
+        self.output = run.output or Path("runs") / config.name
+        _check_installed(config.training)
+        prompts = read_prompts(run.prompts) if run.prompts else None
+        self.images = read_folder(run.images, config.image_count) if run.images else []
+        self.console.print(f"loading {run.model}")
+        loaded = load(run.model, run.device)
+        self.prompts = prompts or loaded.prompts
+        self.pipeline = loaded.pipeline
+        self.teacher: Any = loaded.pipeline.transformer.requires_grad_(False)
+        self.family = family_of(self.teacher)
+        self.sampling: SamplingDefaults = loaded.sampling.replaced(config.sampling)
+        self.check()
+        self.workspace = Workspace(self.output, config.settings(), self.result)
+        if self.workspace.resumed:
+            self.console.print(f"continuing the interrupted run in {self.output}")
+        self.clock = self.workspace.clock
+        self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, config: ConfigT) -> str:
+        """What `--dry-run` prints, from the model's config alone.
+
+        Raises:
+            UserError: there is no such model, or the request cannot be met.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse what cannot be done, before any work and before the output folder is claimed.
+
+        Raises:
+            UserError: the request does not fit the model, or the memory or the disk does not suffice.
+        """
+
+    @abstractmethod
+    def run(self) -> None:
+        """Run every stage, or read its result from the workspace if an interrupted run has finished it."""
+
+    def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
+        """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""
+        return Gallery(
+            folder,
+            self.prompts,
+            self.sampling,
+            reference=self.reference,
+            count=count,
+            seed=seed,
+            batch=self.config.training.batch,
+            console=self.console,
+            shared=shared,
+        )
+
+    def measured(self, name: str, transformer: Any, *, scheduler: Any = None, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
+        """Measurements of the pipeline with another transformer, kept for a run that is continued.
+
+        Args:
+            name: of the model, in the gallery and in the report.
+            scheduler: by default the pipeline's own.
+            sampling: by default `self.sampling`.
+        """
+        with self.clock("evaluate"), swapped(self.pipeline, transformer, scheduler):
+            found = self.workspace.cached(f"evaluation-{name}", lambda: self.gallery.evaluate(self.pipeline, name, sampling))
+        return dict(found)
+
+    def hand_over(self, training: Path) -> None:
+        """Copy what was logged in the folder `training` to the output folder."""
+        shutil.copy(training / "metrics.jsonl", self.output / "metrics.jsonl")
+        for folder in ("samples", "tensorboard"):
+            if (training / folder).exists():
+                shutil.copytree(training / folder, self.output / folder, dirs_exist_ok=True)
+
+    def record(self, **own: Any) -> dict[str, Any]:
+        """Everything about the run, as JSON: `own`, and what every job records.
+
+        `images` is the number of images from a folder that the run worked on, 0 if the model drew them.
+        """
+        flags = self.config.flags()
+        return {
+            "format": 1,
+            "command": self.command,
+            "model": self.config.run.model,
+            **own,
+            "prompts": len(self.prompts),
+            "images": len(self.images),
+            "seconds": self.workspace.seconds,
+            "config": {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
+            "versions": versions(),
+        }
+
+    def finish(self, record: Mapping[str, Any], report: str, headline: str) -> None:
+        """Write what people and programs read, and remove what only a continued run would have needed.
+
+        Args:
+            record: what `Job.record` returned, with the measurements of each model under `evaluation`.
+            report: text of `report.md`.
+            headline: first line of the closing summary.
+        """
+        self.gallery.grid(list(record["evaluation"])).save(self.output / "grid.png")
+        write_text(self.output / "report.md", report)
+        # The weights travel alone, so the record goes with them, too; diffusers ignores it there.
+        write_json(self.output / "model" / self.result, record)
+        write_json(self.output / self.result, record)
+        self.workspace.finish()
+        self.console.print(headline)
+        summarise(record["evaluation"], self.output, self.console)
+
+
+def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: float = 1.0) -> TrainConfig:
+    """How a job trains its student for `steps`; `scale` multiplies the learning rate."""
+    return TrainConfig(
+        steps=steps,
+        learning_rate=options.learning_rate * scale,
+        warmup_steps=min(20, steps),
+        optimizer=options.optimizer,
+        betas=options.betas,
+        ema_decay=options.ema_decay,
+        micro_batches=options.micro_batches,
+        precision=options.precision,
+        seed=seed,
+        log_every=10,
+        checkpoint_every=100,
+        tensorboard=options.tensorboard,
+    )
+
+
+def training_bytes(method: Method, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of memory that training takes, and bytes of disk that its checkpoints take.
+
+    The memory is without activations, and without the teacher, which is there already. The networks of `method`
+    may be on the meta device.
+    """
+    items = [item for item in memory(method, config) if item.role != "teacher"]
+    # The newest checkpoint is there until the next one is written.
+    return sum(item.bytes for item in items), 2 * sum(item.bytes for item in items if item.what != "gradients")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type that torch calls `name`, as `--save-dtype` gives it."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _check_installed(options: TrainingOptions) -> None:
+    """Raise `UserError` if an option needs a package that is not installed."""
+    wanted = {
+        "bitsandbytes": ("--optimizer adamw8bit", options.optimizer == "adamw8bit"),
+        "tensorboard": ("--tensorboard", options.tensorboard),
+    }
+    for package, (option, given) in wanted.items():
+        if given and find_spec(package) is None:
+            raise UserError(f"{option} needs {package}: pip install 'fastdistill[train]', or leave the option out")
