@@ -26,7 +26,7 @@ from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.families.family import Conditioning
 from fastdistill.models.families.flux import Flux
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 from fastdistill.train import checkpoint
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising
@@ -101,7 +101,7 @@ def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> t
         generator = torch.Generator().manual_seed(3)
         captions = torch.arange(len(data)).repeat(draws)
         latents = torch.cat([vae.encode(data.draw(chunk, generator).pixels).latent_dist.mean.half() for chunk in captions.split(100)])
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file({"latents": latents.contiguous(), "captions": captions}, partial)
     cached = load_file(path)
     return (cached["latents"].float() - vae.config.shift_factor) * vae.config.scaling_factor, cached["captions"]

@@ -34,7 +34,7 @@ from fastdistill.models.families.family import BlockId, Family
 from fastdistill.models.patch import patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 from fastdistill.run.progress import bar, share_bar
 from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.run.workspace import Workspace
@@ -295,7 +295,7 @@ def _repair(config: CompressConfig, damage: Damage, cache: Path, console: Consol
     if not cache.exists():
         with share_bar(console, "repair") as tick, patched(damage.teacher):
             REPAIRS[config.repair](dataclasses.replace(damage, tick=tick))
-        with whole(cache) as unfinished:
+        with atomic_write(cache) as unfinished:
             save_file(damage.student.state_dict(), unfinished)
     damage.student.load_state_dict(load_file(cache))
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastdistill.run.files import whole, write_text
+from fastdistill.run.files import atomic_write, write_text
 
 SIZE = 64
 SHEET_COLUMNS = 20
@@ -137,7 +137,7 @@ def render(font_path: Path, folder: Path) -> None:
         row, column = divmod(index, SHEET_COLUMNS)
         sheet.paste(glyph, (column * SIZE + (SIZE - glyph.width) // 2, row * SIZE + (SIZE - glyph.height) // 2))
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / "emoji.png") as partial:
+    with atomic_write(folder / "emoji.png") as partial:
         sheet.save(partial, optimize=True)
     write_text(folder / "captions.json", json.dumps(captions, indent=0, ensure_ascii=False) + "\n")
 

@@ -19,7 +19,8 @@ class LatentBatch:
     conditioning: Any
     """`Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
     shared: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """What the roles of a step leave for each other, such as the sample that they judge; it goes with the batch."""
+    """Values that the roles of a step leave for each other, such as the sample that they judge. They
+    go with the batch."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]

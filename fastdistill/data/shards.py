@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import whole, write_json
+from fastdistill.run.files import atomic_write, write_json
 
 
 def cached_shards(
@@ -50,7 +50,7 @@ def cached_shards(
             # A large odd stride keeps the shards of different seeds apart.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             made = make(min(shard, count - start), generator)
-            with whole(path) as partial:
+            with atomic_write(path) as partial:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)
         parts.append(load_file(path))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -21,7 +21,7 @@ from fastdistill.data.latents import LatentPool
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 
 UNPROMPTED = 0.1
 """Share of states with the empty prompt, as guidance evaluates that prompt, too."""
@@ -156,7 +156,7 @@ def trajectories(
         )
         tensors = maker.make(images, batch, tick)
         if cache is not None:
-            with whole(cache) as partial:
+            with atomic_write(cache) as partial:
                 save_file(tensors, partial)
     return Trajectories(
         noise=choices.noise,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.files import whole, write_json
+from fastdistill.run.files import atomic_write, write_json
 from fastdistill.run.grid import grid
 from fastdistill.run.progress import bar
 
@@ -73,7 +73,7 @@ class Gallery:
             result = evaluate(pipeline, image_set, reference=reference, tick=tick)
         metrics = result.metrics if self.measure else {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
-        with whole(self._file(name)) as partial:
+        with atomic_write(self._file(name)) as partial:
             save_file({"images": result.images.half()}, partial)
         if self._is_reference(name):
             write_json(measured, metrics)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a file to write, which replaces `path` at the end of the block.
 
     If the block fails, the file is removed. Several threads and processes may write the same
@@ -32,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8, whole or not at all."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -43,7 +43,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_image(path: Path, image: Image) -> None:
     """Write `image` in the format of the suffix of `path`, whole or not at all."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         image.save(partial)
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,29 @@ PREFIX = "checkpoint-"
 PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Everything that training changes, by role, and the tensors of the method's own state."""
+
+    networks: Mapping[str, nn.Module]
+    """Networks; those with an optimizer are written."""
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    emas: Mapping[str, EMA] = field(default_factory=dict)
+    method_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def latest(run: Path) -> Path | None:
     """Return the newest complete checkpoint of a run folder, if there is one."""
     return max(_complete(run), key=_step, default=None)
 
 
-def save(
-    run: Path,
-    step: int,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    emas: Mapping[str, EMA],
-    state: Mapping[str, Any],
-    keep: int = 1,
-    method_state: Mapping[str, Tensor] | None = None,
-) -> Path:
+def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep: int = 1) -> Path:
     """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest.
 
     All processes call this together.
 
     Args:
-        networks: by role; those with an optimizer are written.
-        method_state: tensors of the method's own state.
+        state: JSON values for `state.json`.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -62,14 +64,14 @@ def save(
     # A step has the same bits whenever it is reached.
     if target not in _complete(run):
         files: dict[str, Mapping[str, Tensor]] = {}
-        for role, optimizer in optimizers.items():
-            files[role] = networks[role].state_dict()
+        for role, optimizer in trained.optimizers.items():
+            files[role] = trained.networks[role].state_dict()
             files[f"{role}.optimizer"] = _flatten(optimizer)
-        for role, ema in emas.items():
+        for role, ema in trained.emas.items():
             files[f"{role}.ema"] = ema.shadow
-        if method_state:
-            files["method"] = method_state
-        updates = {role: ema.updates for role, ema in emas.items()}
+        if trained.method_state:
+            files["method"] = trained.method_state
+        updates = {role: ema.updates for role, ema in trained.emas.items()}
         write(target, files, {"state": {"step": step, "ema_updates": updates, **state}})
     if parallel.rank() == 0:
         for path in sorted(_complete(run), key=_step)[:-keep]:
@@ -78,22 +80,19 @@ def save(
     return target
 
 
-def load(
-    path: Path,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    emas: Mapping[str, EMA],
-) -> dict[str, Any]:
-    """Restore what `save` wrote, in place, and return its `state.json`.
+def load(path: Path, trained: Trained) -> dict[str, Any]:
+    """Restore networks, optimizers and averages from `path`, in place, and return its `state.json`.
+
+    `load_method_state` reads the state of the method.
 
     Raises:
         UserError: the checkpoint is of other networks.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    for role, optimizer in optimizers.items():
-        restore(networks[role].state_dict(), path / f"{role}.safetensors")
+    for role, optimizer in trained.optimizers.items():
+        restore(trained.networks[role].state_dict(), path / f"{role}.safetensors")
         _unflatten(optimizer, path / f"{role}.optimizer.safetensors")
-    for role, ema in emas.items():
+    for role, ema in trained.emas.items():
         restore(ema.shadow, path / f"{role}.ema.safetensors")
         ema.updates = state["ema_updates"][role]
     return state
