@@ -1,4 +1,4 @@
-"""Command `python -m fastdistill.evaluate`: measure a FLUX pipeline against the known truth, or against another pipeline."""
+"""Command `python -m fastdistill.evaluate`: measurements of a FLUX pipeline."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_o
 class EvaluateConfig:
     """Measure a FLUX pipeline.
 
-    On the emoji testbed: caption accuracy with its confidence interval and spread over seeds, coverage of the background colours,
-    Frechet distance in latent space, PSNR of the autoencoder. With --reference, on any model: PSNR to the reference from the same
-    noise, and Frechet distance to the reference.
+    On the emoji testbed: caption accuracy with its confidence interval and spread over seeds,
+    coverage of the background colours, Frechet distance in latent space, PSNR of the autoencoder.
+    With --reference, on any model: PSNR to the reference from the same noise, and Frechet distance
+    to the reference.
     """
 
     model: str = "emoji"

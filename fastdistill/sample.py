@@ -19,7 +19,8 @@ EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "pe
 class SampleConfig:
     """Draw images of a FLUX pipeline with its own scheduler and write them as one labelled grid.
 
-    Sampling options that are left out take the values of the model's fastdistill.json, else those of FLUX.1-dev.
+    Sampling options that are left out take the values of the model's fastdistill.json, else those
+    of FLUX.1-dev.
     """
 
     model: str = "emoji"

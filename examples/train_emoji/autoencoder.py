@@ -1,4 +1,6 @@
-"""Step 1 of the emoji FLUX: train an `AutoencoderKL` with FLUX's geometry (16 latent channels, factor 8) by the ELBO.
+"""Step 1 of the emoji FLUX: train an `AutoencoderKL` by the ELBO.
+
+It has FLUX's geometry: 16 latent channels, factor 8.
 
     python examples/train_emoji/autoencoder.py --run runs/emoji/autoencoder
 
@@ -20,14 +22,15 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import Trainer
 
-# Standard deviation of the pixel likelihood, in units of the [-1, 1] range: the code need not carry smaller differences.
+# Standard deviation of the pixel likelihood, in units of the [-1, 1] range: the code need not carry
+# smaller differences.
 PIXEL_SIGMA = 0.07
 
 
 class Elbo(StudentMethod):
-    """Negative ELBO per pixel, `mean (x - decode(z))^2 / (2 sigma^2) + KL(q(z|x) || N(0, 1)) / pixels`.
+    """Method whose loss is the negative ELBO per pixel (Kingma & Welling 2014, equation 3).
 
-    (Kingma & Welling 2014, equation 3.)
+    `mean (x - decode(z))^2 / (2 sigma^2) + KL(q(z|x) || N(0, 1)) / pixels`.
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -70,7 +73,10 @@ def build() -> AutoencoderKL:
 
 @torch.no_grad()
 def finish(vae: AutoencoderKL, data: Emoji) -> float:
-    """Set the latents' shift and scale, so that the diffusion model sees zero mean and unit variance; return the PSNR on fresh draws."""
+    """Set the latents' shift and scale; return the PSNR on fresh draws.
+
+    The diffusion model then sees zero mean and unit variance.
+    """
     pixels = data.random(512, torch.Generator().manual_seed(1)).pixels
     latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(64)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())

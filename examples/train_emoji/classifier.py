@@ -2,8 +2,9 @@
 
     python examples/train_emoji/classifier.py --run runs/emoji/classifier
 
-Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are blurred and noised a little, as an
-autoencoder does, so that the classifier judges the image and not its sharpness.
+Five minutes on two cores. Writes the classifier into the package's assets. Half of the draws are
+blurred and noised a little, as an autoencoder does, so that the classifier judges the image and not
+its sharpness.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from fastdistill.data.emoji import Draws, Emoji, assets
 from fastdistill.evaluation.classifier import FILE, Classifier, predict
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.method import Loss, StudentMethod
 from fastdistill.train.trainer import Trainer
@@ -58,7 +59,7 @@ def main(config: Config) -> None:
     trainer = Trainer(Classification(network), lambda step, rng: data.random(config.batch, rng), config.train, config.run)
     trainer.fit("classifier")
     trainer.emas["student"].copy_to(network)
-    with whole(assets() / FILE) as partial:
+    with atomic_write(assets() / FILE) as partial:
         save_file({name: value.half() for name, value in network.state_dict().items()}, partial)
     generator = torch.Generator().manual_seed(6)
     judge = Classifier.load(len(data))

@@ -1,4 +1,4 @@
-"""Step 4 of the emoji FLUX: put the pipeline into the package's assets, and the training logs into `logs`.
+"""Step 4 of the emoji FLUX: install the pipeline in the package, and keep the training logs.
 
     python examples/train_emoji/finish.py --run runs/emoji
 

@@ -1,9 +1,12 @@
-"""Step 2 of the emoji FLUX: tokenizers and tiny CLIP and T5 text encoders, trained to predict the image's latents from its caption.
+"""Step 2 of the emoji FLUX: train tokenizers and tiny CLIP and T5 text encoders.
+
+The encoders predict the image's latents from its caption.
 
     python examples/train_emoji/text_encoders.py --run runs/emoji
 
-Takes a minute. Reads `<run>/autoencoder/vae` and writes `<run>/text`. The encoders come to the flow model already trained, as CLIP and
-T5 do for FLUX, on a task that makes their embeddings say what the image looks like.
+Takes a minute. Reads `<run>/autoencoder/vae` and writes `<run>/text`. The encoders come to the flow
+model already trained, as CLIP and T5 do for FLUX, on a task that makes their embeddings say what
+the image looks like.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ WIDTH = 96
 
 
 def words(captions: list[str]) -> list[str]:
-    """Words of the captions, split as the tokenizers split them, plus single letters to spell any other word."""
+    """Words of the captions, split as by the tokenizers, and single letters to spell other words."""
     found = {word for caption in captions for word in caption.replace("-", " - ").split()}
     return sorted(found) + list("abcdefghijklmnopqrstuvwxyz0123456789")
 
@@ -44,7 +47,8 @@ def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     vocab = dict(model["vocab"])
-    # Single characters at the end of a word are not in the trainer's alphabet, but spelling an unknown word needs them.
+    # Single characters at the end of a word are not in the trainer's alphabet, but spelling an
+    # unknown word needs them.
     for character in alphabet:
         vocab.setdefault(character + "</w>", len(vocab))
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)
@@ -55,7 +59,8 @@ def t5_tokenizer(captions: list[str]) -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     pieces += [(f"\u2581{word}", -4.0) for word in words(captions) if len(word) > 1]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789-'"]
-    # Hyphenated captions are one run without spaces: their parts must exist without the word mark, too.
+    # Hyphenated captions are one run without spaces: their parts must exist without the word mark,
+    # too.
     inner = {part for caption in captions for word in caption.split() if "-" in word for part in word.split("-")[1:] if len(part) > 1}
     pieces += [(part, -6.0) for part in sorted(inner)]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)

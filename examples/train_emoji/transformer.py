@@ -1,9 +1,10 @@
-"""Step 3 of the emoji FLUX: train the flow-matching transformer, and write the stock `FluxPipeline` of all parts.
+"""Step 3 of the emoji FLUX: train the transformer, and write the stock `FluxPipeline`.
 
     python examples/train_emoji/transformer.py --run runs/emoji
 
-Hours on two cores, minutes on a GPU; run it again to resume, and with `--assemble-only` to write the pipeline of the newest
-checkpoint. Reads `<run>/autoencoder/vae` and `<run>/text`; writes `<run>/pipeline`.
+Hours on two cores, minutes on a GPU; run it again to resume, and with `--assemble-only` to write
+the pipeline of the newest checkpoint. Reads `<run>/autoencoder/vae` and `<run>/text`; writes
+`<run>/pipeline`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.families.family import Conditioning
 from fastdistill.models.families.flux import Flux
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 from fastdistill.train import checkpoint
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.denoising import Denoising
@@ -40,7 +41,8 @@ class Config:
     draws: int = 128
     """Cached draws of each caption."""
     time_mean: float = 0.0
-    """Location of the logit-normal training times; above 0, more times near noise, where the background is decided."""
+    """Location of the logit-normal training times; above 0, more times near noise, where the
+    background is decided."""
     assemble_only: bool = False
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -94,12 +96,12 @@ def build(heads: int) -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of `draws` fresh draws of each caption, in the transformer's scale, and their captions."""
+    """Latents of `draws` draws of each caption, in the transformer's scale, and their captions."""
     if not path.exists():
         generator = torch.Generator().manual_seed(3)
         captions = torch.arange(len(data)).repeat(draws)
         latents = torch.cat([vae.encode(data.draw(chunk, generator).pixels).latent_dist.mean.half() for chunk in captions.split(100)])
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file({"latents": latents.contiguous(), "captions": captions}, partial)
     cached = load_file(path)
     return (cached["latents"].float() - vae.config.shift_factor) * vae.config.scaling_factor, cached["captions"]

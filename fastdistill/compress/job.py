@@ -30,7 +30,7 @@ from fastdistill.models.families.family import BlockId
 from fastdistill.models.patch import patched
 from fastdistill.models.saving import save
 from fastdistill.models.skeleton import skeleton_of
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 from fastdistill.run.progress import bar
 from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.train.config import TrainConfig
@@ -227,7 +227,7 @@ class Compression(Job[CompressConfig]):
         with self.clock("repair"):
             if not cache.exists():
                 mend(Damage.of(model, calibration, options.repair_points), options.repair, self.console)
-                with whole(cache) as unfinished:
+                with atomic_write(cache) as unfinished:
                     save_file(model.student.state_dict(), unfinished)
             model.student.load_state_dict(load_file(cache))
 

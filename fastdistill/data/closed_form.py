@@ -1,7 +1,7 @@
 """Exact teachers: Gaussian mixtures, whose every prediction under any process has a closed form.
 
-A component `N(mu, S)` becomes `N(alpha mu, C)`, `C = alpha^2 S + sigma^2 I`. With `r_k` the posterior weight of component `k` at
-`x_t` (its responsibility):
+A component `N(mu, S)` becomes `N(alpha mu, C)`, `C = alpha^2 S + sigma^2 I`. With `r_k` the
+posterior weight of component `k` at `x_t` (its responsibility):
 
     score = -sum_k r_k C_k^-1 (x_t - alpha mu_k)
     E[x_0 | x_t] = sum_k r_k (mu_k + alpha S_k C_k^-1 (x_t - alpha mu_k))          E[eps | x_t] = -sigma score
@@ -23,9 +23,9 @@ from fastdistill.diffusion.process import Process, expand_time
 class GaussianMixture(nn.Module):
     """Mixture `sum_k w_k N(mu_k, S_k)` over vectors (B, D), with a class label for every component.
 
-    Conditioning on a label leaves the components of that label. The null label leaves all; it is the number of labels, as in the
-    label embeddings of diffusers' `DiTTransformer2DModel`. Computations run in the dtype of `means`; results have the dtype of the
-    points.
+    Conditioning on a label leaves the components of that label. The null label leaves all; it is
+    the number of labels, as in the label embeddings of diffusers' `DiTTransformer2DModel`.
+    Computations run in the dtype of `means`; results have the dtype of the points.
 
     Args:
         weights: (K,), positive; scaled to sum to 1.
@@ -34,7 +34,8 @@ class GaussianMixture(nn.Module):
         labels: (K,) integers from 0 without gaps; by default every component has its own.
 
     Raises:
-        ValueError: shapes do not fit, a weight is not positive, a covariance not symmetric and positive definite, or a label is missing.
+        ValueError: shapes do not fit, a weight is not positive, a covariance not symmetric and
+            positive definite, or a label is missing.
     """
 
     log_weights: Tensor
@@ -119,9 +120,10 @@ class GaussianMixture(nn.Module):
         return self._posterior(x_t, alpha, sigma, labels).log_density.to(x_t.dtype)
 
     def predict(self, x_t: Tensor, t: Tensor, process: Process, prediction: Prediction, labels: Tensor | None = None) -> Tensor:
-        """Exact conditional mean of any `prediction` (B, D): the output of a network that is trained to the end.
+        """Exact conditional mean of any `prediction` (B, D).
 
-        It is defined wherever `process` and `prediction` are finite. So is the score at `t = 0`, unlike for a network's output.
+        A network that is trained to the end returns this mean. It is defined wherever `process` and
+        `prediction` are finite. So is the score at `t = 0`, unlike for a network's output.
         """
         alpha, sigma = self._schedule(process, t, x_t)
         posterior = self._posterior(x_t, alpha, sigma, labels)
@@ -131,9 +133,10 @@ class GaussianMixture(nn.Module):
         return (a * posterior.x_0 - b * sigma * posterior.score).to(x_t.dtype)
 
     def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-        """Point `x_s` (B, D) to which the probability-flow ODE takes `x_t` (B, D), from `t` (B,) to `s` (B,).
+        """Map `x_t` (B, D) by the probability-flow ODE from `t` (B,) to `s` (B,).
 
-        For a single Gaussian, `x_s = alpha_s mu + C_s^1/2 C_t^-1/2 (x_t - alpha_t mu)`. At `s = 0` the map is the consistency function.
+        For a single Gaussian, `x_s = alpha_s mu + C_s^1/2 C_t^-1/2 (x_t - alpha_t mu)`. At `s = 0`
+        the map is the consistency function.
 
         Raises:
             ValueError: the mixture has several components, whose map has no closed form.
@@ -165,7 +168,7 @@ class GaussianMixture(nn.Module):
         return _Posterior(log_density, responsibilities, score, x_0)
 
     def _log_prior(self, labels: Tensor | None) -> Tensor:
-        """Log weights (B, K), or (1, K) without labels; minus infinity for components that a label does not leave."""
+        """Log weights (B, K), or (1, K) without labels; minus infinity for other labels."""
         if labels is None:
             return self.log_weights[None]
         left = (labels[:, None] == self.labels) | (labels[:, None] == self.null_label)
@@ -184,8 +187,8 @@ class _Posterior(NamedTuple):
 class ExactTeacher(nn.Module):
     """Mixture in the place of the network that was trained on it to the end.
 
-    Called with `(x_t, t, labels)`, it returns its `prediction`. It has no parameters. In a method it stands for the teacher, or for the
-    critic of a student whose samples are Gaussian.
+    Called with `(x_t, t, labels)`, it returns its `prediction`. It has no parameters. In a method
+    it stands for the teacher, or for the critic of a student whose samples are Gaussian.
     """
 
     def __init__(self, mixture: GaussianMixture, process: Process, prediction: Prediction) -> None:
@@ -196,7 +199,10 @@ class ExactTeacher(nn.Module):
         return self.mixture.predict(x_t, t, self.process, self.prediction, labels)
 
     def predictor(self, labels: Tensor | None = None, *, scale: float | Tensor = 1.0) -> Predictor:
-        """Predictor for samplers, given `labels` (B,), under classifier-free guidance of `scale` if that is not 1."""
+        """Predictor for samplers, given `labels` (B,), under classifier-free guidance of `scale`.
+
+        A `scale` of 1 is no guidance.
+        """
 
         def of(condition: Tensor | None) -> Predictor:
             return Predictor(function=lambda x_t, t: self(x_t, t, condition), process=self.process, prediction=self.prediction)

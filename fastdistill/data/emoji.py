@@ -1,10 +1,14 @@
-"""Emoji testbed: 200 Noto emoji on one of eight backgrounds, a text-to-image task whose true distribution is known.
+"""Emoji testbed: a text-to-image task whose true distribution is known.
 
-A draw of caption `c` is the image of `c` scaled by `s ~ U(0.85, 1)`, moved by up to two pixels along each axis and laid over
-a background colour that is uniform over eight. The caption does not name the colour, so `p(colour | caption)` has eight equal
-modes: a model that samples in too few steps, or has collapsed, shows it as a measurable loss of diversity.
+It has 200 Noto emoji, each on one of eight backgrounds.
 
-`python -m fastdistill.data.emoji` renders the images from the installed Noto Color Emoji font into the sheet that the package ships.
+A draw of caption `c` is the image of `c` scaled by `s ~ U(0.85, 1)`, moved by up to two pixels
+along each axis and laid over a background colour that is uniform over eight. The caption does not
+name the colour, so `p(colour | caption)` has eight equal modes: a model that samples in too few
+steps, or has collapsed, shows it as a measurable loss of diversity.
+
+`python -m fastdistill.data.emoji` renders the images from the installed Noto Color Emoji font into
+the sheet that the package ships.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastdistill.run.files import whole, write_text
+from fastdistill.run.files import atomic_write, write_text
 
 SIZE = 64
 SHEET_COLUMNS = 20
@@ -78,7 +82,8 @@ class Emoji:
         rows = sheet.shape[0] // SIZE
         tiles = sheet.view(rows, SIZE, SHEET_COLUMNS, SIZE, 4).permute(0, 2, 4, 1, 3)
         rgba = tiles.reshape(-1, 4, SIZE, SIZE)[: len(self.captions)]
-        # Premultiplied alpha: interpolating straight colours would bleed what lies under transparent pixels into the edges.
+        # Premultiplied alpha: interpolating straight colours would bleed what lies under
+        # transparent pixels into the edges.
         self.rgba_premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1).contiguous()
         self.background_rgb = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
 
@@ -106,7 +111,10 @@ class Emoji:
 
 
 def render(font_path: Path, folder: Path) -> None:
-    """Render `CHARACTERS` from Noto Color Emoji into `folder/emoji.png` and their CLDR names into `folder/captions.json`."""
+    """Render `CHARACTERS` into `folder/emoji.png`, and their names into `folder/captions.json`.
+
+    The font is Noto Color Emoji, the names are CLDR's.
+    """
     import emoji as cldr
     from PIL import ImageDraw, ImageFont
 
@@ -122,13 +130,14 @@ def render(font_path: Path, folder: Path) -> None:
         if box is None:
             raise ValueError(f"{font_path} has no image of {captions[index]!r}")
         glyph = glyph.crop(box)
-        # The margin of four pixels keeps every draw inside the frame: its shift is at most two, its scale at most one.
+        # The margin of four pixels keeps every draw inside the frame: its shift is at most two, its
+        # scale at most one.
         ratio = (SIZE - 8) / max(glyph.size)
         glyph = glyph.resize((round(glyph.width * ratio), round(glyph.height * ratio)), Image.Resampling.LANCZOS)
         row, column = divmod(index, SHEET_COLUMNS)
         sheet.paste(glyph, (column * SIZE + (SIZE - glyph.width) // 2, row * SIZE + (SIZE - glyph.height) // 2))
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / "emoji.png") as partial:
+    with atomic_write(folder / "emoji.png") as partial:
         sheet.save(partial, optimize=True)
     write_text(folder / "captions.json", json.dumps(captions, indent=0, ensure_ascii=False) + "\n")
 

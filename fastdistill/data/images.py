@@ -26,11 +26,12 @@ class Captioned:
 def read_folder(folder: Path, at_most: int) -> list[Captioned]:
     """Read the images of `folder` in the order of their names, or `at_most` of them, spread evenly.
 
-    Every image that is returned has been opened and decoded, so that none fails in the middle of long work.
+    Every image that is returned has been opened and decoded, so that none fails in the middle of
+    long work.
 
     Raises:
-        UserError: there is no such folder, it holds no image, an image cannot be decoded, some images only have a caption, or a caption
-            is no text.
+        UserError: there is no such folder, it holds no image, an image cannot be decoded, some
+            images only have a caption, or a caption is no text.
     """
     if not folder.is_dir():
         raise UserError(
@@ -53,9 +54,10 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
 
 
 def pixels(image: Captioned, height: int, width: int) -> Tensor:
-    """Pixels (3, height, width) in [-1, 1]: the image scaled until its shorter side fits, and cropped to the centre.
+    """Pixels (3, height, width) in [-1, 1] of an image.
 
-    diffusers' training scripts do the same.
+    The image is scaled until its shorter side fits, and cropped to the centre. diffusers' training
+    scripts do the same.
     """
     fitted = ImageOps.fit(_open(image.path), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

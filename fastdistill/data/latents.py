@@ -13,13 +13,14 @@ from fastdistill.models.families.family import Conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class LatentBatch:
-    """Clean latents (B, ...), in the scale that the network is trained on, with the conditioning that `predict` takes."""
+    """Clean latents (B, ...), in the scale of the network, with the conditioning of `predict`."""
 
     latents: Tensor
     conditioning: Any
     """`Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
     shared: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """What the roles of a step leave for each other, such as the sample that they judge; it goes with the batch."""
+    """Values that the roles of a step leave for each other, such as the sample that they judge. They
+    go with the batch."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -31,10 +32,11 @@ class LatentBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPool:
-    """Cached pool of latents (N, C, H, W), the prompt of each (N,), and the conditioning of every prompt (P, ...).
+    """Cached pool of latents (N, C, H, W), and the prompt of each (N,).
 
-    The last row of `conditioning` is the empty prompt's. It replaces a prompt with odds `dropout`, so that the student can be sampled
-    with classifier-free guidance (Ho & Salimans 2022).
+    `conditioning` (P, ...) has a row for every prompt. The last row is the empty prompt's. It
+    replaces a prompt with odds `dropout`, so that the student can be sampled with classifier-free
+    guidance (Ho & Salimans 2022).
     """
 
     latents: Tensor

@@ -1,4 +1,4 @@
-"""Rows of tensors made in shards. Each shard is kept on disk, and an interrupted run continues with those there are."""
+"""Rows of tensors made in shards. An interrupted run continues with the shards that are on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import whole, write_json
+from fastdistill.run.files import atomic_write, write_json
 
 
 def cached_shards(
@@ -24,10 +24,11 @@ def cached_shards(
     settings: Mapping[str, Any],
     make: Callable[[int, torch.Generator], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Make `count` rows by `make(size, generator)`, `shard` rows at a time, and write each shard to `folder` when it is done.
+    """Make `count` rows by `make(size, generator)`, `shard` rows at a time.
 
-    Every shard has a generator of its own, seeded by `seed` and its number. A run that was killed goes on at the first missing shard,
-    and ends with the same bits.
+    Each shard is written to `folder` when it is done. Every shard has a generator of its own,
+    seeded by `seed` and its number. A run that was killed goes on at the first missing shard, and
+    ends with the same bits.
 
     Raises:
         UserError: the folder holds shards of other settings.
@@ -49,7 +50,7 @@ def cached_shards(
             # A large odd stride keeps the shards of different seeds apart.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             made = make(min(shard, count - start), generator)
-            with whole(path) as partial:
+            with atomic_write(path) as partial:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)
         parts.append(load_file(path))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

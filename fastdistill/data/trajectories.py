@@ -1,7 +1,7 @@
-"""Images that a model drew, each with its noise and a state on the way; or given images in their place.
+"""Images that a model drew, each with its noise and a state on the way; or given images.
 
-No data set is needed to compress or distil a model: the pipeline samples prompts as a user would, with its own scheduler and
-guidance.
+No data set is needed to compress or distil a model: the pipeline samples prompts as a user would,
+with its own scheduler and guidance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastdistill.data.latents import LatentPool
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 
 UNPROMPTED = 0.1
 """Share of states with the empty prompt, as guidance evaluates that prompt, too."""
@@ -46,13 +46,16 @@ class Trajectories:
     """Conditioning of every prompt; the last row is the empty prompt's."""
 
     def pool(self, *, dropout: float = 0.1) -> LatentPool:
-        """The ends as training data, with the empty prompt in place of their own with odds `dropout`."""
+        """Ends as training data, with the empty prompt in place of the own with odds `dropout`."""
         return LatentPool(latents=self.latents, prompts=self.prompts, conditioning=self.conditioning, dropout=dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Choices:
-    """Random choices of N trajectories, drawn before the first is sampled: a cache holds none of them."""
+    """Random choices of N trajectories, drawn before the first is sampled.
+
+    A cache holds no choices.
+    """
 
     steps: Tensor
     """Step of the kept state (N,)."""
@@ -70,7 +73,7 @@ class _Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """Makes the tensors of trajectories that a cache keeps: ends, states, and the times of the schedule."""
+    """Maker of what a cache keeps of trajectories: ends, states, and the times of the schedule."""
 
     pipeline: Any
     family: Family
@@ -82,7 +85,8 @@ class _Maker:
 
     def make(self, images: Sequence[Captioned], batch: int, tick: Callable[[int], None]) -> dict[str, Tensor]:
         """`x_t` and `latents` (N, C, H, W) and `times` (K + 1,), on the CPU."""
-        # The schedule may depend on the size of the images; the pipeline knows it once it has sampled one.
+        # The schedule may depend on the size of the images; the pipeline knows it once it has
+        # sampled one.
         times = self._run(torch.zeros(1, dtype=torch.long))[1].float().cpu() if images else None
         parts = []
         for rows in torch.arange(len(self.prompts)).split(batch):
@@ -129,10 +133,11 @@ def trajectories(
     cache: Path | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Trajectories:
-    """Sample `count` images spread evenly over the prompts in `steps` steps, or read them from `cache` if it is there.
+    """Sample `count` images in `steps` steps, or read the images from `cache` if it is there.
 
-    The state of each is that of a step chosen with equal odds. With `images` these and their captions stand in for the ends and the
-    prompts, and a state is `(1 - t) x_0 + t noise` at the time of the chosen step.
+    The images are spread evenly over the prompts. The step of each state is chosen with equal odds.
+    Given `images` and their captions stand in for the ends and the prompts, and a state is
+    `(1 - t) x_0 + t noise` at the time of the chosen step.
     """
     prompts, prompt_of = _assigned(prompts, count, images)
     conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, batch)
@@ -151,7 +156,7 @@ def trajectories(
         )
         tensors = maker.make(images, batch, tick)
         if cache is not None:
-            with whole(cache) as partial:
+            with atomic_write(cache) as partial:
                 save_file(tensors, partial)
     return Trajectories(
         noise=choices.noise,
@@ -175,7 +180,10 @@ def _assigned(prompts: Sequence[str], count: int, images: Sequence[Captioned]) -
 
 
 def encode_prompts(prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Conditioning:
-    """Conditioning of `prompts`, in batches: at FLUX.1-dev's size hundreds at once do not fit the text encoder's activations."""
+    """Conditioning of `prompts`, in batches.
+
+    At FLUX.1-dev's size the text encoder's activations of hundreds of prompts do not fit in memory.
+    """
     return Conditioning.cat(
         [
             family.encode_prompts(pipeline, list(prompts[start : start + batch]), sampling.guidance_scale, sampling.max_sequence_length)

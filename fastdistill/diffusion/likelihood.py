@@ -19,16 +19,18 @@ def log_likelihood(
 
     The flow `dx/dt = velocity` makes samples of noise `N(0, sigma_1^2 I)`.
 
-    `log p_0(x_0) = log N(x_1; 0, sigma_1^2 I) + int_0^1 div velocity(x_t, t) dt` (Chen et al. 2018, theorem 1; FFJORD, Grathwohl et
-    al. 2019; Song et al. 2021, equation 39), integrated from data to noise by the classical Runge-Kutta method, an error of fourth order.
-    The density of the data differs from `p` where `alpha_1 > 0`, by `alpha_1 E[x_0] x_1 / sigma_1^2` to first order.
+    `log p_0(x_0) = log N(x_1; 0, sigma_1^2 I) + int_0^1 div velocity(x_t, t) dt` (Chen et al. 2018,
+    theorem 1; FFJORD, Grathwohl et al. 2019; Song et al. 2021, equation 39), integrated from data
+    to noise by the classical Runge-Kutta method, an error of fourth order. The density of the data
+    differs from `p` where `alpha_1 > 0`, by `alpha_1 E[x_0] x_1 / sigma_1^2` to first order.
 
     Args:
-        times: (steps + 1,), rising, from the time of `x` to 1. The time of `x` is 0, or a little later where the velocity is not defined
-            at 0: the density is then the density of `x_t`.
-        probes: number of Rademacher vectors to estimate the divergence by, the same along the whole path: `E[z^T J z] = tr J`
-            (Hutchinson 1990). The estimate is unbiased, and takes `probes` backward passes a call of the velocity. By default the
-            divergence is exact, and takes one backward pass for each dimension.
+        times: (steps + 1,), rising, from the time of `x` to 1. The time of `x` is 0, or a little
+            later where the velocity is not defined at 0: the density is then the density of `x_t`.
+        probes: number of Rademacher vectors to estimate the divergence by, the same along the whole
+            path: `E[z^T J z] = tr J` (Hutchinson 1990). The estimate is unbiased, and takes
+            `probes` backward passes a call of the velocity. By default the divergence is exact, and
+            takes one backward pass for each dimension.
 
     Raises:
         ValueError: `times` do not rise, or the velocity is not defined at one of them.

@@ -1,6 +1,7 @@
 """Meaning of a network's output, and the one conversion between all meanings.
 
-Every target is `p = a x_0 + b eps`. Solved together with `x_t = alpha x_0 + sigma eps`, with `d = a sigma - b alpha`:
+Every target is `p = a x_0 + b eps`. Solved together with `x_t = alpha x_0 + sigma eps`, with
+`d = a sigma - b alpha`:
 
     x_0 = (sigma p - b x_t) / d          eps = (a x_t - alpha p) / d
 
@@ -8,7 +9,8 @@ and projected on the coefficients `a', b'` of another target (`d'` likewise):
 
     p' = (d' p + (a b' - a' b) x_t) / d
 
-The conversion holds for a network's conditional mean in place of `p`, too, as everything is linear given `x_t`.
+The conversion holds for a network's conditional mean in place of `p`, too, as everything is linear
+given `x_t`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from fastdistill.diffusion.process import Process, expand_time
 
 
 class Prediction(Enum):
-    """Target of training. `velocity` and `v` are two things, although papers on flows use one letter for both."""
+    """Target of training.
+
+    `velocity` and `v` are two things, although papers on flows use one letter for both.
+    """
 
     X0 = "x0"
     """The data (a denoiser, EDM's `D`)."""
@@ -33,9 +38,11 @@ class Prediction(Enum):
     V = "v"
     """`alpha eps - sigma x_0` (Salimans & Ho 2022, appendix D; diffusers' `v_prediction`)."""
     SCORE = "score"
-    """`grad_x log p_t(x_t) = -E[eps | x_t] / sigma` (Vincent 2011); undefined for a single point where `sigma = 0`."""
+    """`grad_x log p_t(x_t) = -E[eps | x_t] / sigma` (Vincent 2011); undefined for a single point
+    where `sigma = 0`."""
     VELOCITY = "velocity"
-    """`dx_t / dt = alpha' x_0 + sigma' eps` (Lipman et al. 2023), with `t = 1` noise: FLUX's output, `eps - x_0`."""
+    """`dx_t / dt = alpha' x_0 + sigma' eps` (Lipman et al. 2023), with `t = 1` noise: FLUX's
+    output, `eps - x_0`."""
 
     def coefficients(self, process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients `a` and `b` at `t`, in the shape and dtype of `t`."""
@@ -60,13 +67,15 @@ class Prediction(Enum):
 def convert(p: Tensor, x_t: Tensor, t: Tensor, process: Process, source: Prediction, target: Prediction) -> Tensor:
     """Convert `p` (B, ...), a `source` at `x_t` and `t` (B,), to a `target`.
 
-    Coefficients are computed in float64. The result has the dtype of `p` and `x_t` together; it is float32 for the half types, in
-    whose few bits `x_t - x_0` would drown. A conversion looks at its coefficients, which on a GPU waits for the queued kernels.
+    Coefficients are computed in float64. The result has the dtype of `p` and `x_t` together; it is
+    float32 for the half types, in whose few bits `x_t - x_0` would drown. A conversion looks at its
+    coefficients, which on a GPU waits for the queued kernels.
 
     Raises:
-        ValueError: the target is not determined, or infinite. Where `alpha` is 0, `epsilon` and `score` say nothing about `x_0`.
-            Where `sigma` is 0, `x0` says nothing about the noise, a single point has no `score`, and the velocity of
-            variance-preserving schedules other than TrigFlow is infinite.
+        ValueError: the target is not determined, or infinite. Where `alpha` is 0, `epsilon` and
+            `score` say nothing about `x_0`. Where `sigma` is 0, `x0` says nothing about the noise,
+            a single point has no `score`, and the velocity of variance-preserving schedules other
+            than TrigFlow is infinite.
     """
     dtype = torch.promote_types(torch.promote_types(p.dtype, x_t.dtype), torch.float32)
     if source is target:
@@ -90,7 +99,10 @@ def convert(p: Tensor, x_t: Tensor, t: Tensor, process: Process, source: Predict
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Function of `x_t` (B, ...) and `t` (B,), with the meaning of its values: all that samplers know of a network."""
+    """Function of `x_t` (B, ...) and `t` (B,), with the meaning of its values.
+
+    Samplers know no more of a network.
+    """
 
     function: Callable[[Tensor, Tensor], Tensor]
     process: Process

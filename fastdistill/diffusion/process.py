@@ -1,4 +1,4 @@
-"""Forward processes `x_t = alpha(t) x_0 + sigma(t) eps`: data at `t = 0`, noise at `t = 1`, for every paper."""
+"""Forward processes `x_t = alpha(t) x_0 + sigma(t) eps`, from data at `t = 0` to noise at `t = 1`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fastdistill.diffusion.timesteps import TimeDistribution
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """Times `t` (B,) with trailing singleton dimensions, to broadcast against `like` (B, ...), in float64.
+    """Times `t` (B,) in float64 with trailing dimensions to broadcast against `like` (B, ...).
 
-    Schedules are evaluated in float64, as their ends cancel. It costs nothing for one number per sample.
+    Schedules are evaluated in float64, as their ends cancel. It costs nothing for one number per
+    sample.
 
     Raises:
         ValueError: `t` is not one time per sample.
@@ -27,7 +28,10 @@ def expand_time(t: Tensor, like: Tensor) -> Tensor:
 
 
 def repeat_time(t: Tensor, like: Tensor) -> Tensor:
-    """Repeat one time `t` () for all samples of `like` (B, ...): (B,), on the device of `like`, in its dtype or float32."""
+    """Repeat one time `t` () for all samples of `like` (B, ...): (B,), on the device of `like`.
+
+    The dtype is that of `like`, but float32 at least.
+    """
     return t.to(like.device, torch.promote_types(like.dtype, torch.float32)).expand(like.shape[0])
 
 
@@ -43,7 +47,8 @@ class Process(ABC):
     """Schedule `alpha(t), sigma(t)` with its derivatives, and what follows from them.
 
     The functions of `t` work on tensors of any shape and keep their dtype. As an SDE the process is
-    `dx = f(t) x dt + g(t) dw` (Song et al. 2021, equation 5), with the marginals above if (Kingma et al. 2021):
+    `dx = f(t) x dt + g(t) dw` (Song et al. 2021, equation 5), with the marginals above if (Kingma
+    et al. 2021):
 
         f = alpha' / alpha          g^2 = 2 sigma sigma' - 2 f sigma^2 = -sigma^2 d(log_snr)/dt
     """
@@ -69,7 +74,10 @@ class Process(ABC):
         """Inverse of `log_snr`; outside [0, 1] for a ratio that the process does not reach."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """Log of the signal-to-noise ratio, `log(alpha^2 / sigma^2)`, falling in `t`; infinite where `sigma` or `alpha` is zero."""
+        """Log of the signal-to-noise ratio `alpha^2 / sigma^2`, falling in `t`.
+
+        It is infinite where `sigma` or `alpha` is zero.
+        """
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def drift(self, t: Tensor) -> Tensor:
@@ -91,10 +99,12 @@ class Process(ABC):
         return self.alpha(time).to(x_0.dtype) * x_0 + self.sigma(time).to(x_0.dtype) * noise
 
     def ddim_step(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Point `alpha_s x_0 + sigma_s eps` (B, ...) with the `eps` of `x_t` given `x_0`; `t`, `s` (B,) (Song et al. 2020).
+        """DDIM's step from `t` (B,) to `s` (B,) (Song et al. 2020).
 
-        The probability-flow ODE goes there from `t` to `s` as long as it sees the same `x_0`. On rectified flow this is Euler's
-        step `x_t + (s - t) v`, which `FlowMatchEulerDiscreteScheduler` takes.
+        The result is `alpha_s x_0 + sigma_s eps` (B, ...) with the `eps` of `x_t` given `x_0`. The
+        probability-flow ODE goes there from `t` to `s` as long as it sees the same `x_0`. On
+        rectified flow this is Euler's step `x_t + (s - t) v`, which
+        `FlowMatchEulerDiscreteScheduler` takes.
         """
         t, s = expand_time(t, x_t), expand_time(s, x_t)
         of_x_t = self.sigma(s) / self.sigma(t)
@@ -102,23 +112,29 @@ class Process(ABC):
         return of_x_t.to(x_t.dtype) * x_t + of_x_0.to(x_t.dtype) * x_0
 
     def ddim_data(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Data `x_0` (B, ...) with which `ddim_step` goes from `x_t` to `x_s` (Salimans & Ho 2022, algorithm 2)."""
+        """Data `x_0` (B, ...) with which `ddim_step` goes from `x_t` to `x_s`.
+
+        (Salimans & Ho 2022, algorithm 2.)
+        """
         t, s = expand_time(t, x_t), expand_time(s, x_t)
         of_x_t = self.sigma(s) / self.sigma(t)
         of_x_0 = self.alpha(s) - of_x_t * self.alpha(t)
         return (x_s - of_x_t.to(x_t.dtype) * x_t) / of_x_0.to(x_t.dtype)
 
     def draw(self, x_0: Tensor, times: TimeDistribution, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a training point `(x_t, t, noise)` for each `x_0` (B, ...): fresh noise, and `t` (B,) of `times`."""
+        """Draw a training point `(x_t, t, noise)` for each `x_0` (B, ...), with `t` (B,) of
+        `times`.
+        """
         noise = noise_like(x_0, rng)
         t = times(x_0.shape[0], rng).to(x_0.device)
         return self.add_noise(x_0, noise, t), t, noise
 
     def log_snr_times(self, steps: int, *, low: float = -10.0, high: float = 10.0) -> Tensor:
-        """Falling times (steps,), evenly spaced in `log_snr` from `low` to `high`, or as far as the process goes.
+        """Falling times (steps,), evenly spaced in `log_snr` from `low` to `high`.
 
-        At this spacing the linear part of the reverse SDE is equally stiff everywhere (`g^2 dt = sigma^2 |d log_snr|`). The bounds
-        keep clear of the ends, where some processes are singular. At 10, `sigma / alpha` is 0.7 %.
+        The times go as far as the process does. At this spacing the linear part of the reverse SDE
+        is equally stiff everywhere (`g^2 dt = sigma^2 |d log_snr|`). The bounds keep clear of the
+        ends, where some processes are singular. At 10, `sigma / alpha` is 0.7 %.
         """
         first, last = self.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64)).clamp(low, high).tolist()
         return self.time_of_log_snr(torch.linspace(first, last, steps, dtype=torch.float64)).clamp(0, 1)
@@ -126,7 +142,9 @@ class Process(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RectifiedFlow(Process):
-    """Straight paths, `alpha = 1 - t` and `sigma = t` (Liu et al. 2022, equation 1; FLUX's process)."""
+    """Straight paths, `alpha = 1 - t` and `sigma = t`: FLUX's process (Liu et al. 2022, equation
+    1).
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -145,9 +163,10 @@ class RectifiedFlow(Process):
 
 
 class VariancePreserving(Process):
-    """Processes with `alpha^2 + sigma^2 = 1` (Ho et al. 2020; Song et al. 2021, equation 11): a schedule is its `alpha`.
+    """Processes with `alpha^2 + sigma^2 = 1`: a schedule is its `alpha`.
 
-    `sigma` starts like `sqrt(t)` unless a schedule says otherwise: `sigma_dot`, and the velocity with it, is infinite at `t = 0`.
+    (Ho et al. 2020; Song et al. 2021, equation 11.) `sigma` starts like `sqrt(t)` unless a schedule
+    says otherwise: `sigma_dot`, and the velocity with it, is infinite at `t = 0`.
     """
 
     def sigma_dot(self, t: Tensor) -> Tensor:
@@ -160,11 +179,13 @@ class VariancePreserving(Process):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearVariancePreserving(VariancePreserving):
-    """DDPM's process: `beta(t) = beta_min + t (beta_max - beta_min)`, `alpha = exp(-1/2 int_0^t beta)`.
+    """DDPM's process: `beta(t)` is linear from `beta_min` to `beta_max`.
 
-    (Song et al. 2021, equation 33.) It is the limit of DDPM's `N` betas from `beta_min / N` to `beta_max / N`. Row `i` of diffusers' `alphas_cumprod` with
-    `beta_schedule="linear"` belongs to `t = (i + 1) / N`; at `N = 1000` the row differs from `alpha(t)^2` by less than 1e-3, and
-    the time of its signal-to-noise ratio differs from `t` by less than 4e-3.
+    `alpha = exp(-1/2 int_0^t beta)` (Song et al. 2021, equation 33). It is the limit of DDPM's `N`
+    betas from `beta_min / N` to `beta_max / N`. Row `i` of diffusers' `alphas_cumprod` with
+    `beta_schedule="linear"` belongs to `t = (i + 1) / N`; at `N = 1000` the row differs from
+    `alpha(t)^2` by less than 1e-3, and the time of its signal-to-noise ratio differs from `t` by
+    less than 4e-3.
     """
 
     beta_min: float = 0.1
@@ -193,8 +214,9 @@ class CosineVariancePreserving(VariancePreserving):
 
     (Nichol & Dhariwal 2021, equation 17.)
 
-    Row `i` of diffusers' `alphas_cumprod` with `beta_schedule="squaredcos_cap_v2"` is `alpha((i + 1) / N)^2` up to rounding,
-    but for the last: there `alpha(1) = 0`, and diffusers keeps its betas at or below 0.999.
+    Row `i` of diffusers' `alphas_cumprod` with `beta_schedule="squaredcos_cap_v2"` is
+    `alpha((i + 1) / N)^2` up to rounding, but for the last: there `alpha(1) = 0`, and diffusers
+    keeps its betas at or below 0.999.
     """
 
     offset: float = 0.008
@@ -227,10 +249,11 @@ class CosineVariancePreserving(VariancePreserving):
 
 @dataclass(frozen=True, kw_only=True)
 class TrigFlow(VariancePreserving):
-    """TrigFlow: `alpha = cos(pi t / 2)` and `sigma = sin(pi t / 2)` (sCM, Lu & Song 2024, whose time is the angle).
+    """TrigFlow: `alpha = cos(pi t / 2)` and `sigma = sin(pi t / 2)`.
 
-    The data has unit standard deviation: sCM scales both data and noise by `sigma_d`. A derivative by the angle, which is v, is
-    `2 / pi` of a derivative by `t`.
+    (sCM, Lu & Song 2024, whose time is the angle.) The data has unit standard deviation: sCM scales
+    both data and noise by `sigma_d`. A derivative by the angle, which is v, is `2 / pi` of a
+    derivative by `t`.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -254,8 +277,9 @@ class TrigFlow(VariancePreserving):
 class VarianceExploding(Process):
     """NCSN's process: `alpha = 1` and `sigma = sigma_min (sigma_max / sigma_min)^t`.
 
-    (Song & Ermon 2019; Song et al. 2021, equation 30.) Noise of `sigma_min` is left at `t = 0`. `sigma_max` should exceed the distance
-    of any two data points (Song & Ermon 2020, technique 1): through that much noise only the mean of the data is seen at `t = 1`.
+    (Song & Ermon 2019; Song et al. 2021, equation 30.) Noise of `sigma_min` is left at `t = 0`.
+    `sigma_max` should exceed the distance of any two data points (Song & Ermon 2020, technique 1):
+    through that much noise only the mean of the data is seen at `t = 1`.
     """
 
     sigma_min: float = 0.01

@@ -31,7 +31,8 @@ def _deterministic(solver: Callable[[Predictor, Tensor, Tensor], Tensor]) -> Sam
     return lambda predictor, noise, times, rng: solver(predictor, noise, times)
 
 
-# Schedulers are given x_0 where they take it, as it needs no division by alpha; diffusers would clip it by default.
+# Schedulers are given x_0 where they take it, as it needs no division by alpha; diffusers would
+# clip it by default.
 _X0 = {"prediction_type": "sample"}
 
 SAMPLERS: dict[str, Sampler] = {
@@ -53,12 +54,14 @@ def sample(predictor: Predictor, noise: Tensor, times: Tensor, *, sampler: str, 
     """Samples (B, ...) of the data from standard normal `noise` (B, ...), by one of `SAMPLERS`.
 
     Args:
-        times: (steps,), falling: the times at which the predictor is called. After the last a sampler goes to `x_0`. With
-            `few_step_times` and `flow_euler`, a rectified flow is sampled as FLUX is.
+        times: (steps,), falling: the times at which the predictor is called. After the last a
+            sampler goes to `x_0`. With `few_step_times` and `flow_euler`, a rectified flow is
+            sampled as FLUX is.
         rng: generator of samplers that draw noise; by default seeded with 0.
 
     Raises:
-        ValueError: there is no such sampler, or it cannot visit these times (its docstring says why).
+        ValueError: there is no such sampler, or it cannot visit these times (its docstring says
+            why).
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")

@@ -1,8 +1,9 @@
 """Sampling of any predictor by diffusers' schedulers.
 
-A scheduler steps a state `alpha_s x_0 + sigma_s eps` of its own: variance preserving, exploding, or rectified flow. The state differs
-by a factor only from the predictor's `x_t` of equal signal-to-noise ratio. The predictor is asked at the time of that ratio, with the
-state rescaled, so that every scheduler fits every process.
+A scheduler steps a state `alpha_s x_0 + sigma_s eps` of its own: variance preserving, exploding, or
+rectified flow. The state differs by a factor only from the predictor's `x_t` of equal
+signal-to-noise ratio. The predictor is asked at the time of that ratio, with the state rescaled, so
+that every scheduler fits every process.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch import Tensor
 from fastdistill.diffusion.prediction import Prediction, Predictor
 from fastdistill.diffusion.process import Process, repeat_time
 
-# A ratio of 0, pure noise, has no place in schedulers that divide by alpha; this one has t = 0.999 in rectified flow.
+# A ratio of 0, pure noise, has no place in schedulers that divide by alpha; this one has t = 0.999
+# in rectified flow.
 SMALLEST_SNR = 1e-6
-# How far outside [0, 1] the time of a scheduler's first or last state may fall by rounding of its float32 tables.
+# How far outside [0, 1] the time of a scheduler's first or last state may fall by rounding of its
+# float32 tables.
 TIME_SLACK = 1e-3
 
 Coordinates = Callable[[Any, int], tuple[Tensor, Tensor]]
@@ -72,8 +75,8 @@ def run(predictor: Predictor, scheduler: Any, noise: Tensor, rng: torch.Generato
     """Draw samples (B, ...) from `noise` (B, ...) by `scheduler`, after its `set_timesteps`.
 
     Raises:
-        ValueError: the scheduler is none of `COORDINATES`, wants another output than `epsilon`, `sample` or a velocity, or starts
-            at more noise than the predictor's process has.
+        ValueError: the scheduler is none of `COORDINATES`, wants another output than `epsilon`,
+            `sample` or a velocity, or starts at more noise than the predictor's process has.
     """
     if type(scheduler) not in COORDINATES:
         names = ", ".join(kind.__name__ for kind in COORDINATES)
@@ -122,10 +125,12 @@ def _output(scheduler: Any, x_0: Tensor, state: Tensor, alpha: float, sigma: flo
 def betas(process: Process, times: Tensor) -> list[float]:
     """`trained_betas` of a discrete schedule with one row for each of the falling `times` (steps,).
 
-    Row `i` of its `alphas_cumprod` is `alpha^2 / (alpha^2 + sigma^2)` at the `i`-th time from the clean end.
+    Row `i` of its `alphas_cumprod` is `alpha^2 / (alpha^2 + sigma^2)` at the `i`-th time from the
+    clean end.
 
     Raises:
-        ValueError: the times do not fall strictly, or end without noise, where no step is left to take.
+        ValueError: the times do not fall strictly, or end without noise, where no step is left to
+            take.
     """
     signal = torch.sigmoid(process.log_snr(times.double())).clamp(min=SMALLEST_SNR).flip(0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
@@ -143,7 +148,10 @@ def discrete(kind: type, process: Process, times: Tensor, **options: Any) -> Any
 
 
 def flow_euler(process: Process, times: Tensor) -> Any:
-    """`FlowMatchEulerDiscreteScheduler` that visits `times` (steps,): `sigma / (alpha + sigma)` in its own coordinates."""
+    """`FlowMatchEulerDiscreteScheduler` that visits `times` (steps,).
+
+    In the coordinates of the scheduler the times are `sigma / (alpha + sigma)`.
+    """
     time = times.double()
     alpha, sigma = process.alpha(time), process.sigma(time)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0)

@@ -1,7 +1,8 @@
 """Solvers that diffusers lacks, for any process: the ODE and the SDE in `t`, and Langevin dynamics.
 
-A solver calls the predictor at the falling `times` (steps,) and ends with its `x_0` at the last time, which removes the noise that is
-left there (Tweedie's formula; Jolicoeur-Martineau et al. 2021). On rectified flow the end is Euler's step to `t = 0`.
+A solver calls the predictor at the falling `times` (steps,) and ends with its `x_0` at the last
+time, which removes the noise that is left there (Tweedie's formula; Jolicoeur-Martineau et al.
+2021). On rectified flow the end is Euler's step to `t = 0`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def euler(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def heun(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
-    """Solve the probability-flow ODE by Heun's method, two calls a step and an error of second order.
+    """Solve the probability-flow ODE by Heun's method, an error of second order.
 
-    (Karras et al. 2022, algorithm 1.)
+    It takes two calls a step (Karras et al. 2022, algorithm 1).
     """
     x = _start(predictor, noise, times)
     for t, t_next in pairwise(times):
@@ -48,10 +49,11 @@ def heun(predictor: Predictor, noise: Tensor, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator) -> Tensor:
-    """Solve the reverse SDE `dx = (f x - g^2 score) dt + g dw`, an error of first order in distribution.
+    """Solve the reverse SDE `dx = (f x - g^2 score) dt + g dw` by Euler's method.
 
-    (Song et al. 2021, equation 6.) The solver is stable where `log_snr` changes by less than 2 a step: `Process.log_snr_times` are the
-    best times for it.
+    (Song et al. 2021, equation 6.) The error is of first order in distribution. The solver is
+    stable where `log_snr` changes by less than 2 a step: `Process.log_snr_times` are the best times
+    for it.
 
     Raises:
         ValueError: a time but the last has `alpha = 0`, where `f` and `g` are infinite.
@@ -72,17 +74,20 @@ def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torc
 def annealed_langevin(
     predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator, *, corrections: int = 20, step_size: float = 0.4
 ) -> Tensor:
-    """Take `corrections` steps `x <- x + h/2 score + sqrt(h) z` at each time, `h = step_size sigma^2`.
+    """Take `corrections` steps of Langevin dynamics at each time.
 
-    (Song & Ermon 2019, algorithm 1.) `step_size` is the step of the standardised state `x / sigma`: the paper's `epsilon / sigma_L^2`.
-    The stationary variance is too large by `step_size / 4` of `sigma^2`, which later levels forget.
+    A step is `x <- x + h/2 score + sqrt(h) z`, `h = step_size sigma^2` (Song & Ermon 2019,
+    algorithm 1). `step_size` is the step of the standardised state `x / sigma`: the paper's
+    `epsilon / sigma_L^2`. The stationary variance is too large by `step_size / 4` of `sigma^2`,
+    which later levels forget.
     """
     process = predictor.process
     sigmas, scales = process.sigma(times.double()), torch.hypot(process.alpha(times.double()), process.sigma(times.double()))
     x = _start(predictor, noise, times)
     for index, t in enumerate(times):
         if index:
-            # Once sigma is below the width of a mode, the steps are too small to follow an alpha that still changes.
+            # Once sigma is below the width of a mode, the steps are too small to follow an alpha
+            # that still changes.
             x = x * float(scales[index] / scales[index - 1])
         size = step_size * float(sigmas[index]) ** 2
         for _ in range(corrections):

@@ -1,4 +1,7 @@
-"""Straightness of a flow, on which the number of steps depends (Liu et al. 2022, arXiv 2209.03003, equation 7)."""
+"""Straightness of a flow: the straighter, the fewer steps it needs.
+
+(Liu et al. 2022, arXiv 2209.03003, equation 7.)
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from fastdistill.diffusion.process import RectifiedFlow, repeat_time
 def straightness(predictor: Predictor, noise: Tensor, steps: int = 64) -> float:
     """Integral `int_0^1 E |(x_1 - x_0) - v(x_t, t)|^2 dt`, relative to `E |x_1 - x_0|^2`.
 
-    The rectified flow from `noise` (B, ...) is solved by `steps` of Heun's method, and the squared speed averaged by the trapezoidal
-    rule at the steps. The result is zero if and only if every trajectory is a straight line of constant speed, which one step of
-    Euler's method solves exactly.
+    The rectified flow from `noise` (B, ...) is solved by `steps` of Heun's method, and the squared
+    speed averaged by the trapezoidal rule at the steps. The result is zero if and only if every
+    trajectory is a straight line of constant speed, which one step of Euler's method solves
+    exactly.
 
     Raises:
         ValueError: the process is not rectified flow, whose `t` measures the way.
@@ -31,6 +35,7 @@ def straightness(predictor: Predictor, noise: Tensor, steps: int = 64) -> float:
         after = predictor(x, repeat_time(t_next, x), Prediction.VELOCITY)
         squares += (velocity.double().square().mean() + after.double().square().mean()) / (2 * steps)
         velocity = after
-    # The mean of v along the way is x_1 - x_0, so the integral is the variance of the speed: its square less that of the mean.
+    # The mean of v along the way is x_1 - x_0, so the integral is the variance of the speed: its
+    # square less that of the mean.
     way = (noise - x).double().square().mean()
     return float((squares - way) / way)

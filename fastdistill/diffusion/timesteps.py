@@ -20,7 +20,10 @@ class TimeDistribution(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Uniform times `t ~ U[low, high)`: DDPM's choice on [0, 1), and DMD's on [0.02, 0.98) (Yin et al. 2024, section 3.2)."""
+    """Uniform times `t ~ U[low, high)`.
+
+    DDPM draws from [0, 1), and DMD from [0.02, 0.98) (Yin et al. 2024, section 3.2).
+    """
 
     low: float = 0.0
     high: float = 1.0
@@ -35,10 +38,11 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal:
-    """Logit-normal times `t = sigmoid(mean + std z)`, `z ~ N(0, 1)` (Esser et al. 2024, equation 19).
+    """Logit-normal times `t = sigmoid(mean + std z)`, `z ~ N(0, 1)`.
 
-    A `mean` above 0 draws more times near noise, where a sample's coarse features are decided. `mean = log(s)` gives the density of the
-    times of `mean = 0` under the shift `s` (`shifted`).
+    (Esser et al. 2024, equation 19.) A `mean` above 0 draws more times near noise, where a sample's
+    coarse features are decided. `mean = log(s)` gives the density of the times of `mean = 0` under
+    the shift `s` (`shifted`).
     """
 
     mean: float = 0.0
@@ -60,19 +64,20 @@ class Shifted:
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Shifted times `t' = s t / (1 + (s - 1) t)`, towards noise for `s > 1` (Esser et al. 2024, equation 23).
+    """Shifted times `t' = s t / (1 + (s - 1) t)`, towards noise for `s > 1`.
 
-    On rectified flow the shift divides the signal-to-noise ratio `((1 - t) / t)^2` by `s^2`: an image of `s^2` times as many pixels
-    is then equally uncertain. diffusers' `mu` is `log(s)`.
+    (Esser et al. 2024, equation 23.) On rectified flow the shift divides the signal-to-noise ratio
+    `((1 - t) / t)^2` by `s^2`: an image of `s^2` times as many pixels is then equally uncertain.
+    diffusers' `mu` is `log(s)`.
     """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flux_shift(image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tuple[float, float] = (0.5, 1.15)) -> float:
-    """Shift that `FluxPipeline` gives an image of `image_tokens` tokens: `exp(mu)`, `mu` linear in the tokens.
+    """Shift that `FluxPipeline` gives an image of `image_tokens` tokens.
 
-    `mu` is 0.5 at 256 tokens (256 pixels squared) and 1.15 at 4096 (1024 pixels squared), the defaults of `calculate_shift` in
-    diffusers.
+    It is `exp(mu)`, `mu` linear in the tokens. `mu` is 0.5 at 256 tokens (256 pixels squared) and
+    1.15 at 4096 (1024 pixels squared), the defaults of `calculate_shift` in diffusers.
     """
     return math.exp(mu[0] + (mu[1] - mu[0]) * (image_tokens - tokens[0]) / (tokens[1] - tokens[0]))
 
@@ -83,12 +88,13 @@ def time_of_batch(time: Tensor, like: Tensor) -> Tensor:
 
 
 def few_step_times(steps: int, shift: float = 1.0) -> Tensor:
-    """Times (steps,) at which a sampler of `steps` steps calls its network: falling from 1, evenly spaced before the shift.
+    """Times (steps,) at which a sampler of `steps` steps calls its network.
 
-    For 4 steps the times are `[1, 0.75, 0.5, 0.25]`; with FLUX.1's shift at 1024 pixels squared, `exp(1.15)`,
-    `[1, 0.9045, 0.7595, 0.5128]`. They are the `sigmas` of `FlowMatchEulerDiscreteScheduler` in `FluxPipeline`, without the last, 0.
-    (Called without `sigmas`, that scheduler ends its grid at `sigma_min` instead, and shifts the grid twice. Pipelines of FLUX's kind
-    do not call it so.)
+    The times fall from 1, and are evenly spaced before the shift. For 4 steps the times are
+    `[1, 0.75, 0.5, 0.25]`; with FLUX.1's shift at 1024 pixels squared, `exp(1.15)`,
+    `[1, 0.9045, 0.7595, 0.5128]`. They are the `sigmas` of `FlowMatchEulerDiscreteScheduler` in
+    `FluxPipeline`, without the last, 0. (Called without `sigmas`, that scheduler ends its grid at
+    `sigma_min` instead, and shifts the grid twice. Pipelines of FLUX's kind do not call it so.)
 
     Raises:
         ValueError: `steps` is less than 1.

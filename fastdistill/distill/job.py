@@ -24,12 +24,12 @@ from fastdistill.distill.sample_rows import SampleRows, Start
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.job import Job, dtype_of, training_bytes
 from fastdistill.models.families.family import Conditioning
+from fastdistill.models.few_step_scheduler import few_step_scheduler, shift_of
 from fastdistill.models.guidance_embedder import embeds_guidance
 from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
-from fastdistill.models.schedule import few_step_scheduler, shift_of
 from fastdistill.run.curves import draw_curves
 from fastdistill.run.files import digest
 from fastdistill.run.progress import bar

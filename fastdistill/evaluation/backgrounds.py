@@ -11,12 +11,15 @@ BORDER_PIXELS = 2
 
 
 def backgrounds(pixels: Tensor) -> Tensor:
-    """Background index (N,) of each image (N, 3, H, W) in [-1, 1]: the colour nearest in RGB to the median of its border."""
+    """Background index (N,) of each image (N, 3, H, W) in [-1, 1].
+
+    The background is the colour nearest in RGB to the median of the border.
+    """
     return _nearest(_border(pixels).median(dim=-1).values)
 
 
 def border_colours(pixels: Tensor) -> Tensor:
-    """Index (N, P) of the background colour nearest in RGB to each border pixel of the images (N, 3, H, W)."""
+    """Index (N, P) of the colour nearest in RGB to each border pixel of the images (N, 3, H, W)."""
     return _nearest(_border(pixels).transpose(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""Classifier that reads the caption off an emoji image, trained by `examples/train_emoji/classifier.py`."""
+"""Classifier of emoji images by caption, trained by `examples/train_emoji/classifier.py`."""
 
 from __future__ import annotations
 

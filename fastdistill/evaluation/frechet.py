@@ -1,8 +1,9 @@
 """Frechet distance between two sets of images in the autoencoder's latent space.
 
-`d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))` (Dowson & Landau 1982; Heusel et al. 2017, equation 6). The features are the
-posterior means in the transformer's scale, averaged over the cells of a 4 x 4 grid. No network trained on photographs is involved.
-Few samples bias every Frechet distance upwards: compare only values of equal sample counts.
+`d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))` (Dowson & Landau 1982; Heusel et al. 2017,
+equation 6). The features are the posterior means in the transformer's scale, averaged over the
+cells of a 4 x 4 grid. No network trained on photographs is involved. Few samples bias every Frechet
+distance upwards: compare only values of equal sample counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GRID = 4
-"""Cells along each side, for images of any size: a covariance of more features than images says little."""
+"""Cells along each side, for images of any size: a covariance of more features than images says
+little."""
 
 
 @torch.no_grad()
@@ -31,8 +33,9 @@ def features(vae: Any, pixels: Tensor, batch: int = 64) -> Tensor:
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Squared distance `d^2` between Gaussians fitted to two feature sets, (N, F) and (M, F).
 
-    The trace of the square root is the sum of the square roots of the eigenvalues of `A C_2 A` with `A = C_1^(1/2)`. This matrix is
-    symmetric, so that the sum is stable where a general matrix square root of `C_1 C_2` is not.
+    The trace of the square root is the sum of the square roots of the eigenvalues of `A C_2 A` with
+    `A = C_1^(1/2)`. This matrix is symmetric, so that the sum is stable where a general matrix
+    square root of `C_1 C_2` is not.
 
     Raises:
         ValueError: a set has fewer than two samples.

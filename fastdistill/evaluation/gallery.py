@@ -1,4 +1,4 @@
-"""Images of a run's models, all from the same prompts and noise: measured, kept, and shown side by side."""
+"""Images of a run's models from the same prompts and noise: measured, kept, shown side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.files import whole, write_json
+from fastdistill.run.files import atomic_write, write_json
 from fastdistill.run.grid import grid
 from fastdistill.run.progress import bar
 
@@ -26,7 +26,15 @@ GRID_COLUMNS = 10
 
 
 class Gallery:
-    """File of images in `folder` for each model. The model that is called `reference` is compared with the others."""
+    """Images of several models, each in a file of `folder`; all are compared with one reference.
+
+    Args:
+        reference: name of the model that the others are compared with.
+        count: number of images of each model, spread over the prompts and then over seeds. With 0
+            only a grid is drawn, and nothing is measured.
+        shared: folder for the images and measurements of the reference, in any number of steps.
+            Galleries that measure the same share it. By default it is `folder`.
+    """
 
     def __init__(
         self,
@@ -41,13 +49,6 @@ class Gallery:
         console: Console,
         shared: Path | None = None,
     ) -> None:
-        """
-        Args:
-            count: number of images of each model, spread over the prompts and then over seeds. With 0 only a grid is drawn, and nothing
-                is measured.
-            shared: folder for the images and measurements of the reference, in any number of steps. Galleries that measure the same
-                share it. By default it is `folder`.
-        """
         shown = max(count, GRID_COLUMNS)
         self.prompts = [prompts[i * len(prompts) // min(shown, len(prompts))] for i in range(min(shown, len(prompts)))]
         self.seeds = [seed + k for k in range(ceil(shown / len(self.prompts)) if count else 1)]
@@ -56,7 +57,10 @@ class Gallery:
         self.reference, self.shared = reference, folder if shared is None else shared
 
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
-        """Measure `pipeline`, a JSON object; it is sampled as the gallery says, unless `sampling` says otherwise."""
+        """Measure `pipeline`; return a JSON object.
+
+        It is sampled by the gallery's defaults, unless `sampling` is given.
+        """
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
@@ -69,7 +73,7 @@ class Gallery:
             result = evaluate(pipeline, image_set, reference=reference, tick=tick)
         metrics = result.metrics if self.measure else {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
-        with whole(self._file(name)) as partial:
+        with atomic_write(self._file(name)) as partial:
             save_file({"images": result.images.half()}, partial)
         if self._is_reference(name):
             write_json(measured, metrics)
@@ -89,5 +93,5 @@ class Gallery:
         return folder / f"images-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
     def _is_reference(self, name: str) -> bool:
-        """Whether `name` is the reference, by itself or, as in "teacher, 4 steps", sampled in another way."""
+        """Whether `name` is the reference, or the reference in other steps ("teacher, 4 steps")."""
         return name.split(",")[0] == self.reference

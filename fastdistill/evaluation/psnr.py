@@ -6,9 +6,10 @@ from torch import Tensor
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """PSNR `-10 log10(mean squared error)` in dB of each image, (N,), for pixels in [-1, 1] (peak to peak 2).
+    """PSNR in dB of each image, (N,), for pixels in [-1, 1].
 
-    Identical images give infinity.
+    It is `-10 log10(mean squared error)` relative to the peak-to-peak value, 2. Identical images
+    give infinity.
     """
     error = ((images.double().clamp(-1, 1) - reference.double().clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
     return -10 * error.log10()

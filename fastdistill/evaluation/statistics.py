@@ -9,7 +9,10 @@ Z_95 = 1.959964
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927), sound near 0 and 1, where the normal interval is not."""
+    """95 % confidence interval of a proportion (Wilson 1927).
+
+    It is sound near 0 and 1, where the normal interval is not.
+    """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"need 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
     proportion, z2 = successes / trials, Z_95**2
@@ -19,7 +22,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def over_seeds(values: Sequence[float], form: str) -> str:
-    """Mean ± sample standard deviation of at least one value, each in `form`; one value has no deviation."""
+    """Mean ± sample standard deviation of at least one value, each in `form`.
+
+    One value has no deviation.
+    """
     mean = form.format(sum(values) / len(values))
     return f"{mean} ± {form.format(spread(values))}" if len(values) > 1 else mean
 

@@ -1,4 +1,4 @@
-"""Measurements of a pipeline: on the emoji testbed against the known truth, on any model against a reference model."""
+"""Measurements of a pipeline against the known truth of emoji, or against a reference model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements of `fastdistill.evaluation.suite.evaluate` for people: as rows of a table, and in a few lines."""
+"""Measurements of `suite.evaluate` for people: as rows of a table, and in a few lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def labelled_values() -> list[Value]:
 
 
 def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows of a label and one text for each evaluation, for every value that at least one evaluation has."""
+    """Label and one text for each evaluation, of every value that at least one evaluation has."""
     table = []
     for key, label, form, _ in labelled_values():
         values = [evaluation.get(key) for evaluation in evaluations]

@@ -26,7 +26,10 @@ def block(network: nn.Module, block_id: BlockId) -> nn.Module:
 
 
 def tied(network: nn.Module, anatomy: HasStacks) -> dict[str, list[Stack]]:
-    """Stacks whose blocks one config field counts, by that field: a cut has to take equally many blocks from each."""
+    """Stacks whose blocks one config field counts, by that field.
+
+    A cut has to take equally many blocks from each.
+    """
     fields: dict[str, list[Stack]] = {}
     for stack in anatomy.stacks:
         if blocks_of(network, stack):

@@ -1,4 +1,7 @@
-"""Embedded guidance: the scale of guidance as an input of the network, as in guidance-distilled models (Meng et al. 2023; FLUX.1-dev)."""
+"""Embedded guidance: the scale of guidance as an input of the network.
+
+Guidance-distilled models have it (Meng et al. 2023; FLUX.1-dev).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from fastdistill.errors import UserError
 
 
 def embeds_guidance(network: nn.Module) -> bool:
-    """Whether `network` takes a guidance scale, by the config field that diffusers' transformers have for it."""
+    """Whether `network` takes a guidance scale, by the config field of diffusers' transformers."""
     return bool(getattr(getattr(network, "config", None), "guidance_embeds", False))
 
 
 def with_scale(conditioning: Any, network: nn.Module, scale: Tensor) -> Any:
-    """Conditioning for `network`: with `scale` (B,) as its `guidance` if the network embeds guidance, without otherwise."""
+    """Conditioning for `network`, with `scale` (B,) as `guidance` if the network embeds guidance."""
     if embeds_guidance(network):
         return dataclasses.replace(conditioning, guidance=scale)
     if getattr(conditioning, "guidance", None) is not None:
@@ -27,11 +30,11 @@ def with_scale(conditioning: Any, network: nn.Module, scale: Tensor) -> Any:
 
 
 def with_guidance_embedder(transformer: Any) -> Any:
-    """Give `transformer` a guidance embedder: a stock `FluxTransformer2DModel` with `guidance_embeds=True` and equal outputs.
+    """Copy `transformer` into a stock class with `guidance_embeds=True` and equal outputs.
 
-    The last layer of the new embedder is zero, so that no scale changes anything until the layer is trained: the linear layer
-    initialised to zero of Meng et al. (2023, section 3.1). The first layer is a copy of the time embedder's, which reads the same
-    sinusoidal features.
+    The last layer of the new embedder is zero, so that no scale changes anything until the layer is
+    trained: the linear layer initialised to zero of Meng et al. (2023, section 3.1). The first
+    layer is a copy of the time embedder's, which reads the same sinusoidal features.
 
     Raises:
         UserError: the transformer embeds guidance already, or its class cannot.
@@ -40,7 +43,8 @@ def with_guidance_embedder(transformer: Any) -> Any:
         raise UserError("this transformer embeds guidance already; train it as it is")
     if "guidance_embeds" not in transformer.config or not hasattr(transformer, "time_text_embed"):
         raise UserError(f"{type(transformer).__name__} has no variant that embeds guidance; give a FluxTransformer2DModel")
-    # Built without memory, and filled below: at FLUX.1's size random weights of a second model would be 24 GB for nothing.
+    # Built without memory, and filled below: at FLUX.1's size random weights of a second model
+    # would be 24 GB for nothing.
     with init_empty_weights():
         sibling = type(transformer).from_config({**transformer.config, "guidance_embeds": True})
     state = dict(transformer.state_dict())

@@ -1,4 +1,7 @@
-"""Look into the blocks of a network, or skip them, without changing the network. Each hook undoes itself."""
+"""Look into the blocks of a network, or skip them, without changing the network.
+
+Each hook undoes itself.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def captured_inputs(network: nn.Module, family: Family, blocks: Iterable[BlockId
 
 @contextmanager
 def skipped(network: nn.Module, anatomy: HasStacks, blocks: Iterable[BlockId]) -> Iterator[None]:
-    """Skip `blocks` inside the `with`: they return their inputs unchanged, as if they had been cut out."""
+    """Skip `blocks` inside the `with`: they return their inputs, as if they had been cut out."""
     # Looked up before anything is replaced, so that an unknown block leaves all as it was.
     pairs = [(block(network, block_id), anatomy.stack(block_id.stack).pass_through) for block_id in blocks]
     with ExitStack() as stack:
@@ -62,7 +65,10 @@ def skipped(network: nn.Module, anatomy: HasStacks, blocks: Iterable[BlockId]) -
 
 @contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Run `forward` inside the `with`, in place of the module's own, which may be its class's or a patch."""
+    """Run `forward` inside the `with`, in place of the module's own.
+
+    The module's own may be its class's or a patch.
+    """
     earlier = module.__dict__.get("forward")
     # On the instance: the class, and every other model of it, stays as it is.
     module.forward = forward
@@ -76,15 +82,17 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def one_out(network: nn.Module, family: Family, blocks: Sequence[BlockId], run: Callable[[], Result], first: int = 0) -> Iterator[Result]:
-    """Yield `run()` without block `blocks[first]`, without `blocks[first + 1]`, ... to the last, each left out alone.
+    """Yield `run()` without each one of `blocks[first:]` in turn.
 
-    A run without block i differs from a run of the whole network only after block i, and starts there. The input of block i is kept
-    from the run before, block i - 1 returns this input, and earlier blocks do nothing. Block i runs, too, for the input of the next
-    block, but its output is not used. All runs without one of n blocks cost n (n + 1) / 2 - 1 blocks instead of n (n - 1), and hold the
-    streams of one boundary. Between two results the network is as it was.
+    A run without block i differs from a run of the whole network only after block i, and starts
+    there. The input of block i is kept from the run before, block i - 1 returns this input, and
+    earlier blocks do nothing. Block i runs, too, for the input of the next block, but its output is
+    not used. All runs without one of n blocks cost n (n + 1) / 2 - 1 blocks instead of n (n - 1),
+    and hold the streams of one boundary. Between two results the network is as it was.
 
     Args:
-        blocks: blocks that are left out, in the order of the forward pass; other blocks between them run as they do now.
+        blocks: blocks that are left out, in the order of the forward pass; other blocks between
+            them run as they do now.
         run: calls the network once, with the same inputs every time, without gradients.
         first: index of the block to start with. Other than 0 it costs one whole run more.
     """

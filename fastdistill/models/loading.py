@@ -23,7 +23,8 @@ PIPELINES = ("FluxPipeline",)
 PROMPTS_FILE = "prompts.txt"
 """Prompts of a pipeline's folder, one a line."""
 
-# For a model that brings no prompts.txt: subjects, styles, text, counting and places that a general model should keep.
+# For a model that brings no prompts.txt: subjects, styles, text, counting and places that a general
+# model should keep.
 GENERAL_PROMPTS = (
     "a photograph of an astronaut riding a horse on the moon",
     "a red fox in fresh snow, golden hour",
@@ -76,8 +77,8 @@ def load(model: str, device: str | None = None) -> Loaded:
         model: `"emoji"` for the embedded pipeline, a local folder, or a hub id.
 
     Raises:
-        UserError: there is no such pipeline, it is of another class, a part is missing, or a weight is not finite, or not of a type
-            to compute with.
+        UserError: there is no such pipeline, it is of another class, a part is missing, or a weight
+            is not finite, or not of a type to compute with.
     """
     device = device or default_device()
     folder = embedded_folder() if model == EMBEDDED else Path(model)
@@ -161,9 +162,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_weight_files(part: Path) -> None:
-    """Raise `UserError` unless a set of weights is complete: one file, or the files that an index names.
+    """Raise `UserError` unless a set of weights is complete.
 
-    There may be several sets, such as one of half precision. One complete set suffices.
+    A set is one file, or the files that an index names. There may be several sets, such as one of
+    half precision. One complete set suffices.
     """
     files = {path.name for pattern in ("*.safetensors", "*.bin") for path in part.glob(pattern)}
     lost: list[str] = []

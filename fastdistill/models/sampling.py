@@ -20,7 +20,10 @@ FILE = "fastdistill.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """Arguments of the pipeline's call. The values here are FLUX.1-dev's; a folder's `fastdistill.json` overrides them."""
+    """Arguments of the pipeline's call.
+
+    The values here are FLUX.1-dev's; a folder's `fastdistill.json` overrides them.
+    """
 
     num_inference_steps: int = 28
     true_cfg_scale: float = 1.0
@@ -36,7 +39,9 @@ class SamplingDefaults:
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
-        """Read the defaults of `folder`, or FLUX.1-dev's if the folder has none (diffusers ignores the file).
+        """Read the defaults of `folder`, or FLUX.1-dev's if the folder has none.
+
+        diffusers ignores the file.
 
         Raises:
             UserError: the file is not JSON, or holds names of no field.
@@ -51,7 +56,7 @@ class SamplingDefaults:
             raise UserError(f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted") from error
 
     def replaced(self, options: Any) -> SamplingDefaults:
-        """Defaults with the values of the equally named attributes of `options` that are there and not None."""
+        """Defaults with the values of equally named attributes of `options` that are not None."""
         given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
@@ -70,7 +75,9 @@ def sample(
     batch: int,
     tick: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Draw images (N, 3, H, W) in [-1, 1] of `prompts`, image `i` from noise of seed `seeds[i]` for every model and batch size.
+    """Draw images (N, 3, H, W) in [-1, 1] of `prompts`.
+
+    Image `i` begins with the noise of `seeds[i]`, for every model and batch size.
 
     Args:
         seeds: one for each prompt.

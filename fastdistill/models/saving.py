@@ -17,7 +17,7 @@ from fastdistill.run.files import write_text
 
 @contextmanager
 def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Iterator[None]:
-    """Give the pipeline another transformer inside the block, and another scheduler if one is given."""
+    """Give the pipeline another transformer, and perhaps another scheduler, inside the block."""
     earlier = pipeline.transformer, pipeline.scheduler
     pipeline.transformer, pipeline.scheduler = transformer, scheduler or pipeline.scheduler
     try:
@@ -27,10 +27,14 @@ def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Ite
 
 
 def save(pipeline: Any, transformer: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> None:
-    """Write the pipeline with `transformer`, sampling defaults and prompts, whole or not at all. An existing `folder` stays as it is."""
+    """Write the pipeline with `transformer`, sampling defaults and prompts, whole or not at all.
+
+    An existing `folder` stays as it is.
+    """
     if folder.exists():
         return
-    # One name for all attempts: models are large, and a killed process cannot clean up after itself.
+    # One name for all attempts: models are large, and a killed process cannot clean up after
+    # itself.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

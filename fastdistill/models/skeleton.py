@@ -22,10 +22,11 @@ def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
 
 
 def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
-    """Read a transformer without weights, its sampling defaults, and the number of pixels per latent.
+    """Read a transformer without weights, its sampling defaults, and the pixels per latent.
 
     Args:
-        model: a pipeline's folder, which needs no more than `transformer/config.json`; a transformer's folder or config file; or a hub id.
+        model: a pipeline's folder, which needs no more than `transformer/config.json`; a
+            transformer's folder or config file; or a hub id.
 
     Raises:
         UserError: there is no such config, or it describes no supported transformer.

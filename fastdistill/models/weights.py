@@ -11,7 +11,10 @@ COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_finite(module: nn.Module, name: str) -> None:
-    """Raise `UserError`, naming the tensor, for a weight of `name` that is not finite. Quantised weights are not looked into."""
+    """Raise `UserError`, naming the tensor, for a weight of `name` that is not finite.
+
+    Quantised weights are not looked into.
+    """
     for parameter_name, parameter in module.named_parameters():
         if parameter.dtype in COMPUTED and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{name} weight {parameter_name} has NaN or infinite values; get a sound copy of the weights")

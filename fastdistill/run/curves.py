@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # no window: there may be no screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from fastdistill.run.files import whole
+from fastdistill.run.files import atomic_write
 
 PREFIX = "evaluation/"
 NO_LOSSES = ("seconds", "learning_rate", "gradient_norm", "student_steps")
@@ -51,6 +51,6 @@ def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, An
     axes[-1].set_yscale("symlog", linthresh=1e-3)
     axes[-1].legend(fontsize=8)
     axes[-1].set_xlabel("training steps")
-    with whole(image) as partial:
+    with atomic_write(image) as partial:
         figure.savefig(partial, dpi=110)
     pyplot.close(figure)

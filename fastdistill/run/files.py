@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and short names for what was made with which settings."""
+"""Files that are written whole or not at all, and short names for settings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield a file to write, which replaces `path` at the end of the block, or is removed if the block fails.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a file to write, which replaces `path` at the end of the block.
 
-    Several threads and processes may write the same `path`: each has a file of its own until then, with the suffix of `path`.
+    If the block fails, the file is removed. Several threads and processes may write the same
+    `path`: each has a file of its own until then, with the suffix of `path`.
     """
     partial = path.with_name(f"{path.stem}.partial-{uuid4().hex[:12]}{path.suffix}")
     try:
@@ -31,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8, whole or not at all."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -42,7 +43,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_image(path: Path, image: Image) -> None:
     """Write `image` in the format of the suffix of `path`, whole or not at all."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         image.save(partial)
 
 

@@ -12,9 +12,10 @@ FONT_SIZE = 13
 
 
 def grid(images: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], *, cell: int = 128) -> Image.Image:
-    """Draw `images` (R, C, 3, H, W) in [-1, 1] as an RGB image; labels may be empty, long ones are cut to their cell.
+    """Draw `images` (R, C, 3, H, W) in [-1, 1] as an RGB image.
 
-    Small images are enlarged to `cell` pixels without smoothing: every pixel that the model drew can be seen.
+    Labels may be empty; long labels are cut to their cell. Small images are enlarged to `cell`
+    pixels without smoothing: every pixel that the model drew can be seen.
     """
     rows, columns = images.shape[:2]
     if len(row_labels) not in (0, rows) or len(column_labels) not in (0, columns):

@@ -1,4 +1,4 @@
-"""Output folder of a run: refused when it holds something else, continued when the same run was interrupted."""
+"""Output folder of a run: refused when it holds other files, continued after an interruption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fastdistill.run.options import flat
 
 
 class Workspace:
-    """Folder `output` with its folder `work`, where every finished stage leaves its result for a run that is started again."""
+    """Folder `output` with its folder `work`, where every finished stage leaves its result.
+
+    A run that is started again reads the results.
+    """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
         """Claim `output` for a run with `settings` that ends by writing the file `result`.
@@ -68,7 +71,7 @@ class Workspace:
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Add the time inside to `seconds[stage]`, over all runs of the command that the stage took."""
+        """Add the time inside the block to `seconds[stage]`, over all runs of the command."""
         began = time.perf_counter()
         try:
             yield

@@ -1,12 +1,13 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, written whole or not at all.
 
-A checkpoint is a folder `checkpoint-<step>` with one file per role for weights, optimizer moments and averaged weights, one file for the
-state of the method, and `state.json`. It is written under a temporary name and renamed when complete: a process killed at any moment
-leaves the previous checkpoint in place. Nothing is pickled.
+A checkpoint is a folder `checkpoint-<step>` with one file per role for weights, optimizer moments
+and averaged weights, one file for the state of the method, and `state.json`. It is written under a
+temporary name and renamed when complete: a process killed at any moment leaves the previous
+checkpoint in place. Nothing is pickled.
 
-The first process writes whole tensors of sharded networks, so that its host needs room for the largest file. This file is an
-optimizer's: 8 bytes per parameter, 96 GB for 12 billion. Reading takes one tensor at a time, in every process; all processes have to see
-the folder.
+The first process writes whole tensors of sharded networks, so that its host needs room for the
+largest file. This file is an optimizer's: 8 bytes per parameter, 96 GB for 12 billion. Reading
+takes one tensor at a time, in every process; all processes have to see the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,29 @@ PREFIX = "checkpoint-"
 PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Everything that training changes, by role, and the tensors of the method's own state."""
+
+    networks: Mapping[str, nn.Module]
+    """Networks; those with an optimizer are written."""
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    emas: Mapping[str, EMA] = field(default_factory=dict)
+    method_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def latest(run: Path) -> Path | None:
     """Return the newest complete checkpoint of a run folder, if there is one."""
     return max(_complete(run), key=_step, default=None)
 
 
-def save(
-    run: Path,
-    step: int,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    emas: Mapping[str, EMA],
-    state: Mapping[str, Any],
-    keep: int = 1,
-    kept: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest. All processes call this together.
+def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep: int = 1) -> Path:
+    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest.
+
+    All processes call this together.
 
     Args:
-        networks: by role; those with an optimizer are written.
-        kept: further tensors, a method's own.
+        state: JSON values for `state.json`.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -59,14 +64,14 @@ def save(
     # A step has the same bits whenever it is reached.
     if target not in _complete(run):
         files: dict[str, Mapping[str, Tensor]] = {}
-        for role, optimizer in optimizers.items():
-            files[role] = networks[role].state_dict()
+        for role, optimizer in trained.optimizers.items():
+            files[role] = trained.networks[role].state_dict()
             files[f"{role}.optimizer"] = _flatten(optimizer)
-        for role, ema in emas.items():
+        for role, ema in trained.emas.items():
             files[f"{role}.ema"] = ema.shadow
-        if kept:
-            files["method"] = kept
-        updates = {role: ema.updates for role, ema in emas.items()}
+        if trained.method_state:
+            files["method"] = trained.method_state
+        updates = {role: ema.updates for role, ema in trained.emas.items()}
         write(target, files, {"state": {"step": step, "ema_updates": updates, **state}})
     if parallel.rank() == 0:
         for path in sorted(_complete(run), key=_step)[:-keep]:
@@ -75,29 +80,26 @@ def save(
     return target
 
 
-def load(
-    path: Path,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    emas: Mapping[str, EMA],
-) -> dict[str, Any]:
-    """Restore what `save` wrote, in place, and return its `state.json`.
+def load(path: Path, trained: Trained) -> dict[str, Any]:
+    """Restore networks, optimizers and averages from `path`, in place, and return its `state.json`.
+
+    `load_method_state` reads the state of the method.
 
     Raises:
         UserError: the checkpoint is of other networks.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    for role, optimizer in optimizers.items():
-        restore(networks[role].state_dict(), path / f"{role}.safetensors")
+    for role, optimizer in trained.optimizers.items():
+        restore(trained.networks[role].state_dict(), path / f"{role}.safetensors")
         _unflatten(optimizer, path / f"{role}.optimizer.safetensors")
-    for role, ema in emas.items():
+    for role, ema in trained.emas.items():
         restore(ema.shadow, path / f"{role}.ema.safetensors")
         ema.updates = state["ema_updates"][role]
     return state
 
 
 def load_method_state(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors of the method's state, sharded where the tensors of the same name in `like` are."""
+    """Read the tensors of the method's state, sharded like the tensors of the same name in `like`."""
     file = path / "method.safetensors"
     if not file.exists():
         return {}
@@ -127,7 +129,10 @@ def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def write(target: Path, files: Mapping[str, Mapping[str, Tensor]], records: Mapping[str, Any]) -> None:
-    """Write a folder of safetensors and JSON files, by stem, in place of what was there. All processes call this together."""
+    """Write a folder of safetensors and JSON files, by stem, in place of what was there.
+
+    All processes call this together.
+    """
     partial, replaced = (target.with_name(prefix + target.name) for prefix in (PARTIAL, REPLACED))
     first = parallel.rank() == 0
     if first:
@@ -162,14 +167,18 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    # First its name: a process that is killed meanwhile leaves nothing that looks like a checkpoint.
+    # First its name: a process that is killed meanwhile leaves nothing that looks like a
+    # checkpoint.
     replaced = path.with_name(REPLACED + path.name)
     os.replace(path, replaced)
     shutil.rmtree(replaced)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, none in the memory of another (tied weights, tables of quantisation), as safetensors asks for."""
+    """Contiguous tensors, none in the memory of another, as safetensors asks for.
+
+    Tied weights and tables of quantisation may share memory.
+    """
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -180,7 +189,10 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer moments as `<parameter index>.<name>`; hyperparameters are the configuration's, not the checkpoint's."""
+    """Optimizer moments as `<parameter index>.<name>`.
+
+    Hyperparameters are the configuration's, not the checkpoint's.
+    """
     return {
         f"{index}.{name}": torch.as_tensor(value)
         for index, parameter in enumerate(_parameters(optimizer))

@@ -1,4 +1,4 @@
-"""Training from data: one loss, which is that of DDPM, denoising score matching or flow matching by the network's prediction."""
+"""Training from data: one loss for DDPM, denoising score matching and flow matching."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Denoising(StudentMethod):
 
     Args:
         family: calls the student. Networks of a `Family` predict the velocity of rectified flow.
-        error_in: prediction to measure the error in; by default the network's. Another one weights the error: in `EPSILON` for a score,
-            by `sigma^2`; in `X0` for rectified flow's velocity, by `t^2`.
+        error_in: prediction to measure the error in; by default the network's. Another one weights
+            the error: in `EPSILON` for a score, by `sigma^2`; in `X0` for rectified flow's
+            velocity, by `t^2`.
     """
 
     def __init__(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class EMA:
     """Moving average `shadow <- decay * shadow + (1 - decay) * parameter`, kept in float32.
 
-    The decay is warmed up as `min(decay, (1 + n) / (10 + n))` after `n` updates, so that a short run is not dominated by its
-    initial weights (Tensorflow's `ExponentialMovingAverage`, `num_updates`). Every process averages its part of a sharded network.
+    The decay is warmed up as `min(decay, (1 + n) / (10 + n))` after `n` updates, so that a short
+    run is not dominated by its initial weights (Tensorflow's `ExponentialMovingAverage`,
+    `num_updates`). Every process averages its part of a sharded network.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -43,7 +44,7 @@ class EMA:
 
     @contextmanager
     def applied(self, network: nn.Module) -> Iterator[None]:
-        """Give `network` the averaged weights inside the block, and the trained ones again after it."""
+        """Give `network` the averaged weights inside the block, and the trained weights after it."""
         trained = {name: parameter.detach().clone() for name, parameter in network.named_parameters() if name in self.shadow}
         self.copy_to(network)
         try:

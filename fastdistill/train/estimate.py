@@ -16,7 +16,8 @@ from fastdistill.train import parallel
 from fastdistill.train.config import RoleConfig, TrainConfig
 from fastdistill.train.method import Method
 
-# bitsandbytes' AdamW8bit: a byte a moment with a float32 for each 256, and float32 for small tensors.
+# bitsandbytes' AdamW8bit: a byte a moment with a float32 for each 256, and float32 for small
+# tensors.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
 
 
@@ -31,14 +32,16 @@ class Item:
 
 
 def memory(method: Method, config: TrainConfig, processes: int = 1) -> list[Item]:
-    """Memory of weights, gradients, moments and averages; the method's networks may be on the meta device.
+    """Memory of weights, gradients, moments and averages.
 
-    One role has gradients at a time, so that only the largest set is in the list. Each of several processes puts together a part of the
-    network that runs: all that is outside of blocks, and two blocks, the one that runs and the next, with their gradients. The largest
-    such part is in the list.
+    The method's networks may be on the meta device. One role has gradients at a time, so that only
+    the largest set is in the list. Each of several processes puts together a part of the network
+    that runs: all that is outside of blocks, and two blocks, the one that runs and the next, with
+    their gradients. The largest such part is in the list.
 
-    Not in the list are activations, which depend on the method, the batch size and gradient checkpointing; networks that the method does
-    not hold (text encoders, autoencoder); and, while an average is evaluated, another set of the student's trained weights.
+    Not in the list are activations, which depend on the method, the batch size and gradient
+    checkpointing; networks that the method does not hold (text encoders, autoencoder); and, while
+    an average is evaluated, another set of the student's trained weights.
     """
     items: list[Item] = []
     gradients: list[list[Item]] = []

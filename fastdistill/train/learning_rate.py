@@ -10,7 +10,10 @@ WSD_DECAY = 0.25
 
 
 def learning_rate(config: RoleConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 0, in a run of `steps`; see `RoleConfig.schedule`."""
+    """Learning rate of optimizer step `step`, counted from 0, in a run of `steps`.
+
+    `RoleConfig.schedule` says how it changes.
+    """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.learning_rate * warm

@@ -20,9 +20,11 @@ from fastdistill.run.progress import bar
 
 
 class Log:
-    """Log that appends metrics to `run/metrics.jsonl`, keeps images, and shows the progress from step `start` to `total`.
+    """Log that appends metrics to `run/metrics.jsonl`, keeps images, and shows the progress.
 
     Args:
+        start: step at which the progress begins.
+        total: step at which it ends.
         tensorboard: write `run/tensorboard`, too.
         silent: show and write nothing, for all processes but the first.
 
@@ -38,7 +40,8 @@ class Log:
         if self.silent:
             return self
         path = self.run / "metrics.jsonl"
-        # Steps after the checkpoint that is resumed from are run and logged again: drop their old lines.
+        # Steps after the checkpoint that is resumed from are run and logged again: drop their old
+        # lines.
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= self.start]
             write_text(path, "".join(line + "\n" for line in lines))

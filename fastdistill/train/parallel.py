@@ -1,11 +1,14 @@
-"""Several processes with a part of every network each: torchrun, FSDP2. One process runs the same code and needs no process group.
+"""Several processes with a part of every network each: torchrun, FSDP2.
 
-Every process draws a step's whole batch and takes its share of the `micro_batches`, each of which has noise of its own. The process that
-computes a part changes nothing but the order in which gradients are added. A run gives the same losses in every layout, and checkpoints,
-which hold whole tensors, go from one layout to another.
+One process runs the same code and needs no process group.
 
-A process has to call a network as often as the others do, as the processes exchange its weights. A method that draws how often a network
-is called does so in `before_step` of `BeforeStep`.
+Every process draws a step's whole batch and takes its share of the `micro_batches`, each of which
+has noise of its own. The process that computes a part changes nothing but the order in which
+gradients are added. A run gives the same losses in every layout, and checkpoints, which hold whole
+tensors, go from one layout to another.
+
+A process has to call a network as often as the others do, as the processes exchange its weights. A
+method that draws how often a network is called does so in `before_step` of `BeforeStep`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ from torch import Tensor, distributed, nn
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that torchrun has started into a group inside the block, each with a GPU of its own if there are GPUs."""
+    """Join the processes that torchrun has started into a group inside the block.
+
+    Each process has a GPU of its own if there are GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -46,11 +52,12 @@ def rank() -> int:
 
 
 def shard(network: nn.Module) -> None:
-    """Give every process a part of each tensor of `network`, trained or frozen; among several processes only.
+    """Give every one of several processes a part of each tensor of `network`, trained or frozen.
 
-    A network's blocks, the members of its outermost module lists, are put together one at a time where they run, and then all that is
-    outside of the blocks. Gradients are averaged over the processes. The classes of these modules get other names: a network is patched
-    and its family looked up before.
+    A network's blocks, the members of its outermost module lists, are put together one at a time
+    where they run, and then all that is outside of the blocks. Gradients are averaged over the
+    processes. The classes of these modules get other names: a network is patched and its family
+    looked up before.
     """
     if world_size() == 1:
         return
@@ -58,7 +65,8 @@ def shard(network: nn.Module) -> None:
 
     if isinstance(network, FSDPModule):
         return  # a network with two roles
-    # By default what is outside of blocks would stay whole until a backward pass that may never come, and be no parameter to a method.
+    # By default what is outside of blocks would stay whole until a backward pass that may never
+    # come, and be no parameter to a method.
     for module in (*blocks(network), network):
         fully_shard(module, reshard_after_forward=True)
 
@@ -80,9 +88,10 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors in the memory of the first process, and an empty dict in the others. All processes call this together.
+    """Whole tensors in the memory of the first process, and an empty dict in the others.
 
-    Whole tensors are put together one at a time: a GPU needs room for the largest, and the first process's host for all.
+    All processes call this together. Whole tensors are put together one at a time: a GPU needs room
+    for the largest, and the first process's host for all.
     """
     if world_size() == 1:
         return dict(tensors)
@@ -91,7 +100,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """Part of `whole` of this process, on the device of `like`, if `like` is sharded; else all of `whole`."""
+    """Part of `whole` for this process, on the device of `like`; all of it unless `like` is
+    sharded.
+    """
     if world_size() > 1:
         from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -108,9 +108,7 @@ class Trainer:
 
     def save(self) -> Path:
         state = {"config": dataclasses.asdict(self.config), "best": self.best.record() if self.best else None, "logs": self.logs}
-        kept = self.method.state_dict() if isinstance(self.method, Stateful) else None
-        keep = self.config.keep_checkpoints
-        return checkpoint.save(self.run, self.step, self.method.networks, self.optimizers, self.emas, state, keep, kept)
+        return checkpoint.save(self.run, self.step, self._trained(), state, keep=self.config.keep_checkpoints)
 
     def take_best(self) -> None:
         """Give the student the weights that are the result of the run: the best evaluated, else the averaged, else as they are."""
@@ -119,6 +117,14 @@ class Trainer:
             checkpoint.restore(student.state_dict(), self.run / "best" / "student.safetensors")
         elif "student" in self.emas:
             self.emas["student"].copy_to(student)
+
+    def _trained(self) -> checkpoint.Trained:
+        return checkpoint.Trained(
+            networks=self.method.networks,
+            optimizers=self.optimizers,
+            emas=self.emas,
+            method_state=self.method.state_dict() if isinstance(self.method, Stateful) else {},
+        )
 
     def _advance(self) -> dict[str, float]:
         began = time.perf_counter()
@@ -252,7 +258,7 @@ class Trainer:
                 f"{path} was written with another {', '.join(sorted(changed))}: use the recorded values to continue it, "
                 "or another folder for a new run"
             )
-        self.step = checkpoint.load(path, self.method.networks, self.optimizers, self.emas)["step"]
+        self.step = checkpoint.load(path, self._trained())["step"]
         if isinstance(self.method, Stateful):
             self.method.load_state_dict(checkpoint.load_method_state(path, self.method.state_dict()))
         if self.best and state["best"]:

@@ -1,8 +1,9 @@
 """Observers and evaluations of a run, called every so many steps.
 
-The student has its averaged weights meanwhile, and modules are in evaluation mode. The trainer knows neither images nor metrics. A job
-gives it observers, and an evaluation by which the best weights are kept and the run may be ended: the quality of a few-step student
-peaks and then decays, while its losses look no worse.
+The student has its averaged weights meanwhile, and modules are in evaluation mode. The trainer
+knows neither images nor metrics. A job gives it observers, and an evaluation by which the best
+weights are kept and the run may be ended: the quality of a few-step student peaks and then decays,
+while its losses look no worse.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """Observer that keeps rows of images, such as `student`, `x0_real` and `x0_critic`, as `run/samples/<step>.png`."""
+    """Observer that keeps rows of images as `run/samples/<step>.png`.
+
+    Rows may be `student`, `x0_real` and `x0_critic`.
+    """
 
     every: int
     draw: Callable[[], Mapping[str, Tensor]]
-    """Rows by name, each (N, 3, H, W) in [-1, 1]. The same noise each time shows what training changes."""
+    """Rows by name, each (N, 3, H, W) in [-1, 1]. The same noise each time shows what training
+    changes."""
 
     def __call__(self, step: int, log: Log) -> None:
         rows = self.draw()
@@ -60,7 +65,8 @@ class Evaluation:
     direction: Literal["lower", "higher"] = "lower"
     """Direction of better measurements."""
     patience: int | None = None
-    """Number of evaluations in a row without a better one after which the run ends; None: the run does not end early."""
+    """Number of evaluations in a row without a better one after which the run ends; None: the run
+    does not end early."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or (self.patience is not None and self.patience < 1):

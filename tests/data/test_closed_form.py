@@ -57,7 +57,9 @@ def test_every_prediction_is_the_score_in_other_words(process: Process, predicti
 
 
 def test_the_denoiser_is_the_mean_of_the_data_given_the_point() -> None:
-    """Against importance sampling from the prior: 200 000 draws, an error of 0.005 with about 4000 effective ones."""
+    """Against importance sampling from the prior: 200 000 draws, an error of 0.005 with about 4000
+    effective ones.
+    """
     data, process = mixture(), RectifiedFlow()
     x_0, _ = data.draw(200_000, generator())
     x_t, t = torch.tensor([[0.2, -0.3]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
@@ -89,7 +91,8 @@ def test_labels_choose_components() -> None:
         torch.testing.assert_close(data.log_density(x_t, t, process, labels), expected)
     assert data.null_label == 3
     torch.testing.assert_close(data.given(3).log_density(x_t, t, process), data.log_density(x_t, t, process))
-    # Total probability: the unconditional density is the mean of the conditional ones over the classes.
+    # Total probability: the unconditional density is the mean of the conditional ones over the
+    # classes.
     conditional = torch.stack([data.log_density(x_t, t, process, torch.full((len(x_t),), label)) for label in range(3)])
     prior = torch.tensor([0.15, 0.25, 0.6], dtype=torch.float64).log()[:, None]
     torch.testing.assert_close(torch.logsumexp(conditional + prior, 0), data.log_density(x_t, t, process))
@@ -116,7 +119,9 @@ def test_the_flow_of_a_gaussian_solves_its_ode(process: Process) -> None:
 
 
 def test_the_gradient_of_distribution_matching_on_gaussians() -> None:
-    """`E[(x0_fake - x0_real)]` for `x = m + b z`: `(m - mu) t^2 / V_r` in `m`, in closed form for rectified flow."""
+    """`E[(x0_fake - x0_real)]` for `x = m + b z`: `(m - mu) t^2 / V_r` in `m`, in closed form for
+    rectified flow.
+    """
     mu, s, m, b, t = 1.3, 0.7, -0.4, 1.6, 0.5
     real, fake = (
         GaussianMixture.gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([[sd**2]], dtype=torch.float64))

@@ -40,7 +40,9 @@ def test_backgrounds_have_equal_odds_for_each_caption(data):
 
 
 def test_the_image_moves_by_at_most_the_stated_shift(data):
-    """The centre of mass of one image over many draws stays within the shift (and what scaling adds to it)."""
+    """The centre of mass of one image over many draws stays within the shift (and what scaling adds
+    to it).
+    """
     index = torch.full((300,), 50)
     coverage = data.rgba_premultiplied[index[0], 3]
     rows = torch.arange(SIZE).float()

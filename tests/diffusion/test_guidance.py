@@ -26,7 +26,9 @@ def test_a_scale_per_sample() -> None:
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_the_guided_score_is_that_of_the_sharpened_posterior(process: Process) -> None:
-    """`u + w (c - u) = grad log [p(x) p(y | x)^w]` up to a constant, `p(y | x) = p(x | y) / p(x)` (Ho & Salimans 2022, section 3.2)."""
+    """`u + w (c - u) = grad log [p(x) p(y | x)^w]` up to a constant, `p(y | x) = p(x | y) / p(x)`
+    (Ho & Salimans 2022, section 3.2).
+    """
     data, scale = mixture(), 3.0
     x, labels = data.draw(64, generator())
     t = torch.linspace(0.05, 0.95, 64, dtype=torch.float64)

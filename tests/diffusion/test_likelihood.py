@@ -22,7 +22,9 @@ def test_it_is_the_density_of_the_data_where_the_flow_has_both_ends(process: Pro
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_it_is_the_density_of_what_the_flow_makes_of_noise(process: Process) -> None:
-    """Exact on a Gaussian, whose flow is a known affine map, from the last time's noise to the first time's points."""
+    """Exact on a Gaussian, whose flow is a known affine map, from the last time's noise to the
+    first time's points.
+    """
     data, count = gaussian(), 20
     times = process.log_snr_times(120, low=-8, high=6).flip(0)
     first, last = times[:1].expand(count), times[-1:].expand(count)
@@ -61,7 +63,9 @@ def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
 
 
 def test_hutchinson_is_unbiased() -> None:
-    """4000 copies of a point, one probe each: the mean within four standard errors of the exact value, and the spread not zero."""
+    """4000 copies of a point, one probe each: the mean within four standard errors of the exact
+    value, and the spread not zero.
+    """
     data, process = mixture(), RectifiedFlow()
     x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     predictor = ExactTeacher(data, process, Prediction.VELOCITY).predictor()

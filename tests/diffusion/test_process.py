@@ -1,4 +1,6 @@
-"""The processes: their ends, their derivatives, their SDE, and how they agree with diffusers' tables."""
+"""The processes: their ends, their derivatives, their SDE, and how they agree with diffusers'
+tables.
+"""
 
 import dataclasses
 
@@ -61,7 +63,9 @@ def test_variance_is_preserved_to_the_last_digit_near_data(process: VariancePres
 
 @every_process
 def test_the_sde_has_these_marginals(process: Process) -> None:
-    """`d(alpha)/dt = f alpha` and `d(sigma^2)/dt = 2 f sigma^2 + g^2` (Särkkä & Solin 2019, equations 5.50, 5.51), by differences."""
+    """`d(alpha)/dt = f alpha` and `d(sigma^2)/dt = 2 f sigma^2 + g^2` (Särkkä & Solin 2019,
+    equations 5.50, 5.51), by differences.
+    """
     h = 1e-6
     f, g_squared = process.drift(INSIDE), process.diffusion_squared(INSIDE)
     alpha_slope = (process.alpha(INSIDE + h) - process.alpha(INSIDE - h)) / (2 * h)

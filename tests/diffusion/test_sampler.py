@@ -18,7 +18,8 @@ from tests.toy import PROCESSES, gaussian, generator, mixture, quasi_random_nois
 # The steps at which a sampler's own error is below the tolerances that follow.
 DETERMINISTIC = {"ddim": 200, "dpmsolver++": 40, "euler": 200, "heun": 40, "flow_euler": 200, "ode_euler": 400, "ode_heun": 60}
 STOCHASTIC = {"ddpm": 200, "sde-dpmsolver++": 100, "euler_maruyama": 200, "annealed_langevin": 30}
-# The order of convergence. The last step, to x_0 from the last time's noise, is common to all and part of the exact solution below.
+# The order of convergence. The last step, to x_0 from the last time's noise, is common to all and
+# part of the exact solution below.
 ORDER = {"ddim": 1, "dpmsolver++": 2, "euler": 1, "heun": 2, "flow_euler": 1, "ode_euler": 1, "ode_heun": 2}
 
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -33,11 +34,13 @@ def test_the_tables_name_every_sampler() -> None:
 @every_process
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_the_moments_and_mode_weights_of_the_mixture(process: Process, sampler: str) -> None:
-    """Mode weights, mean, covariance, and the volume `sqrt(det)` of each mode's covariance, relative to the true one.
+    """Mode weights, mean, covariance, and the volume `sqrt(det)` of each mode's covariance,
+    relative to the true one.
 
-    Deterministic samplers map 1024 evenly spread points, which scatter little: the tolerances are their errors at these steps. Those
-    that draw noise have 4096 samples, and four standard errors: `sqrt(w (1 - w) / N)` of a weight, 1.04 / sqrt(N) of the mean,
-    `sqrt(2 / N)` of a variance, `1 / sqrt(w N)` of a mode's volume.
+    Deterministic samplers map 1024 evenly spread points, which scatter little: the tolerances are
+    their errors at these steps. Those that draw noise have 4096 samples, and four standard errors:
+    `sqrt(w (1 - w) / N)` of a weight, 1.04 / sqrt(N) of the mean, `sqrt(2 / N)` of a variance,
+    `1 / sqrt(w N)` of a mode's volume.
     """
     data = mixture()
     if sampler in DETERMINISTIC:
@@ -61,7 +64,9 @@ def test_samples_have_the_moments_and_mode_weights_of_the_mixture(process: Proce
 @every_process
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
 def test_it_converges_to_the_exact_flow_of_a_gaussian(process: Process, sampler: str) -> None:
-    """Sample by sample, at the order that it claims: doubled steps divide the error by 2^order, within a factor of 1.5."""
+    """Sample by sample, at the order that it claims: doubled steps divide the error by 2^order,
+    within a factor of 1.5.
+    """
     data = gaussian()
     teacher = ExactTeacher(data, process, Prediction.VELOCITY).predictor()
     noise = torch.randn(16, 2, generator=generator(), dtype=torch.float64)
@@ -98,7 +103,10 @@ def test_the_same_generator_draws_the_same_samples(sampler: str) -> None:
 
 
 def test_few_steps_are_those_of_a_flux_pipeline() -> None:
-    """The loop of `FluxPipeline`: the scheduler's step on the raw velocity. ODE, DDIM and flow matching are one thing here."""
+    """The loop of `FluxPipeline`: the scheduler's step on the raw velocity.
+
+    ODE, DDIM and flow matching are one thing here.
+    """
     process, shift = RectifiedFlow(), 3.0
     teacher = ExactTeacher(mixture().float(), process, Prediction.VELOCITY)
     noise = torch.randn(32, 2, generator=generator())
@@ -131,7 +139,9 @@ def test_the_predictor_is_called_at_the_times() -> None:
 
 
 def test_a_users_own_scheduler_of_another_process() -> None:
-    """Stable Diffusion's DDIM on a rectified flow: other times and another state, the same distribution."""
+    """Stable Diffusion's DDIM on a rectified flow: other times and another state, the same
+    distribution.
+    """
     data = mixture()
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
     scheduler.set_timesteps(200)

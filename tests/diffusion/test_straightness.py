@@ -28,7 +28,9 @@ def test_straight_lines_have_none() -> None:
 
 
 def test_the_flow_of_a_gaussian_has_that_of_its_closed_form() -> None:
-    """`x_t = sqrt(V_t) z`, `V_t = (1 - t)^2 s^2 + t^2`: `int (d sqrt(V) / dt)^2 dt / (1 - s)^2 - 1`."""
+    """`x_t = sqrt(V_t) z`, `V_t = (1 - t)^2 s^2 + t^2`:
+    `int (d sqrt(V) / dt)^2 dt / (1 - s)^2 - 1`.
+    """
     s = 0.3
     t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     speed = (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2).sqrt()

@@ -14,7 +14,9 @@ from tests.toy import generator
 
 
 def ks_distance(sample: torch.Tensor, cdf: torch.Tensor) -> float:
-    """The largest difference between the empirical distribution function and `cdf` at the sorted `sample`: Kolmogorov & Smirnov's."""
+    """The largest difference between the empirical distribution function and `cdf` at the sorted
+    `sample`: Kolmogorov & Smirnov's.
+    """
     return float((cdf - (torch.arange(len(sample)) + 0.5) / len(sample)).abs().max())
 
 

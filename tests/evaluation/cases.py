@@ -1,4 +1,4 @@
-"""A case for each metric: images of a perfect and of a poor model, and the values of the perfect one."""
+"""Case of each metric: images of a perfect and of a poor model, and the perfect values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suite of every metric: it returns the values it declares, people can read them, and a perfect model has the best."""
+"""Suite of every metric: declared values, readable, and best for a perfect model."""
 
 from __future__ import annotations
 

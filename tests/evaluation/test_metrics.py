@@ -74,7 +74,8 @@ def test_purity_is_one_for_draws_and_falls_where_images_have_two_backgrounds():
     assert purity(pixels) == 1
     mixed = pixels.clone()
     mixed[..., :16, :] = pixels.roll(1, dims=0)[..., :16, :]
-    # Two rows of 64 and fourteen of the columns' four pixels, of 496 in all; one neighbour in eight has the same colour.
+    # Two rows of 64 and fourteen of the columns' four pixels, of 496 in all; one neighbour in eight
+    # has the same colour.
     assert purity(mixed) == pytest.approx(1 - (2 * 64 + 14 * 4) / 496 * 7 / 8, abs=0.01)
 
 

@@ -1,4 +1,6 @@
-"""Distances between sets of samples against closed forms, and modes against samples whose shares are known."""
+"""Distances between sets of samples against closed forms, and modes against samples whose shares
+are known.
+"""
 
 import math
 
@@ -24,14 +26,18 @@ def test_directions_are_unit_vectors_that_favour_none(dimensions):
 
 
 def test_sliced_wasserstein_of_a_shift():
-    """Along each direction the shift's own length there: |d| times the mean of |cos|, 2/pi in the plane, 1/2 in space."""
+    """Along each direction the shift's own length there: |d| times the mean of |cos|, 2/pi in the
+    plane, 1/2 in space.
+    """
     plane, space = normal(1000, 2), normal(1000, 3)
     assert sliced_wasserstein(plane, plane + torch.tensor([3.0, 4.0])) == pytest.approx(5 * 2 / math.pi, rel=1e-3)
     assert sliced_wasserstein(space, space + torch.tensor([0.0, 3.0, 4.0]), projections=4096) == pytest.approx(5 / 2, rel=0.02)
 
 
 def test_sliced_wasserstein_of_shifted_and_of_scaled_gaussians():
-    """Distances of independent draws: W1(N(0, 1), N(d, 1)) = |d|, and W1(N(0, 1), N(0, s^2)) = (s - 1) E|z|."""
+    """Distances of independent draws: W1(N(0, 1), N(d, 1)) = |d|, and W1(N(0, 1), N(0, s^2)) = (s -
+    1) E|z|.
+    """
     first, second = normal(40_000, 2), normal(40_000, 2, seed=1)
     assert sliced_wasserstein(first, second + torch.tensor([1.0, 0.0])) == pytest.approx(2 / math.pi, rel=0.02)
     assert sliced_wasserstein(first, 1.5 * second) == pytest.approx(0.5 * math.sqrt(2 / math.pi), rel=0.02)
@@ -50,7 +56,9 @@ def test_sliced_wasserstein_needs_equal_counts():
 
 
 def test_energy_distance_of_point_masses():
-    """2 |x - y|; and for masses at 0 and 1 in shares 1/2, 1/2 against all at 0, 2 (1/2) - E|X - X'| with 2 n^2 / 2n (2n - 1)."""
+    """2 |x - y|; and for masses at 0 and 1 in shares 1/2, 1/2 against all at 0, 2 (1/2) - E|X - X'|
+    with 2 n^2 / 2n (2n - 1).
+    """
     here, there = torch.zeros(50, 2), torch.tensor([[3.0, 4.0]]).expand(70, 2)
     assert energy_distance(here, there) == pytest.approx(10)
     halves = torch.cat([torch.zeros(20, 1), torch.ones(20, 1)])
@@ -58,7 +66,9 @@ def test_energy_distance_of_point_masses():
 
 
 def test_energy_distance_of_gaussians_on_the_line():
-    """Closed form by the mean of the folded normal: for `N(m, 2)`, the difference of two draws, `2 exp(-m^2/4) / sqrt(pi) + m erf(m/2)`."""
+    """Closed form by the mean of the folded normal: for `N(m, 2)`, the difference of two draws,
+    `2 exp(-m^2/4) / sqrt(pi) + m erf(m/2)`.
+    """
     shift = 0.7
     ranks = (torch.arange(1500, dtype=torch.float64) + 0.5) / 1500
     quantiles = math.sqrt(2) * torch.erfinv(2 * ranks - 1)[:, None]
@@ -67,7 +77,9 @@ def test_energy_distance_of_gaussians_on_the_line():
 
 
 def test_energy_distance_is_unbiased():
-    """The mean over many pairs of small sets of one distribution is zero within its error; the V-statistic's would be 2 E|X - X'| / n."""
+    """The mean over many pairs of small sets of one distribution is zero within its error; the
+    V-statistic's would be 2 E|X - X'| / n.
+    """
     values = torch.tensor([energy_distance(normal(10, 2, seed=2 * i), normal(10, 2, seed=2 * i + 1)) for i in range(400)])
     assert float(values.min()) < 0
     assert abs(float(values.mean())) < 3 * float(values.std()) / 20
@@ -94,7 +106,9 @@ def test_modes_of_the_mixtures_own_samples():
 
 
 def test_modes_that_are_missing_too_narrow_or_left():
-    """Two far modes with 0.7 and 0.3: all of 100 samples in the first but 20, on the line between them, in none."""
+    """Two far modes with 0.7 and 0.3: all of 100 samples in the first but 20, on the line between
+    them, in none.
+    """
     weights, means = torch.tensor([0.7, 0.3]).double(), torch.tensor([[0.0, 0.0], [100.0, 0.0]]).double()
     data = GaussianMixture(weights, means, torch.stack([torch.eye(2), 4 * torch.eye(2)]).double())
     within = 0.5 * normal(40_000, 2).float()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastdistill.run.files import digest, whole, write_image, write_json, write_text
+from fastdistill.run.files import atomic_write, digest, write_image, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -16,7 +16,7 @@ def names(folder: Path) -> list[str]:
 
 def test_the_file_is_there_at_the_end_of_the_block_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         assert not path.exists()
         assert partial.suffix == path.suffix
@@ -26,7 +26,7 @@ def test_the_file_is_there_at_the_end_of_the_block_and_not_before(tmp_path: Path
 
 
 def write_half(path: Path, failure: BaseException) -> None:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         raise failure
 
@@ -43,7 +43,7 @@ def test_a_failing_block_leaves_nothing_and_keeps_what_was_there(tmp_path: Path,
 
 
 def test_a_block_that_fails_before_it_writes_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="early"), whole(tmp_path / "result.txt"):
+    with pytest.raises(ValueError, match="early"), atomic_write(tmp_path / "result.txt"):
         raise ValueError("early")
     assert names(tmp_path) == []
 
@@ -58,7 +58,7 @@ def test_a_file_that_cannot_take_its_name_is_removed(tmp_path: Path) -> None:
 def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """Two blocks in one process, then eight threads: the file is always one of the whole texts."""
     path = tmp_path / "result.txt"
-    with whole(path) as first, whole(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")

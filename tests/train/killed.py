@@ -1,4 +1,6 @@
-"""Trains `Rivals` in children that are killed: `python -m tests.train.killed FOLDER`, its own process as it forks."""
+"""Trains `Rivals` in children that are killed: `python -m tests.train.killed FOLDER`, its own
+process as it forks.
+"""
 
 import itertools
 import json

@@ -1,4 +1,6 @@
-"""The runs that several layouts have to agree on: `[torchrun --nproc-per-node 2] -m tests.train.layouts FOLDER`."""
+"""The runs that several layouts have to agree on:
+`[torchrun --nproc-per-node 2] -m tests.train.layouts FOLDER`.
+"""
 
 import copy
 import sys
@@ -25,7 +27,9 @@ FLUX = TrainConfig(steps=3, learning_rate=1e-3, warmup_steps=1, clip_norm=0.5, m
 
 
 def flux(run: Path) -> Trainer:
-    """Recovery of a cut FLUX: fused blocks in the student and stock ones in the teacher, features, recomputed activations."""
+    """Recovery of a cut FLUX: fused blocks in the student and stock ones in the teacher, features,
+    recomputed activations.
+    """
     teacher = mixing_transformer()
     family = family_of(teacher)
     dropped = [BlockId(stack="single_transformer_blocks", index=1)]

@@ -1,4 +1,6 @@
-"""Method with all that the trainer has to keep: several roles, unequal turns, a target that nobody trains, a phase, dropout."""
+"""Method with all that the trainer has to keep: several roles, unequal turns, a target that nobody
+trains, a phase, dropout.
+"""
 
 import copy
 import os
@@ -14,7 +16,9 @@ from fastdistill.train.method import Loss
 
 
 class Blocks(nn.Module):
-    """Residual blocks in a module list, as transformers have them; sizes that no number of processes divides."""
+    """Residual blocks in a module list, as transformers have them; sizes that no number of
+    processes divides.
+    """
 
     def __init__(self, width: int = 5, dropout: float = 0.2, blocks: int = 2) -> None:
         super().__init__()
@@ -31,7 +35,9 @@ class Blocks(nn.Module):
 
 
 class Rivals:
-    """`student` follows `teacher` and `target`, its own average, and flees `critic`, which follows it."""
+    """`student` follows `teacher` and `target`, its own average, and flees `critic`, which follows
+    it.
+    """
 
     trains = ("student", "fake")
 

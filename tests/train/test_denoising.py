@@ -33,9 +33,11 @@ def network(process: Process, prediction: Prediction) -> ToyNetwork:
 def test_a_trained_network_has_the_exact_score(
     tmp_path: Path, process: Process, prediction: Prediction, error_in: Prediction | None, times: TimeDistribution
 ) -> None:
-    """`E |sigma (s - s*)|^2 < 1 %` of `E |sigma s*|^2`, evenly over log-SNR from -6 to 6; a network that returns 0 has 100 %.
+    """`E |sigma (s - s*)|^2 < 1 %` of `E |sigma s*|^2`, evenly over log-SNR from -6 to 6; a network
+    that returns 0 has 100 %.
 
-    Conditional on three labels. After 1200 steps DDPM's loss reaches 0.43 %, score matching 0.38 %, flow matching 0.19 %.
+    Conditional on three labels. After 1200 steps DDPM's loss reaches 0.43 %, score matching 0.38 %,
+    flow matching 0.19 %.
     """
     torch.manual_seed(0)
     data, student = mixture(), network(process, prediction)
@@ -85,7 +87,9 @@ def test_an_error_in_the_data_weights_the_velocity_by_time_squared() -> None:
 
 
 def test_no_network_has_a_smaller_loss_than_the_exact_one() -> None:
-    """`E |v - v*|^2` is added to it by any other field (the mean is the minimiser), here by a constant."""
+    """`E |v - v*|^2` is added to it by any other field (the mean is the minimiser), here by a
+    constant.
+    """
     process, data = RectifiedFlow(), mixture()
     exact = ExactTeacher(data, process, Prediction.VELOCITY)
     batch = mixture_batches(data, 100_000)(0, generator())

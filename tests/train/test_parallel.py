@@ -1,4 +1,6 @@
-"""Two processes with half of every network each compute what one computes, and go on from each other's checkpoints."""
+"""Two processes with half of every network each compute what one computes, and go on from each
+other's checkpoints.
+"""
 
 import json
 import shutil
@@ -25,7 +27,10 @@ MIDDLE = "checkpoint-6"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of one process and of two. The `continued` of each goes on from the middle of the other's `rivals`."""
+    """The folders of one process and of two.
+
+    The `continued` of each goes on from the middle of the other's `rivals`.
+    """
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     layouts.finish(layouts.rivals(one / "rivals"))
     layouts.finish(layouts.flux(one / "flux"))

@@ -17,7 +17,9 @@ from tests.train.rivals import Rivals, batches, folders, rivals_config, weights
 
 @pytest.mark.slow
 def test_kill_9_anywhere(tmp_path: Path) -> None:
-    """Several roles with turns of their own, accumulation, averages, dropout, a target network, the best weights, checkpoints."""
+    """Several roles with turns of their own, accumulation, averages, dropout, a target network, the
+    best weights, checkpoints.
+    """
     command = [sys.executable, "-m", "tests.train.killed", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

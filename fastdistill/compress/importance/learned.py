@@ -217,9 +217,10 @@ def learned(network: nn.Module, family: Family, material: Material, ledger: Ledg
     objective = Objective(network=network, family=family, points=points, reference=reference, batch=material.batch)
     search = Search(network, family, material.drops or blocks // 2, torch.Generator().manual_seed(material.seed)).to(points.x_t.device)
     optimizer = search.optimizer()
+    trained = checkpoint.Trained(networks={"search": search}, optimizers={"search": optimizer})
     first, folder = 0, ledger.folder
     if folder is not None and (state := checkpoint.latest(folder)):
-        first = checkpoint.load(state, {"search": search}, {"search": optimizer}, {})["step"]
+        first = checkpoint.load(state, trained)["step"]
     for step in range(first, STEPS):
         # Seeded by the step, so that a training that goes on after a kill draws the same, and so
         # does another batch.
@@ -236,6 +237,6 @@ def learned(network: nn.Module, family: Family, material: Material, ledger: Ledg
         done = step + 1
         if done % STEPS_A_PIECE == 0 or done == STEPS:
             if folder is not None:
-                checkpoint.save(folder, done, {"search": search}, {"search": optimizer}, {}, {})
+                checkpoint.save(folder, done, trained, {})
             ledger.keep(str(done), loss)
     return search.masks

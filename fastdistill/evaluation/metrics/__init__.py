@@ -1,4 +1,7 @@
-"""Measurements of a pipeline's images. A new one is a file and a line here; people read them in this order."""
+"""Measurements of a pipeline's images.
+
+A new one is a file and a line here; people read them in this order.
+"""
 
 from __future__ import annotations
 

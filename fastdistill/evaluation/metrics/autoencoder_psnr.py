@@ -1,4 +1,7 @@
-"""PSNR of the autoencoder's reconstruction of emoji draws. Measured from the pipeline's autoencoder alone."""
+"""PSNR of the autoencoder's reconstruction of emoji draws.
+
+Measured from the pipeline's autoencoder alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Coverage of the eight background colours, which a perfect sampler draws with equal odds. Measured from the images."""
+"""Coverage of the eight background colours, which a perfect sampler draws with equal odds.
+
+Measured from the images.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,19 @@ from fastdistill.evaluation.metrics.metric import Metric, SampledImages, Value, 
 
 
 def total_variation(indices: Tensor, classes: int = len(BACKGROUNDS)) -> float:
-    """Distance `1/2 sum_k |p_k - 1/classes|` of the empirical distribution of `indices` (N,) from the uniform one.
+    """Total variation of the empirical distribution of `indices` (N,) from the uniform one.
 
-    0 is uniform; `1 - 1/classes` is one colour only.
+    It is `1/2 sum_k |p_k - 1/classes|`. 0 is uniform; `1 - 1/classes` is one colour only.
     """
     frequency = torch.bincount(indices, minlength=classes).double() / len(indices)
     return float((frequency - 1 / classes).abs().sum() / 2)
 
 
 def expected_total_variation(samples: int, classes: int = len(BACKGROUNDS)) -> float:
-    """Mean of `total_variation` over sets of `samples` draws, by the normal approximation `E|x| = s sqrt(2/pi)`."""
+    """Mean of `total_variation` over sets of `samples` uniform draws.
+
+    By the normal approximation, `E|x| = s sqrt(2/pi)`.
+    """
     deviation = math.sqrt((1 / classes) * (1 - 1 / classes) / samples)
     return classes / 2 * deviation * math.sqrt(2 / math.pi)
 

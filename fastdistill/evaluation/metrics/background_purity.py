@@ -1,4 +1,7 @@
-"""Purity of the backgrounds: an emoji image has one colour. Measured from the images, and from draws to compare."""
+"""Purity of the backgrounds: an emoji image has one colour.
+
+Measured from the images, and from draws to compare.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from fastdistill.evaluation.metrics.metric import Metric, SampledImages, Value, 
 
 
 def purity(pixels: Tensor) -> float:
-    """Share of the border pixels of `pixels` (N, 3, H, W) whose nearest colour is the background of their image.
+    """Share of border pixels of images (N, 3, H, W) whose nearest colour is the image's background.
 
-    A few-step student that averages over the modes paints patches of several colours, or one between them.
+    A few-step student that averages over the modes paints patches of several colours, or one
+    between them.
     """
     return float((border_colours(pixels) == backgrounds(pixels)[:, None]).double().mean())
 

@@ -1,4 +1,7 @@
-"""Share of images that the classifier reads as their caption. Measured from the images and their captions."""
+"""Share of images that the classifier reads as their caption.
+
+Measured from the images and their captions.
+"""
 
 from __future__ import annotations
 

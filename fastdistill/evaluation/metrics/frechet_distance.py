@@ -1,6 +1,7 @@
-"""Frechet distance of the images from draws with the same captions. Measured through the pipeline's autoencoder.
+"""Frechet distance of the images from draws with the same captions.
 
-The distance between two sets of draws comes with it: the least that so few images can show.
+Measured through the pipeline's autoencoder. The distance between two sets of draws comes with it:
+the least that so few images can show.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ Need = Literal["truth", "reference", "several prompts", "several images"]
 
 
 class Value(NamedTuple):
-    """JSON value that a metric returns. With a `label` the value is a row for people, in the format `form`."""
+    """JSON value that a metric returns.
+
+    With a `label` the value is a row for people, in the format `form`.
+    """
 
     key: str
     label: str = ""
@@ -44,7 +47,7 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledImages:
-    """Images (S * N, 3, H, W) in [-1, 1] of one pipeline, of N prompts for each of S seeds, and what is known of them."""
+    """Images (S * N, 3, H, W) in [-1, 1] of one pipeline, of N prompts for each of S seeds."""
 
     pipeline: Any
     images: Tensor
@@ -89,7 +92,8 @@ class Metric:
     needs: tuple[Need, ...] = ()
     """`measure` is called for images that have all of these."""
     of_transformer: bool = True
-    """Whether the value depends on the transformer. A job that compares transformers leaves out a metric of other parts."""
+    """Whether the value depends on the transformer. A job that compares transformers leaves out a
+    metric of other parts."""
 
     def __call__(self, sampled: SampledImages) -> dict[str, Any]:
         """Measured values, or none where the metric does not apply."""
@@ -104,7 +108,8 @@ def values_by_seed(key: str, form: str) -> tuple[Value, Value]:
 def by_seed(key: str, values: Sequence[float]) -> dict[str, Any]:
     """Value of each seed and their sample standard deviation; nothing for a single seed.
 
-    A distance of few images is biased upwards, so that the values of all seeds may lie above the value of all images.
+    A distance of few images is biased upwards, so that the values of all seeds may lie above the
+    value of all images.
     """
     return {f"{key}_by_seed": list(values), f"{key}_spread": spread(values)} if len(values) > 1 else {}
 

@@ -1,8 +1,9 @@
 """Chroma: `ChromaTransformer2DModel`, whose blocks have no modulation of their own.
 
-One small network, the approximator, makes all modulations as the rows of a table: three for each single block, six for the image and six
-for the text of each double block, two for the output. The approximator knows a row by the sinusoidal embedding of its number, and stock
-diffusers numbers the rows of a smaller model from zero. A cut therefore has to teach the approximator the new numbers.
+One small network, the approximator, makes all modulations as the rows of a table: three for each
+single block, six for the image and six for the text of each double block, two for the output. The
+approximator knows a row by the sinusoidal embedding of its number, and stock diffusers numbers the
+rows of a smaller model from zero. A cut therefore has to teach the approximator the new numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Chroma(Anatomy):
 
 
 def kept_rows(kept_doubles: Sequence[int], kept_singles: Sequence[int], doubles: int, singles: int) -> list[int]:
-    """The rows of the whole model's table that the cut one needs, in its order: singles, image, text, output."""
+    """Rows of the whole model's table that the cut model needs: singles, image, text, output."""
     image, text, output = 3 * singles, 3 * singles + 6 * doubles, 3 * singles + 12 * doubles
     return [
         *(3 * block + row for block in kept_singles for row in range(3)),
@@ -66,14 +67,17 @@ def kept_rows(kept_doubles: Sequence[int], kept_singles: Sequence[int], doubles:
 def renumbered(weight: Tensor, rows: Sequence[int]) -> Tensor:
     """Fit a first layer that gives row `r` the output that `weight` gives row `rows[r]`.
 
-    The layer is linear in the embedding `e` of the row number: the new `W'` must satisfy `W' e'(r) = W e(rows[r])` for every `r`. A
-    solution exists once `e'` has about as many channels as there are rows. The embedding is widened, through the config, until the error
-    of the smallest solution, rounded to the weights' dtype, is at most the rounding of the largest target. At the real depth of 19 + 38
-    blocks this takes 16 times the channels, and weights of the size they had. Frequencies are `10000^(-k / K)`: of `f K` frequencies
-    every f-th is an old one, where the weights of the time find their channels again, and the new ones get zeros.
+    The layer is linear in the embedding `e` of the row number: the new `W'` must satisfy
+    `W' e'(r) = W e(rows[r])` for every `r`. A solution exists once `e'` has about as many channels
+    as there are rows. The embedding is widened, through the config, until the error of the smallest
+    solution, rounded to the weights' dtype, is at most the rounding of the largest target. At the
+    real depth of 19 + 38 blocks this takes 16 times the channels, and weights of the size they had.
+    Frequencies are `10000^(-k / K)`: of `f K` frequencies every f-th is an old one, where the
+    weights of the time find their channels again, and the new ones get zeros.
 
     Args:
-        weight: (H, 4 N), for the embeddings of the time (N channels), of a constant (N) and of the row's number (2 N).
+        weight: (H, 4 N), for the embeddings of the time (N channels), of a constant (N) and of the
+            row's number (2 N).
 
     Returns:
         (H, 4 N f), in the dtype and on the device of `weight`.
@@ -100,7 +104,10 @@ def renumbered(weight: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def row_embedding(rows: int, channels: int) -> Tensor:
-    """Embedding (rows, channels) in float64 of the values that `ChromaCombinedTimestepTextProjEmbeddings` computes in float32."""
+    """Embedding (rows, channels) of the numbers of the rows, in float64.
+
+    `ChromaCombinedTimestepTextProjEmbeddings` computes the embedding in float32.
+    """
     from diffusers.models.embeddings import get_timestep_embedding
 
     embedding: Tensor = get_timestep_embedding(torch.arange(rows) * 1000, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -108,6 +115,9 @@ def row_embedding(rows: int, channels: int) -> Tensor:
 
 
 def spread(weight: Tensor, factor: int) -> Tensor:
-    """Weights (H, N) of N/2 cosines and N/2 sines, with zeros for the `factor - 1` new frequencies after each."""
+    """Weights (H, N) of N/2 cosines and N/2 sines, spread over `factor` times the frequencies.
+
+    The `factor - 1` new frequencies after each old one get zeros.
+    """
     halves = weight.unflatten(1, (2, -1, 1))
     return nn.functional.pad(halves, (0, factor - 1)).flatten(1)

@@ -1,8 +1,9 @@
 """Contract of a model family, in two parts.
 
-`Anatomy` has what cutting needs: the block lists, and what follows a block that goes. Every family has one. `Family` adds what sampling,
-scoring and recovery need. Methods and scores call a network only through `Family.predict`, so that the number of methods and the number
-of families add up instead of multiplying.
+`Anatomy` has what cutting needs: the block lists, and what follows a block that goes. Every family
+has one. `Family` adds what sampling, scoring and recovery need. Methods and scores call a network
+only through `Family.predict`, so that the number of methods and the number of families add up
+instead of multiplying.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Encoded prompts: token embeddings (B, L, C), a pooled embedding (B, P), and the embedded guidance (B,) if the model has one."""
+    """Encoded prompts: token embeddings (B, L, C) and a pooled embedding (B, P).
+
+    A model that embeds guidance has the scale (B,) in `guidance`.
+    """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
@@ -54,7 +58,10 @@ class BlockId:
 
 @dataclass(frozen=True, kw_only=True)
 class Closing:
-    """Last linear layer of a block on the way to some of its streams, `h_out = h + gate * linear(z)`; by names inside the block."""
+    """Last linear layer of a block on the way to some of its streams, by names inside the block.
+
+    `h_out = h + gate * linear(z)`.
+    """
 
     linear: str
     norm: str
@@ -67,7 +74,11 @@ class Closing:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """List of equal blocks. Stacks that share a `config_field` must lose equally many, as the field counts the blocks of each."""
+    """List of equal blocks.
+
+    Stacks that share a `config_field` must lose equally many, as the field counts the blocks of
+    each.
+    """
 
     attribute: str
     """Name of the list in the transformer, dotted if it is inside another module."""
@@ -106,13 +117,14 @@ def noise(network: Any, *shape: int) -> Tensor:
 
 
 class Anatomy(ABC):
-    """Block lists of one class of diffusers transformers, its inputs, and how its config and weights follow a cut."""
+    """Block lists and inputs of one class of diffusers transformers, and what follows a cut."""
 
     name: str
     stacks: tuple[Stack, ...]
     """Block lists in the order of the forward pass."""
     vae_scale_factor: int = 8
-    """Number of pixels along the side of a latent, with the autoencoder that the family is published with."""
+    """Number of pixels along the side of a latent, with the autoencoder that the family is
+    published with."""
     remark: str = ""
     """Remark for the user on costs of a cut model other than the costs of its blocks."""
 
@@ -121,11 +133,14 @@ class Anatomy(ABC):
         return next(stack for stack in self.stacks if stack.attribute == attribute)
 
     def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:  # noqa: B027
-        """Change `config` and `state`, in place, where more than a block's name depends on its place. By default nothing does.
+        """Change, in place, what depends on a block's place other than its name.
+
+        By default nothing does.
 
         Args:
             source: the whole transformer, which stays as it is.
-            kept: the kept indices of each stack, rising; their places in the list are the new indices.
+            kept: the kept indices of each stack, rising; their places in the list are the new
+                indices.
             config: config of the cut transformer, with the new counts.
             state: state dict of the cut transformer, with the new names and tensors of its own.
         """
@@ -133,17 +148,24 @@ class Anatomy(ABC):
     def full_size_twins(self, network: nn.Module) -> Mapping[BlockId, BlockId]:
         """Block of full size for each block that is smaller only because of its place.
 
-        Any block in that place is smaller. The twin has the size that the block would have elsewhere.
+        Any block in that place is smaller. The twin has the size that the block would have
+        elsewhere.
         """
         return {}
 
     @abstractmethod
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:
-        """Arguments of `network` for text to image, in the shapes of its pipeline, and in its dtype and on its device."""
+        """Arguments of `network` for text to image, in the shapes of its pipeline.
+
+        They have the dtype of the network, and are on its device.
+        """
 
 
 class Predicts(Protocol):
-    """Part of a family that a training method needs: to call a network. A family of toy networks has no more."""
+    """Part of a family that a training method needs: to call a network.
+
+    A family of toy networks has no more.
+    """
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """Output of `network` at `x_t` (B, ...) and `t` (B,)."""
@@ -167,7 +189,10 @@ class ReadsBlocks(Predicts, HasStacks, Protocol):
 
 
 class Family(Anatomy):
-    """Family that can be sampled, scored and recovered. Latents are (B, C, H, W) in the scale that the transformer is trained on."""
+    """Family that can be sampled, scored and recovered.
+
+    Latents are (B, C, H, W) in the scale that the transformer is trained on.
+    """
 
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning:
@@ -175,7 +200,7 @@ class Family(Anatomy):
 
     @abstractmethod
     def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """Latents of images (B, 3, H, W) in [-1, 1]: the mode of the autoencoder's distribution for each."""
+        """Latents of images (B, 3, H, W) in [-1, 1]: the mode of the autoencoder's distribution."""
 
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
@@ -183,7 +208,10 @@ class Family(Anatomy):
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Velocity `dx_t/dt` at `t` (B,) in [0, 1], in the shape and dtype of `x_t`, for a network of any dtype."""
+        """Velocity `dx_t/dt` at `t` (B,) in [0, 1], in the shape and dtype of `x_t`.
+
+        The network may have another dtype.
+        """
 
     @abstractmethod
     def trajectory(
@@ -197,7 +225,11 @@ class Family(Anatomy):
         true_cfg_scale: float,
         guidance_scale: float,
     ) -> tuple[list[Tensor], Tensor]:
-        """Sample by the pipeline itself from `noise`; return its `steps + 1` states, noise first, and their times (steps + 1,)."""
+        """Sample from `noise` by the pipeline itself.
+
+        Returns:
+            The `steps + 1` states, noise first, and their times (steps + 1,).
+        """
 
     @abstractmethod
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:

@@ -1,4 +1,7 @@
-"""FLUX.1: `FluxTransformer2DModel` with its double (text and image apart) and single (joint) blocks, inside `FluxPipeline`."""
+"""FLUX.1: `FluxTransformer2DModel` in `FluxPipeline`.
+
+Its blocks are double (text and image apart) and single (joint).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ PATCH = 2
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Pack latents (B, C, H, W) into tokens (B, H/2 * W/2, 4 C), channel-major within a patch, in the order of `FluxPipeline`."""
+    """Pack latents (B, C, H, W) into tokens (B, H/2 * W/2, 4 C).
+
+    The order is that of `FluxPipeline`, channel-major within a patch.
+    """
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)

@@ -1,4 +1,7 @@
-"""FLUX.2, dev and klein: `Flux2Transformer2DModel`. Its modulations are shared by all blocks of a kind and stay as they are."""
+"""FLUX.2, dev and klein: `Flux2Transformer2DModel`.
+
+Its modulations are shared by all blocks of a kind and stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ def joint_stream(
     split_hidden_states: bool = False,
     text_seq_len: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Pass through `Flux2SingleTransformerBlock`, which concatenates a given text, and splits the streams on request."""
+    """Pass through `Flux2SingleTransformerBlock`.
+
+    The block concatenates a text that it is given, and splits the streams on request.
+    """
     if encoder_hidden_states is not None:
         text_seq_len = encoder_hidden_states.shape[1]
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)

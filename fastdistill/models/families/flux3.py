@@ -1,7 +1,8 @@
-"""FLUX.3: `Flux3Transformer2DModel`, whose text, image and reference tokens have lists of their own before the joint blocks.
+"""FLUX.3: `Flux3Transformer2DModel`, with lists of blocks before the joint blocks.
 
-One `num_layers` counts the three lists: a cut takes equally many blocks from each. The blocks need not have the same indices, as no block
-of one list knows of the other lists. Modulations are shared by all blocks of a list and stay as they are.
+Text, image and reference tokens have a list each. One `num_layers` counts the three lists: a cut
+takes equally many blocks from each. The blocks need not have the same indices, as no block of one
+list knows of the other lists. Modulations are shared by all blocks of a list and stay as they are.
 """
 
 from __future__ import annotations

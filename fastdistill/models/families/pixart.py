@@ -1,4 +1,7 @@
-"""PixArt-alpha and -sigma: `PixArtTransformer2DModel`. `adaln_single` is shared, tables are per block: nothing follows a cut."""
+"""PixArt-alpha and -sigma: `PixArtTransformer2DModel`.
+
+`adaln_single` is shared, tables are per block: nothing follows a cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Qwen-Image: `QwenImageTransformer2DModel`. Every block has its own modulation, so nothing follows a cut."""
+"""Qwen-Image: `QwenImageTransformer2DModel`.
+
+Every block has its own modulation, so nothing follows a cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sana: `SanaTransformer2DModel`. Blocks share a time embedding and add tables of their own, so nothing follows a cut."""
+"""Sana: `SanaTransformer2DModel`.
+
+Blocks share a time embedding and add tables of their own, so nothing follows a cut.
+"""
 
 from __future__ import annotations
 

@@ -14,11 +14,12 @@ BLOCKS = "transformer_blocks"
 
 
 class SD3(Anatomy):
-    """Stable Diffusion 3, where two things depend on a block's place: the second attention, and that the last block only reads the text.
+    """Stable Diffusion 3, where a block depends in two ways on its place.
 
-    The config lists the blocks with a second attention. diffusers builds the last block without the parts that update the text
-    (`context_pre_only`). A block that becomes the last loses these parts, whose result nothing reads, and keeps the two of six text
-    modulations that come before its attention. Both changes are exact.
+    The config lists the blocks with a second attention. diffusers builds the last block without the
+    parts that update the text (`context_pre_only`). A block that becomes the last loses these
+    parts, whose result nothing reads, and keeps the two of six text modulations that come before
+    its attention. Both changes are exact.
     """
 
     name = "sd3"
@@ -55,6 +56,7 @@ def _read_text_only(state: dict[str, Tensor], prefix: str) -> None:
         del state[name]
     for part in ("weight", "bias"):
         name = f"{prefix}norm1_context.linear.{part}"
-        # AdaLayerNormZero: shift and scale, a gate, and the same for the feed-forward; AdaLayerNormContinuous: scale and shift.
+        # AdaLayerNormZero: shift and scale, a gate, and the same for the feed-forward;
+        # AdaLayerNormContinuous: scale and shift.
         shift, scale, *_ = state[name].chunk(6)
         state[name] = torch.cat([scale, shift])

@@ -1,7 +1,8 @@
-"""Z-Image: `ZImageTransformer2DModel`, with refiners of noise, caption and, in Omni, SigLIP features before its main layers.
+"""Z-Image: `ZImageTransformer2DModel`, with refiners before its main layers.
 
-Refiners may be cut, too: each adds to its own tokens, and nothing else knows of it. One `n_refiner_layers` counts the refiners of every
-kind: a cut takes equally many of each kind, though not the same indices.
+The refiners are of the noise, the caption and, in Omni, SigLIP features. Refiners may be cut, too:
+each adds to its own tokens, and nothing else knows of it. One `n_refiner_layers` counts the
+refiners of every kind: a cut takes equally many of each kind, though not the same indices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The FLUX family against diffusers' own pipeline, and what steps into the network: captures and skips."""
+"""The FLUX family against diffusers' own pipeline, and what steps into the network: captures and
+skips.
+"""
 
 import itertools
 
@@ -27,7 +29,9 @@ def test_packing_is_the_pipelines():
 
 
 def test_trajectory_follows_the_predicted_velocity():
-    """Euler over the pipeline's own times with `predict` and guidance gives the states that the pipeline visits."""
+    """Euler over the pipeline's own times with `predict` and guidance gives the states that the
+    pipeline visits.
+    """
     pipeline, family = tiny_flux_pipeline(), Flux()
     conditioning = family.encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
     conditional, unconditional = conditioning[:2], conditioning[2:][torch.tensor([0, 0])]

@@ -11,7 +11,10 @@ from fastdistill.diffusion.timesteps import flux_shift
 
 
 def shift_of(scheduler: Any, image_tokens: int) -> float:
-    """Shift of a pipeline's `scheduler` for an image of `image_tokens` tokens: above 1 towards noise; 1 is none."""
+    """Shift of a pipeline's `scheduler` for an image of `image_tokens` tokens.
+
+    A shift above 1 moves times towards noise.
+    """
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
@@ -21,5 +24,5 @@ def shift_of(scheduler: Any, image_tokens: int) -> float:
 
 
 def few_step_scheduler(shift: float, *, stochastic_sampling: bool) -> Any:
-    """Scheduler that visits `few_step_times(steps, shift)` in a `FluxPipeline`, for every size of the image."""
+    """Scheduler that visits `few_step_times(steps, shift)` in a `FluxPipeline`, for any image size."""
     return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic_sampling)
