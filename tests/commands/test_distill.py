@@ -1,9 +1,11 @@
 """``python -m fastdistill.distill`` from the outside: what it writes, how it stops, and that it goes on."""
 
+import inspect
 import json
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill import METHODS, job
 from fastdistill.distill.config import config_of
+from fastdistill.distill.methods.dmd2 import DMD2
 from fastdistill.models import loading
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import interrupt, save_tiny
@@ -87,6 +90,21 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     assert not torch.equal(student.proj_out.weight, teacher.proj_out.weight.bfloat16().float())
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(output / "model" / "scheduler")
     assert scheduler.config.stochastic_sampling == (method == "consistency")
+
+
+def test_few_calls_lead_from_the_command_to_the_loss(command, pipeline_folder, tmp_path, monkeypatch):
+    """A reader who follows the command comes to the formula: `run_job`, the job's `run` and `train`, three of the trainer, `loss`."""
+    calls = []
+
+    def loss(self, role, batch, rng):
+        frames = [frame.function for frame in inspect.stack() if "fastdistill" in Path(frame.filename).parts]
+        calls.append([*reversed(frames[: frames.index("run_job") + 1]), "loss"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DMD2, "loss", loss)
+    options = ["--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
+    assert command("distill", *options, "--watch-every", "0", "--evaluate-images", "0").code == 130
+    assert calls == [["run_job", "run", "train", "fit", "_advance", "_update", "loss"]]
 
 
 @pytest.mark.slow

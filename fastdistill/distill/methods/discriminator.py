@@ -94,8 +94,22 @@ class Discriminator:
         """Logits (B, heads * S) of `x_0` (B, ...) behind fresh noise."""
         x_t, t, _ = self.body.process.draw(x_0, Uniform(), rng)
         conditioning = self.body.with_guidance(conditioning, x_0, scale)
-        logits: Tensor = self.heads(image_features(self.body.network, self.family, self.blocks, x_t, t, conditioning))
+        logits: Tensor = self.heads(self.features(x_t, t, conditioning))
         return logits
+
+    def features(self, x_t: Tensor, t: Tensor, conditioning: Any) -> list[Tensor]:
+        """Image tokens (B, S, D) that each of the blocks with a head returns; later blocks are skipped."""
+        network, family = self.body.network, self.family
+        order = block_ids(network, family)
+        later = order[1 + max(order.index(block) for block in self.blocks) :]
+        with captured(network, family, self.blocks) as features, skipped(network, family, later):
+            output = family.predict(network, x_t, t, conditioning)
+        tokens = [features[block]["image"] for block in self.blocks]
+        if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+            # A sharded network fetches what is outside of its blocks for the backward pass when a
+            # gradient, be it zero, reaches its output.
+            tokens[-1] = tokens[-1] + 0 * output.sum()
+        return tokens
 
 
 def blocks_at(network: nn.Module, family: ReadsBlocks, depths: Sequence[float]) -> list[BlockId]:
@@ -107,20 +121,3 @@ def blocks_at(network: nn.Module, family: ReadsBlocks, depths: Sequence[float]) 
 def inner_dim(network: Any) -> int:
     """Width of the tokens of a diffusers transformer, by its config."""
     return int(network.config.num_attention_heads * network.config.attention_head_dim)
-
-
-def image_features(
-    network: nn.Module, family: ReadsBlocks, blocks: Sequence[BlockId], x_t: Tensor, t: Tensor, conditioning: Any
-) -> list[Tensor]:
-    """Image tokens (B, S, D) that each of `blocks` returns in a forward pass, in which the blocks
-    behind them do nothing."""
-    order = block_ids(network, family)
-    behind = order[1 + max(order.index(block) for block in blocks) :]
-    with captured(network, family, blocks) as features, skipped(network, family, behind):
-        output = family.predict(network, x_t, t, conditioning)
-    tokens = [features[block]["image"] for block in blocks]
-    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
-        # A sharded network fetches what is outside of its blocks for the backward pass when a
-        # gradient, be it zero, reaches its output.
-        tokens[-1] = tokens[-1] + 0 * output.sum()
-    return tokens
