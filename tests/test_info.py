@@ -22,6 +22,7 @@ def test_import_loads_neither_torch_nor_diffusers() -> None:
     assert heavy.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_ops_import_leaves_triton_alone() -> None:
     assert run("-c", "import fastdistill.ops, sys; print('fastdistill.ops.triton' in sys.modules)").strip() == "False"
 

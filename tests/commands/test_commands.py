@@ -330,6 +330,7 @@ def cuttable_class(copy):
     (copy / "model_index.json").write_text(json.dumps(index | sd3))
 
 
+@pytest.mark.slow_but_first("message")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

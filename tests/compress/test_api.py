@@ -61,6 +61,7 @@ def test_the_readme(tmp_path, monkeypatch):
     assert (tmp_path / "smaller" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_importing_the_names_loads_no_torch():
     script = "import sys, fastdistill.compress as c; assert 'select' in dir(c) and 'torch' not in sys.modules; assert callable(c.select)"
     subprocess.run([sys.executable, "-c", script], check=True)
