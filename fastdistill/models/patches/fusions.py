@@ -93,14 +93,15 @@ class Fusions:
 FUSED_OPERATORS = tuple(name for name in ops.OPERATORS if hasattr(Fusions, name))
 
 
-def _fitting(x: Tensor, *modulations: Tensor) -> tuple[Tensor, ...]:
+def _fitting(x: Tensor, *modulations: Tensor) -> list[Tensor]:
     """Modulations as the operators take them: in the dtype of `x` or wider, and with all samples of `x` where each token has its own.
 
     Autocast computes modulations in 16 bits while the stream is float32.
     """
     if modulations[0].dim() == 3 and modulations[0].shape[1] != 1:
         modulations = tuple(m.expand(x.shape) for m in modulations)
-    return tuple(m if m.dtype == x.dtype or (m.dtype == torch.float32 and x.itemsize == 2) else m.to(x.dtype) for m in modulations)
+    dtype = x.dtype
+    return [m if m.dtype == dtype or (m.dtype == torch.float32 and x.itemsize == 2) else m.to(dtype) for m in modulations]
 
 
 def _repeated(x: Tensor, other: Tensor) -> Tensor:
@@ -116,14 +117,17 @@ def _promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def _weights(norms: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+def _weights(norms: Sequence[Any], x: Tensor) -> list[Tensor]:
     """Weights of the norms in the dtype of the heads `x`, or in float32 where the heads have 16 bits."""
-    keep = norms[0].weight.dtype in (x.dtype, torch.float32) and x.dtype in FLOATS
-    return tuple(norm.weight if keep else norm.weight.to(x.dtype) for norm in norms)
+    weights = [norm.weight for norm in norms]
+    if weights[0].dtype in (x.dtype, torch.float32) and x.dtype in FLOATS:
+        return weights
+    return [weight.to(x.dtype) for weight in weights]
 
 
 def _cos_sin(tables: RotaryTables, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if tables is None:
         return None, None
-    cos, sin = (t.to(x.device, accumulator_of(x.dtype)) for t in tables)
-    return cos, sin
+    cos, sin = tables
+    dtype = accumulator_of(x.dtype)
+    return cos.to(x.device, dtype), sin.to(x.device, dtype)

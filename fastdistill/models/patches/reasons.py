@@ -22,9 +22,10 @@ def norms_stay(*names: str) -> Callable[..., str | None]:
 
 def why_norms_stay(*norms: Any) -> str | None:
     """Why a block has to call these layer norms, where an operator would norm and modulate in their place, or None."""
-    if all(_plain_layer_norm(norm) for norm in norms) and not hooked(*norms):
-        return None
-    return "a norm is hooked or has an affine"
+    for norm in norms:
+        if not _plain_layer_norm(norm) or hooked(norm):
+            return "a norm is hooked or has an affine"
+    return None
 
 
 def why_attention_stays(attn: Any, norms: Sequence[Any], head_size: int, tables: Any, x: Tensor, processors: Collection[str]) -> str | None:
@@ -41,16 +42,22 @@ def why_attention_stays(attn: Any, norms: Sequence[Any], head_size: int, tables:
         return f"its processor is {type(processor).__name__}"
     if getattr(processor, "_parallel_config", None) is not None:
         return "context parallelism splits its tokens"
-    if any(not _plain_rms_norm(norm, x) for norm in norms):
-        return "a query-key norm is no plain RMS norm, is hooked or is offloaded"
-    if len({(norm.eps, norm.weight.dtype) for norm in norms}) > 1:
-        return "its query-key norms differ"
-    if any(norm.weight.shape != (head_size,) for norm in norms):
-        return "its query-key norms are not over heads"
+    for norm in norms:
+        if not _plain_rms_norm(norm, x):
+            return "a query-key norm is no plain RMS norm, is hooked or is offloaded"
+    weights = [norm.weight for norm in norms]
+    eps, dtype = norms[0].eps, weights[0].dtype
+    for norm, weight in zip(norms, weights, strict=True):
+        if norm.eps != eps or weight.dtype != dtype:
+            return "its query-key norms differ"
+    for weight in weights:
+        if weight.shape != (head_size,):
+            return "its query-key norms are not over heads"
     if head_size % 2 or head_size > MAX_HEAD_SIZE:
         return f"its head size is {head_size}"
-    if tables is not None and any(t.dim() != 2 for t in tables):
-        return "every sample has rotary tables of its own"
+    for table in tables or ():
+        if table.dim() != 2:
+            return "every sample has rotary tables of its own"
     return None
 
 
@@ -61,12 +68,13 @@ def called_with(unknown: Collection[str]) -> str | None:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether somebody wants to see, or to change, a call of one of these modules that a fused block would not make."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or _wrapped(m) for m in modules)
-
-
-def _wrapped(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return forward is not None and not is_patch(forward)
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        forward = module.__dict__.get("forward")
+        if forward is not None and not is_patch(forward):
+            return True
+    return False
 
 
 def _plain_layer_norm(module: Any) -> bool:
@@ -75,6 +83,7 @@ def _plain_layer_norm(module: Any) -> bool:
 
 
 def _plain_rms_norm(norm: Any, x: Tensor) -> bool:
-    if norm is None or type(norm).__name__ != "RMSNorm" or hooked(norm):
+    if type(norm).__name__ != "RMSNorm" or hooked(norm) or norm.eps is None or getattr(norm, "bias", None) is not None:
         return False
-    return norm.eps is not None and norm.weight is not None and getattr(norm, "bias", None) is None and norm.weight.device == x.device
+    weight = norm.weight
+    return weight is not None and weight.device == x.device
