@@ -1,10 +1,9 @@
-"""Relative RMS errors of the operators' results and gradients against float64, and those of eager
-PyTorch.
+"""Relative RMS errors against float64, of the operators and of eager PyTorch.
 
     python -m benchmarks.errors [cuda]
 
 Eager PyTorch runs in the dtype of the operator. On a machine without a GPU, Triton runs in its
-interpreter. The table holds geometric means over the cases of the test suite and over all results
+interpreter. The table holds geometric means over the cases of the test suite, and over all results
 and gradients.
 """
 

@@ -22,6 +22,7 @@ from benchmarks import flux_models
 from benchmarks.turns import peak_mib, take_turns
 from fastdistill import ops
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
+from fastdistill.compress.surgery import CutModel
 from fastdistill.data.latents import LatentBatch
 from fastdistill.models.families.family import BlockId, Conditioning
 from fastdistill.models.families.flux import Flux
@@ -210,7 +211,8 @@ def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
         for stack, count in (("transformer_blocks", doubles), ("single_transformer_blocks", singles))
         for i in range(count)
     }
-    method = Recovery(student, teacher, Flux(), boundaries, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
+    model = CutModel(student=student, teacher=teacher, family=Flux(), boundaries=boundaries)
+    method = Recovery(model, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
     side = 2 * round(geometry.image**0.5)
     embeds = torch.randn(1, geometry.text, teacher.config.joint_attention_dim, device=geometry.device, dtype=DTYPE)
     pooled = torch.randn(1, teacher.config.pooled_projection_dim, device=geometry.device, dtype=DTYPE)

@@ -2,4 +2,5 @@
 
 
 class UserError(ValueError):
-    """Wrong input. The message says what is wrong and what to do; commands print it without a traceback."""
+    """Wrong input. The message says what is wrong and what to do; commands print it without a
+    traceback."""

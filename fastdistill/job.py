@@ -1,4 +1,5 @@
-"""One run of a command that makes a pipeline out of another, as an object: what the stages share is made once and held here."""
+"""One run of a command that makes a pipeline out of another, as an object: what the stages share is
+made once and held here."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ class Job(ABC, Generic[ConfigT]):
             command: what the user typed, for the record.
 
         Raises:
-            UserError: an input is missing or unsound, the request cannot be met, the memory or the disk does not
-                suffice, or the output folder holds something else.
+            UserError: an input is missing or unsound, the request cannot be met, the memory or the
+                disk does not suffice, or the output folder holds something else.
         """
         self.config, self.command = config, command
         self.console = Console(quiet=True) if console is None else console
@@ -87,7 +88,7 @@ class Job(ABC, Generic[ConfigT]):
     @classmethod
     @abstractmethod
     def plan(cls, config: ConfigT) -> str:
-        """What `--dry-run` prints, from the model's config alone.
+        """Text that `--dry-run` prints, from the model's config alone.
 
         Raises:
             UserError: there is no such model, or the request cannot be met.
@@ -98,12 +99,14 @@ class Job(ABC, Generic[ConfigT]):
         """Refuse what cannot be done, before any work and before the output folder is claimed.
 
         Raises:
-            UserError: the request does not fit the model, or the memory or the disk does not suffice.
+            UserError: the request does not fit the model, or the memory or the disk does not
+                suffice.
         """
 
     @abstractmethod
     def run(self) -> None:
-        """Run every stage, or read its result from the workspace if an interrupted run has finished it."""
+        """Run every stage, or read its result from the workspace if an interrupted run has finished
+        it."""
 
     def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
         """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""
@@ -141,7 +144,8 @@ class Job(ABC, Generic[ConfigT]):
     def record(self, **own: Any) -> dict[str, Any]:
         """Everything about the run, as JSON: `own`, and what every job records.
 
-        `images` is the number of images from a folder that the run worked on, 0 if the model drew them.
+        `images` is the number of images from a folder that the run worked on, 0 if the model drew
+        them.
         """
         flags = self.config.flags()
         return {
@@ -157,10 +161,12 @@ class Job(ABC, Generic[ConfigT]):
         }
 
     def finish(self, record: Mapping[str, Any], report: str, headline: str) -> None:
-        """Write what people and programs read, and remove what only a continued run would have needed.
+        """Write what people and programs read, and remove what only a continued run would have
+        needed.
 
         Args:
-            record: what `Job.record` returned, with the measurements of each model under `evaluation`.
+            record: what `Job.record` returned, with the measurements of each model under
+                `evaluation`.
             report: text of `report.md`.
             headline: first line of the closing summary.
         """
@@ -175,7 +181,7 @@ class Job(ABC, Generic[ConfigT]):
 
 
 def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: float = 1.0) -> TrainConfig:
-    """How a job trains its student for `steps`; `scale` multiplies the learning rate."""
+    """Training of a job's student for `steps`; `scale` multiplies the learning rate."""
     return TrainConfig(
         steps=steps,
         learning_rate=options.learning_rate * scale,
@@ -195,8 +201,8 @@ def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: floa
 def training_bytes(method: Method, config: TrainConfig) -> tuple[int, int]:
     """Bytes of memory that training takes, and bytes of disk that its checkpoints take.
 
-    The memory is without activations, and without the teacher, which is there already. The networks of `method`
-    may be on the meta device.
+    The memory is without activations, and without the teacher, which is there already. The networks
+    of `method` may be on the meta device.
     """
     items = [item for item in memory(method, config) if item.role != "teacher"]
     # The newest checkpoint is there until the next one is written.

@@ -1,4 +1,5 @@
-"""Names that are imported when they are first asked for, so that `import fastdistill` and `--help` do not wait for torch."""
+"""Names that are imported when they are first asked for, so that `import fastdistill` and `--help`
+do not wait for torch."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Table(Mapping[str, PluginT], Generic[PluginT]):
         """
         Args:
             package: folder of the plug-ins, as `__name__` of its `__init__.py`.
-            entries: for each name, `file:attribute` within `package`, or that and what it means in words.
+            entries: for each name, `file:attribute` within `package`, or that and what it means in
+            words.
         """
         self.package = package
         pairs = {name: (entry, "") if isinstance(entry, str) else entry for name, entry in entries.items()}

@@ -27,6 +27,7 @@ def as_benchmark(info: dict[str, Any]) -> dict[str, Any]:
     return {"extra_info": info, "stats": {"q1": 1.0, "median": 1.0, "q3": 1.0}}
 
 
+@pytest.mark.slow
 def test_whole_models_are_measured_and_their_outputs_compared() -> None:
     inference, recovery = measure_inference(TINY), measure_recovery_step(TINY)
     assert set(inference["turns"]) == {"stock", "patched", "stock compiled", "patched compiled"}

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 import fastdistill
+from fastdistill.info import InfoConfig, main
 from fastdistill.ops import OPERATORS, backend
 
 
@@ -33,13 +36,17 @@ def test_info_names_a_backend_for_every_operator() -> None:
                 assert set(row["refused"]) <= set(backend.BACKENDS)
 
 
-def test_info_is_a_function_however_it_is_imported() -> None:
-    for code in ("import fastdistill.info", "from fastdistill.info import info", "import fastdistill"):
-        assert "modulate" in run("-c", f"{code}; import fastdistill; print(fastdistill.info()['operators'])")
+@pytest.mark.parametrize("code", ["import fastdistill.info", "from fastdistill.info import info", "import fastdistill"])
+def test_info_is_a_function_however_it_is_imported(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.delitem(sys.modules, "fastdistill.info", raising=False)
+    monkeypatch.delattr(fastdistill, "info", raising=False)
+    exec(code, {})
+    assert "modulate" in fastdistill.info()["operators"]
 
 
-def test_command() -> None:
-    printed = run("-m", "fastdistill.info")
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(InfoConfig())
+    printed = capsys.readouterr().out
     assert fastdistill.__version__ in printed
     for name in OPERATORS:
         assert name in printed

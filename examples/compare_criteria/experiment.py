@@ -1,10 +1,13 @@
-"""Which criterion chooses the blocks whose loss can be made good? An experiment on the emoji FLUX; about two hours on two cores.
+"""Which criterion chooses the blocks whose loss can be made good? An experiment on the emoji FLUX;
+about two hours on two cores.
 
     python examples/compare_criteria/experiment.py --output runs/criteria
 
-Every criterion chooses blocks to drop, 1/3 of them with three seeds, 1/4 and 1/2 with one. Every set that is chosen is cut, repaired in
-closed form, and recovered for an equal budget, from the plain cut and from the repaired one. Besides, ten random sets show what each repair
-is worth. An interrupted run continues; a finished one is only tabulated again: OUTPUT/results.json and OUTPUT/report.md.
+Every criterion chooses blocks to drop, 1/3 of them with three seeds, 1/4 and 1/2 with one. Every
+set that is chosen is cut, repaired in closed form, and recovered for an equal budget, from the
+plain cut and from the repaired one. Besides, ten random sets show what each repair is worth. An
+interrupted run continues; a finished one is only tabulated again: OUTPUT/results.json and
+OUTPUT/report.md.
 """
 
 from __future__ import annotations
@@ -28,14 +31,11 @@ from torch import Tensor
 
 from fastdistill.compress.choice.choose import spell
 from fastdistill.compress.importance import CRITERIA
-from fastdistill.compress.importance.calibrate import Calibration, calibrate
-from fastdistill.compress.importance.criterion import CalibrationPoints, Material
-from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, output_error, predictions
+from fastdistill.compress.importance.calibrate import Amount, Calibration, Source, calibrated
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs import REPAIRS
-from fastdistill.compress.repairs.damage import Damage
-from fastdistill.compress.surgery import boundary_map, cut
+from fastdistill.compress.repairs.damage import Damage, mend
+from fastdistill.compress.surgery import CutModel, cut, cut_model
 from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
@@ -48,7 +48,8 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
 
 VERIFIED, REPAIRED = "output, verified", "output, repaired"
-"""Of the best sets by the sum of scores, the one whose joint error is least, as cut, which is the command's way, and after a repair."""
+"""The set of least joint error among the best by the sum of scores: as cut, which is the command's
+way, and after a repair."""
 MEASURED = ("caption_accuracy", "frechet_distance", "psnr_to_reference")
 
 
@@ -57,14 +58,15 @@ class Config:
     output: Path
     """Folder for the results; an interrupted run in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of calibration, scores, recovery and images. All of them at 1/3, the first at 1/4 and 1/2."""
+    """Seeds of calibration, scores, recovery and images: all at 1/3, the first at 1/4 and 1/2."""
     images: int = 100
-    """Per model that is measured."""
+    """Images of each model that is measured."""
     sampling_steps: int = 14
     recovery_steps: int = 100
     """A quarter of the command's default: where everything is made good, nothing can be compared."""
     short_recoveries: tuple[int, ...] = (10, 30)
-    """Steps, for what the command would drop: what is a repair worth where there is no time to train?"""
+    """Steps, for what the command would drop: what is a repair worth where there is no time to
+    train?"""
     batch: int = 64
     calibration_images: int = 512
     """The points of the first half score; those of the second measure output errors."""
@@ -89,7 +91,7 @@ class Experiment:
         self.prompts = self.loaded.prompts
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value ``name``: from the folder if it is there."""
+        """The JSON value `name`: from the folder if it is there."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.console.print(f"seed {self.seed}: {name}")
@@ -98,68 +100,40 @@ class Experiment:
 
     @cached_property
     def calibration(self) -> Calibration:
+        """The points of its first half score; those of the second measure output errors."""
         images = self.config.calibration_images
-        with patched(self.teacher):
-            return calibrate(
-                self.pipeline,
-                self.family,
-                self.prompts,
-                self.sampling,
-                count=images,
-                steps=14,
-                points=images,
-                batch=self.config.batch,
-                seed=self.seed,
-                cache=self.folder / "calibration.safetensors",
-                tick=lambda count: None,
-            )
+        source = Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling)
+        amount = Amount(images=images, points=images, steps=14, batch=self.config.batch, seed=self.seed)
+        return calibrated(source, amount, cache=self.folder / "calibration.safetensors", console=self.console)
 
     @cached_property
-    def halves(self) -> list[CalibrationPoints]:
-        return list(self.calibration.points.chunks(self.config.calibration_images // 2))
-
-    @cached_property
-    def scored_on(self) -> Tensor:
-        """The full model's velocity on the half that scores: a choice must not see the other."""
-        return self._velocity(0)
-
-    @cached_property
-    def held_out(self) -> Tensor:
-        return self._velocity(1)
-
-    def _velocity(self, half: int) -> Tensor:
-        points = self.halves[half]
-        with patched(self.teacher):
-            return predictions(self.teacher, self.family, points, self.config.batch)
+    def halves(self) -> list[Calibration]:
+        whole = self.calibration
+        parts = whole.points.chunks(self.config.calibration_images // 2)
+        return [dataclasses.replace(whole, points=part, runs=whole.runs[: len(part)], console=Console(quiet=True)) for part in parts]
 
     def scores(self, criterion: str, drops: int) -> dict[BlockId, float]:
-        """Only a search and a training depend on how many are going to be dropped."""
+        """Scores on the first half. Only a search and a training depend on how many blocks are
+        going to be dropped."""
         suffix = f"-drop{drops}" if criterion in ("greedy", "learned") else ""
 
         def make() -> list[float]:
-            half = self.halves[0]
-            runs = self.calibration.runs[: len(half)]
-            material = Material(points=half, runs=runs, batch=self.config.batch, seed=self.seed, drops=drops)
-            with patched(self.teacher):
-                scores = CRITERIA[criterion](self.teacher, self.family, material, Ledger())
-            return [scores[block_id] for block_id in self.blocks]
+            return list(self.halves[0].score(criterion, drops=drops).values())
 
         return dict(zip(self.blocks, self.kept(f"scores-{criterion}{suffix}", make), strict=True))
 
     def joint(self, dropped: Sequence[BlockId]) -> float:
-        """On the half that scored."""
-        reference = self.scored_on
-        with patched(self.teacher):
-            return joint_output_error(self.teacher, self.family, self.halves[0], self.config.batch, dropped, reference)
+        """Joint error on the half that scored: a choice must not see the other."""
+        return self.halves[0].joint_error(dropped)
 
     def joint_repaired(self, dropped: Sequence[BlockId]) -> float:
-        """On the same half; repaired from a quarter of the points, which rank sets alike."""
-        reference, student = self.scored_on, self.repaired(dropped, "ridge", share=4)
-        with patched(student):
-            return output_error(student, self.family, self.halves[0], self.config.batch, reference)
+        """Output error on that half after a repair by a quarter of the points, which ranks sets as
+        all of them do."""
+        return self.halves[0].output_error(self.repaired(dropped, "ridge", share=4).student)
 
     def choices(self, drops: int) -> dict[str, list[BlockId]]:
-        """By criterion the set of least summed score; and of the six best by ``output`` those that a trial prefers."""
+        """Set of least summed score by criterion, and the one of the six best by `output` that a
+        trial prefers."""
         found = {name: self._least(self.scores(name, drops), drops) for name in CRITERIA}
 
         def best(trial: Callable[[Sequence[BlockId]], float]) -> list[int]:
@@ -175,24 +149,14 @@ class Experiment:
         chosen = set(sorted(self.blocks, key=scores.__getitem__)[:drops])
         return [block_id for block_id in self.blocks if block_id in chosen]
 
-    def repaired(self, dropped: Sequence[BlockId], repair: str, share: int = 1) -> Any:
-        damage = Damage.by_cutting(
-            self.teacher,
-            self.family,
-            dropped,
-            pool=self.calibration.pool,
-            points=self.config.repair_points // share,
-            batch=self.config.batch,
-            seed=self.seed,
-        )
-        with patched(self.teacher):
-            REPAIRS[repair](damage)
-        return damage.student
+    def repaired(self, dropped: Sequence[BlockId], repair: str, share: int = 1) -> CutModel:
+        model = cut_model(self.teacher, self.family, dropped)
+        mend(Damage.of(model, self.calibration, self.config.repair_points // share), repair, Console(quiet=True))
+        return model
 
     def error(self, student: Any) -> float:
-        """On the half that neither scores nor choices have seen."""
-        with patched(student):
-            return output_error(student, self.family, self.halves[1], self.config.batch, self.held_out)
+        """Output error on the half that neither scores nor choices have seen."""
+        return self.halves[1].output_error(student)
 
     def images(self, transformer: Any) -> Tensor:
         return self._evaluated(transformer, None).images
@@ -213,40 +177,45 @@ class Experiment:
         metrics = self._evaluated(transformer, None if transformer is self.teacher else self.reference).metrics
         return {name: metrics[name] for name in MEASURED if name in metrics}
 
-    def recovered(self, student: Any, dropped: Sequence[BlockId], steps: int) -> Any:
+    def recovered(self, model: CutModel, steps: int) -> Any:
+        """The student of `model`, trained in place."""
         config = self.config
         run = self.folder / "recovery"
         # An earlier run may have been stopped in the middle: a recovery is short, and starts again.
         shutil.rmtree(run, ignore_errors=True)
-        boundaries = boundary_map(self.blocks, dropped)
-        method = Recovery(student.float().train(), self.teacher, self.family, boundaries, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
+        student: Any = model.student.float().train()
+        method = Recovery(model, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
         train = TrainConfig(
             steps=steps, learning_rate=1e-3, warmup_steps=min(20, steps), ema_decay=0.98, seed=self.seed, checkpoint_every=1_000_000
         )
         trainer = Trainer(method, lambda step, rng: self.calibration.pool.batch(config.batch, rng), train, run)
         with patched(student), patched(self.teacher):
             trainer.fit("recover")
-        trainer.emas["student"].copy_to(student)
+        trainer.take_best()
         shutil.rmtree(run)
         return student.eval()
 
     def cell(self, dropped: Sequence[BlockId], *, ablate: bool) -> dict[str, Any]:
-        """Everything about one set of dropped blocks; to ``ablate`` is to recover it without a repair, too."""
-        plain, repaired = cut(self.teacher, dropped), self.repaired(dropped, "ridge")
-        result: dict[str, Any] = {"parameters": plain.num_parameters()}
-        result["cut"] = {"output_error": self.error(plain), **self.measured(plain)}
-        result["repaired"] = {"output_error": self.error(repaired), **self.measured(repaired)}
-        for name, student in (*((("recovered", plain),) if ablate else ()), ("repaired_recovered", repaired)):
-            student = self.recovered(student, dropped, self.config.recovery_steps)
+        """Everything about one set of dropped blocks; to `ablate` is to recover it without a
+        repair, too."""
+        plain, repaired = cut_model(self.teacher, self.family, dropped), self.repaired(dropped, "ridge")
+        result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in plain.student.parameters())}
+        result["cut"] = {"output_error": self.error(plain.student), **self.measured(plain.student)}
+        result["repaired"] = {"output_error": self.error(repaired.student), **self.measured(repaired.student)}
+        for name, model in (*((("recovered", plain),) if ablate else ()), ("repaired_recovered", repaired)):
+            student = self.recovered(model, self.config.recovery_steps)
             result[name] = {"output_error": self.error(student), **(self.measured(student) if name == "repaired_recovered" else {})}
         return result
 
     def head_start(self, dropped: Sequence[BlockId]) -> dict[str, dict[str, float]]:
-        """The output error after shorter recoveries, by their steps, with and without a repair."""
+        """Output error after shorter recoveries, by their steps, with and without a repair."""
         result = {}
         for steps in self.config.short_recoveries:
-            students = {"recovered": cut(self.teacher, dropped), "repaired_recovered": self.repaired(dropped, "ridge")}
-            result[str(steps)] = {name: self.error(self.recovered(student, dropped, steps)) for name, student in students.items()}
+            models = {
+                "recovered": cut_model(self.teacher, self.family, dropped),
+                "repaired_recovered": self.repaired(dropped, "ridge"),
+            }
+            result[str(steps)] = {name: self.error(self.recovered(model, steps)) for name, model in models.items()}
         return result
 
 
@@ -270,7 +239,7 @@ def repairs(experiment: Experiment) -> list[dict[str, Any]]:
         def measure(dropped: list[BlockId] = dropped) -> dict[str, float]:
             return {
                 "cut": experiment.error(cut(experiment.teacher, dropped)),
-                **{name: experiment.error(experiment.repaired(dropped, name)) for name in REPAIRS},
+                **{name: experiment.error(experiment.repaired(dropped, name).student) for name in REPAIRS},
             }
 
         rows.append({"dropped": spell(dropped, experiment.family), **experiment.kept(f"repairs-{_name(experiment, dropped)}", measure)})

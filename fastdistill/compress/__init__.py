@@ -1,22 +1,30 @@
-"""Make a diffusers transformer smaller: ``score``, ``select``, ``cut``, ``repair``, or ``python -m fastdistill.compress`` end to end."""
+"""Make a diffusers transformer smaller.
+
+From Python: `calibrate`, `score`, `select`, `cut`, `repair`. End to end:
+`Compression(CompressConfig(...)).run()`, or `python -m fastdistill.compress`.
+"""
 
 from typing import TYPE_CHECKING
 
 from fastdistill.lazy import lazily
 
 if TYPE_CHECKING:
+    from fastdistill.compress.api import calibrate as calibrate
     from fastdistill.compress.api import repair as repair
     from fastdistill.compress.api import score as score
-    from fastdistill.compress.api import scorer as scorer
     from fastdistill.compress.api import select as select
+    from fastdistill.compress.config import CompressConfig as CompressConfig
+    from fastdistill.compress.job import Compression as Compression
     from fastdistill.compress.surgery import cut as cut
 
 _LAZY = {
+    "CompressConfig": "fastdistill.compress.config",
+    "Compression": "fastdistill.compress.job",
+    "calibrate": "fastdistill.compress.api",
+    "cut": "fastdistill.compress.surgery",
     "repair": "fastdistill.compress.api",
     "score": "fastdistill.compress.api",
-    "scorer": "fastdistill.compress.api",
     "select": "fastdistill.compress.api",
-    "cut": "fastdistill.compress.surgery",
 }
 
 __all__ = [*_LAZY]

@@ -1,329 +1,289 @@
-"""The compression of one pipeline from end to end: calibrate, score, choose, cut, repair, recover, measure, write."""
+"""The compression of one pipeline from end to end: calibrate, score, choose, cut, repair, recover,
+measure, write."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastdistill.compress.choice.budget import show
-from fastdistill.compress.choice.choose import Request, Selection, choose, limit_of, parse, spell
-from fastdistill.compress.choice.costs import Cost, Costs, flops, latency, sizes, workload
+from fastdistill.compress.choice.choose import Evidence, Selection, Trial, choose, limit_of, requested, spell
+from fastdistill.compress.choice.costs import Cost, flops, latency, sizes, workload
 from fastdistill.compress.choice.solve import Interval
 from fastdistill.compress.choice.verify import best_of, intervals
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.importance.calibrate import Calibration, calibrate
-from fastdistill.compress.importance.scoring import Scorer
+from fastdistill.compress.importance.calibrate import Amount, Calibration, Source, calibrated
+from fastdistill.compress.plan import plan
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
-from fastdistill.compress.repairs import REPAIRS
-from fastdistill.compress.repairs.damage import Damage
-from fastdistill.compress.surgery import check, check_count
-from fastdistill.data.images import Captioned
+from fastdistill.compress.repairs.damage import Damage, mend
+from fastdistill.compress.report import Outcome, manifest, report
+from fastdistill.compress.surgery import CutModel, cut_model
 from fastdistill.errors import UserError
+from fastdistill.job import Job, dtype_of, train_config, training_bytes
 from fastdistill.models.blocks import block_ids, tied
-from fastdistill.models.families import family_of
-from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.families.family import BlockId
 from fastdistill.models.patch import patched
-from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.models.saving import save, swapped
+from fastdistill.models.saving import save
+from fastdistill.models.skeleton import skeleton_of
 from fastdistill.run.files import atomic_write
-from fastdistill.run.progress import bar, share_bar
+from fastdistill.run.progress import bar
 from fastdistill.run.resources import require_disk, require_memory
-from fastdistill.run.workspace import Workspace
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
 
-Evaluate = Callable[[Any, str], dict[str, Any]]
-"""``(pipeline, name) -> measurements``, a JSON object."""
+Scores = dict[str, dict[BlockId, float]]
+"""Score of each block in the order of the forward pass, by criterion."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a finished run knows; the manifest and the report are made from it."""
+class Compression(Job[CompressConfig]):
+    """A FLUX pipeline in, a smaller stock diffusers pipeline and a report out.
 
-    family: Family
-    blocks: list[BlockId]
-    selection: Selection
-    costs: Costs
-    latency_after: int | None
-    """Nanoseconds of one forward pass of the cut model, if a latency budget had it measured."""
-    boundaries: dict[BlockId, BlockId]
-    scores: dict[str, dict[BlockId, float]]
-    output_errors: dict[str, float]
-    """Of the cut, the repaired and the recovered model, relative. The sum of the single errors would predict the first if they added up."""
-    parameters: dict[str, int]
-    evaluation: dict[str, dict[str, Any]]
-    seconds: dict[str, float]
-
-
-def validate(config: CompressConfig, pipeline: Any, output: Path) -> Request:
-    """What ``--drop-blocks`` or ``--budget`` asks of this pipeline.
-
-    Raises:
-        UserError: it cannot be met, as far as that is known before anything is measured, or the disk of ``output`` or the memory would not
-            suffice.
+    Attributes:
+        blocks: every block of the full model, in the order of the forward pass.
+        request: what `--drop-blocks` or `--budget` asks for.
+        costs: of the full model, by quantity; operations and latency are added once they are
+            measured.
     """
-    transformer = pipeline.transformer
-    family = family_of(transformer)
-    budget = config.parsed_budget()
-    blocks = block_ids(transformer, family)
-    size = transformer.num_parameters()
-    if budget is None:
-        request = parse(config.drop_blocks, family)
-        drops = len(request.blocks) if request.count is None else request.count
-        check(transformer, family, request.blocks)
-        check_count(drops, len(blocks))
-        left = size * (len(blocks) - drops) // len(blocks)
-    else:
-        request = Request(budget=budget)
-        static = sizes(transformer, family, _save_dtype(config).itemsize)
-        # Of operations and time nothing is known yet: the blocks that go for them may be the small ones.
-        left = size
-        if budget.quantity in static:
-            left = size * limit_of(budget, static[budget.quantity]) // static[budget.quantity].total
-    # float32 weights, two Adam moments and their average, twice while a checkpoint replaces the last one, the repaired model, the result.
-    require_disk(output, size * 4 * (9 if config.recovery_steps else 2))
-    if config.recovery_steps:
-        what = "recovery, beside the full model (float32 weights, gradients, two Adam moments and averaged weights),"
-        require_memory(pipeline.device, left * 20, what, "drop more blocks, or give --recovery-steps 0 to cut without recovery")
-    return request
 
+    result = "compress.json"
+    reference = "full"
 
-def compress(
-    config: CompressConfig,
-    pipeline: Any,
-    prompts: Sequence[str],
-    images: Sequence[Captioned],
-    sampling: SamplingDefaults,
-    workspace: Workspace,
-    evaluate: Evaluate,
-    console: Console,
-) -> Outcome:
-    """Run every stage, or read it from the workspace if an interrupted run has finished it. Leaves the pipeline as it was.
+    @classmethod
+    def plan(cls, config: CompressConfig) -> str:
+        return plan(config)
 
-    Raises:
-        UserError: :func:`validate` does, or the costs that are measured first show that a budget cannot be met.
-    """
-    request = validate(config, pipeline, workspace.output)
-    teacher = pipeline.transformer
-    teacher.requires_grad_(False)
-    family = family_of(teacher)
-    blocks = block_ids(teacher, family)
-    clock = workspace.clock
+    def check(self) -> None:
+        self.blocks = block_ids(self.teacher, self.family)
+        self.request = requested(self.config.drop_blocks, self.config.parsed_budget(), self.teacher, self.family)
+        self.costs = sizes(self.teacher, self.family, self.save_dtype.itemsize)
+        self.require_resources(self.largest_student())
 
-    with clock("costs"):
-        costs = _costs(config, request, pipeline, family, sampling, workspace)
-    if request.budget:
-        try:
-            limit_of(request.budget, costs[request.budget.quantity])
-        except UserError:
-            # Nothing has been done yet, and another budget should find the folder free.
-            workspace.finish()
-            raise
-    with clock("calibrate"), patched(teacher):
-        calibration = _calibrate(config, pipeline, family, prompts, images, sampling, workspace, console)
-    drops = len(request.blocks) if request.count is None else request.count
-    scorer = Scorer(teacher, family, calibration, batch=config.batch, seed=config.seed, drops=drops, console=console)
-    with clock("score"):
-        scores = _scores(config, scorer, workspace)
-        selection = _select(config, request, costs, scorer, scores, workspace, console)
-    dropped = selection.dropped
-    errors = {"cut": best_of(selection.verified).joint}
-    console.print(f"dropping {spell(dropped, family)}: output error {errors['cut']:.3f}")
-
-    damage = Damage.by_cutting(
-        teacher, family, dropped, pool=calibration.pool, points=config.repair_points, batch=config.batch, seed=config.seed
-    )
-    student = damage.student
-    latency_after = None
-    if "latency" in costs:
-        with clock("costs"):
-            latency_after = workspace.cached("latency-after", lambda: _latency(config, student, pipeline, family, sampling).total)
-        if latency_after > selection.limit:
-            console.print(
-                f"the cut model takes {show('latency', latency_after)} where its blocks promised {show('latency', selection.limit)} at "
-                "most: they were timed one by one, and times vary; ask for a little less to be sure"
+    def run(self) -> None:
+        self.measure_costs()
+        calibration = self.calibrate()
+        scores = self.score(calibration)
+        selection = self.choose(calibration, scores)
+        model = cut_model(self.teacher, self.family, selection.dropped)
+        student = model.student
+        latency_after = self.time(student, selection.limit)
+        errors = {"cut": best_of(selection.verified).joint}
+        evaluation = {"full": self.measured("full", self.teacher), "cut": self.measured("cut", student)}
+        if self.config.repair.repair != "none":
+            self.repair(model, calibration)
+            errors["repaired"] = self.error("repaired", student, calibration)
+            evaluation["repaired"] = self.measured("repaired", student)
+        if self.config.recovery.recovery_steps:
+            self.recover(model, calibration)
+        self.save(student)
+        if self.config.recovery.recovery_steps:
+            errors["recovered"] = self.error("recovered", student, calibration)
+            evaluation["recovered"] = self.measured("recovered", student)
+        self.write(
+            Outcome(
+                model=model,
+                selection=selection,
+                costs=self.costs,
+                latency_after=latency_after,
+                scores=scores,
+                output_errors=errors,
+                evaluation=evaluation,
             )
-    evaluation = {}
-    with clock("evaluate"):
-        evaluation["full"] = workspace.cached("evaluation-full", lambda: evaluate(pipeline, "full"))
-        with swapped(pipeline, student):
-            evaluation["cut"] = workspace.cached("evaluation-cut", lambda: evaluate(pipeline, "cut"))
-    if config.repair != "none":
-        with clock("repair"):
-            _repair(config, damage, workspace.work / "repaired.safetensors", console)
-            errors["repaired"] = workspace.cached("error-repaired", lambda: scorer.output_error(student))
-        console.print(f"repaired by {config.repair}: output error {errors['repaired']:.3f}")
-        with clock("evaluate"), swapped(pipeline, student):
-            evaluation["repaired"] = workspace.cached("evaluation-repaired", lambda: evaluate(pipeline, "repaired"))
-    if config.recovery_steps:
-        with clock("recover"):
-            _recover(config, damage, workspace.work / "recovery")
-    student.to(_save_dtype(config))
-    save(pipeline, student, workspace.output / "model", sampling, prompts)
-    saved = sum(parameter.numel() for parameter in student.parameters())
-    if config.recovery_steps:
-        student.to(teacher.dtype)
-        errors["recovered"] = workspace.cached("error-recovered", lambda: scorer.output_error(student))
-        console.print(f"recovered: output error {errors['recovered']:.3f}")
-        with clock("evaluate"), swapped(pipeline, student):
-            evaluation["recovered"] = workspace.cached("evaluation-recovered", lambda: evaluate(pipeline, "recovered"))
-        shutil.copy(workspace.work / "recovery" / "metrics.jsonl", workspace.output / "metrics.jsonl")
-    return Outcome(
-        family=family,
-        blocks=blocks,
-        selection=selection,
-        costs=costs,
-        latency_after=latency_after,
-        boundaries=dict(damage.boundaries),
-        scores=scores,
-        output_errors=errors,
-        parameters={"full": teacher.num_parameters(), "compressed": saved},
-        evaluation=evaluation,
-        seconds=workspace.seconds,
-    )
-
-
-def _calibrate(
-    config: CompressConfig,
-    pipeline: Any,
-    family: Family,
-    prompts: Sequence[str],
-    images: Sequence[Captioned],
-    sampling: SamplingDefaults,
-    workspace: Workspace,
-    console: Console,
-) -> Calibration:
-    with bar(console, "calibrate", len(images) or config.calibration_images) as tick:
-        return calibrate(
-            pipeline,
-            family,
-            prompts,
-            sampling,
-            count=config.calibration_images,
-            steps=config.calibration_steps,
-            points=config.calibration_points,
-            batch=config.batch,
-            seed=config.seed,
-            images=images,
-            cache=workspace.work / "calibration.safetensors",
-            tick=tick,
         )
 
+    def largest_student(self) -> CutModel:
+        """The largest model that the request can leave, without weights.
 
-def _scores(config: CompressConfig, scorer: Scorer, workspace: Workspace) -> dict[str, dict[BlockId, float]]:
-    """Of ``output`` and ``bi``, which every report has, of the criterion that chooses, and of those asked for."""
+        Which blocks go is not known yet, unless they are named. Of all sets of blocks that meet the
+        request, the one with the fewest parameters is dropped; where operations or latency are
+        asked for, which are not measured yet, none.
+        """
+        budget = self.request.budget
+        dropped: list[BlockId] = []
+        if budget is None or budget.quantity in self.costs:
+            evidence = Evidence(scores=self.costs["params"].blocks, tied=tied(self.teacher, self.family))
+            dropped = choose(self.request, self.costs, evidence).dropped
+        return cut_model(skeleton_of(type(self.teacher), self.teacher.config).to(self.teacher.dtype), self.family, dropped)
 
-    def score(criterion: str) -> list[float]:
-        return list(scorer.score(criterion, workspace.work / f"scores-{criterion}.jsonl").values())
+    def require_resources(self, model: CutModel) -> None:
+        """Raise `UserError` if the disk or the memory does not suffice for a student of the size of
+        `model`."""
+        parameters = sum(parameter.numel() for parameter in model.student.parameters())
+        # The student as it is repaired and as it is saved, and what is saved with it.
+        disk = parameters * (self.teacher.dtype.itemsize + self.save_dtype.itemsize)
+        components = (part for name, part in self.pipeline.components.items() if name != "transformer" and isinstance(part, nn.Module))
+        disk += sum(parameter.nbytes for part in components for parameter in part.parameters())
+        memory = 0
+        if self.config.recovery.recovery_steps:
+            model.student.float()
+            memory, checkpoints = training_bytes(self.recovery(model), self.train_config)
+            disk += checkpoints
+        require_disk(self.output, disk)
+        remedy = "drop more blocks, or give --optimizer adamw8bit, or --recovery-steps 0 to cut without recovery"
+        require_memory(self.pipeline.device, memory, "recovery, in addition to the full model and without activations,", remedy)
 
-    names = dict.fromkeys(["output", "bi", config.criterion, *config.also_score])
-    values = {name: workspace.cached(f"scores-{name}", partial(score, name)) for name in names}
-    return {name: dict(zip(scorer.blocks, values[name], strict=True)) for name in names}
+    def measure_costs(self) -> None:
+        """Add operations to `costs`, and the latency if a budget is in it.
 
+        Raises:
+            UserError: the costs show that the budget cannot be met.
+        """
+        budget = self.request.budget
+        with self.clock("costs"):
+            self.costs["flops"] = flops(self.teacher, self.family, workload(self.sampling, self.pipeline.vae_scale_factor))
+            if budget and budget.quantity == "latency":
+                # Kept: another measurement would be another problem, and the continued run would
+                # choose other blocks.
+                outside, *times = self.workspace.cached("latency", self._latency_of_parts)
+                self.costs["latency"] = Cost(blocks=dict(zip(self.blocks, times, strict=True)), outside=outside)
+        if budget:
+            try:
+                limit_of(budget, self.costs[budget.quantity])
+            except UserError:
+                # Nothing has been done yet, and another budget should find the folder free.
+                self.workspace.finish()
+                raise
 
-def _costs(
-    config: CompressConfig, request: Request, pipeline: Any, family: Family, sampling: SamplingDefaults, workspace: Workspace
-) -> Costs:
-    """Of every quantity; latency is measured only for a budget of it."""
-    teacher = pipeline.transformer
-    blocks = block_ids(teacher, family)
-    costs = sizes(teacher, family, _save_dtype(config).itemsize)
-    costs["flops"] = flops(teacher, family, workload(sampling, pipeline.vae_scale_factor))
-    if request.budget and request.budget.quantity == "latency":
+    def calibrate(self) -> Calibration:
+        options = self.config.calibration
+        amount = Amount(
+            images=options.calibration_images,
+            points=options.calibration_points,
+            steps=options.calibration_steps,
+            batch=self.config.training.batch,
+            seed=self.config.run.seed,
+        )
+        source = Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images)
+        with self.clock("calibrate"):
+            return calibrated(source, amount, cache=self.workspace.work / "calibration.safetensors", console=self.console)
 
-        def measure() -> list[int]:
-            cost = _latency(config, teacher, pipeline, family, sampling)
-            return [cost.outside, *cost.blocks.values()]
+    def score(self, calibration: Calibration) -> Scores:
+        """Scores by `output` and `bi`, which every report has, by the criterion that chooses, and
+        by those asked for."""
 
-        # Kept: another measurement would be another problem, and the continued run would choose other blocks.
-        outside, *times = workspace.cached("latency", measure)
-        costs["latency"] = Cost(blocks=dict(zip(blocks, times, strict=True)), outside=outside)
-    return costs
+        def values(criterion: str) -> list[float]:
+            pieces = self.workspace.work / f"scores-{criterion}.jsonl"
+            return list(calibration.score(criterion, drops=self.request.drops, pieces=pieces).values())
 
+        names = dict.fromkeys(["output", "bi", self.config.choice.criterion, *self.config.choice.also_score])
+        with self.clock("score"):
+            found = {name: self.workspace.cached(f"scores-{name}", partial(values, name)) for name in names}
+        return {name: dict(zip(self.blocks, found[name], strict=True)) for name in names}
 
-def _latency(config: CompressConfig, transformer: Any, pipeline: Any, family: Family, sampling: SamplingDefaults) -> Cost:
-    """Of the stock model, which is what is saved."""
-    dtype = getattr(torch, config.latency_dtype) if config.latency_dtype else None
-    return latency(transformer, family, workload(sampling, pipeline.vae_scale_factor, config.latency_batch), dtype)
+    def choose(self, calibration: Calibration, scores: Scores) -> Selection:
+        options = self.config.choice
 
+        def joint(positions: Sequence[int]) -> float:
+            name = f"joint-{sum(1 << position for position in positions):x}"
+            dropped = [self.blocks[position] for position in positions]
+            return float(self.workspace.cached(name, lambda: calibration.joint_error(dropped)))
 
-def _select(
-    config: CompressConfig,
-    request: Request,
-    costs: Costs,
-    scorer: Scorer,
-    scores: dict[str, dict[BlockId, float]],
-    workspace: Workspace,
-    console: Console,
-) -> Selection:
-    def joint(positions: Sequence[int]) -> float:
-        dropped = [scorer.blocks[position] for position in positions]
-        name = f"joint-{sum(1 << position for position in positions):x}"
-        return float(workspace.cached(name, lambda: scorer.joint_error(dropped)))
+        with self.clock("score"):
+            evidence = Evidence(
+                scores=scores[options.criterion],
+                intervals=self.score_runs(joint),
+                output_errors=scores["output"],
+                tied=tied(self.teacher, self.family),
+            )
+            selection = choose(self.request, self.costs, evidence, Trial(joint=joint, sets=options.verify))
+        error = best_of(selection.verified).joint
+        self.console.print(f"dropping {spell(selection.dropped, self.family)}: output error {error:.3f}")
+        return selection
 
-    runs: dict[Interval, float] | None = None
-    if config.criterion == "output" and not request.blocks and config.longest_run > 1:
-        found = list(intervals(len(scorer.blocks), config.longest_run))
-        with bar(console, "score runs", len(found)) as advance:
-            runs = {}
-            for first, last in found:
-                runs[first, last] = joint(range(first, last + 1))
+    def score_runs(self, joint: Callable[[Sequence[int]], float]) -> dict[Interval, float] | None:
+        """Joint errors of runs of neighbouring blocks, as far as they can be candidates."""
+        options = self.config.choice
+        if options.criterion != "output" or self.request.blocks or options.longest_run == 1:
+            return None
+        runs = list(intervals(len(self.blocks), options.longest_run))
+        errors: dict[Interval, float] = {}
+        with bar(self.console, "score runs", len(runs)) as advance:
+            for first, last in runs:
+                errors[first, last] = joint(range(first, last + 1))
                 advance(1)
-    return choose(
-        request,
-        costs,
-        scores[config.criterion],
-        output_errors=scores["output"],
-        joint=joint,
-        intervals=runs,
-        best=config.verify,
-        tied=tied(scorer.network, scorer.family),
-    )
+        return errors
 
+    def time(self, student: Any, limit: int) -> int | None:
+        """Nanoseconds of one forward pass of the cut model, if a budget of `limit` nanoseconds is
+        to be met."""
+        if "latency" not in self.costs:
+            return None
+        with self.clock("costs"):
+            found = int(self.workspace.cached("latency-after", lambda: self._latency(student).total))
+        if found > limit:
+            self.console.print(
+                f"the cut model takes {show('latency', found)} where its blocks promised {show('latency', limit)} at "
+                "most: they were timed one by one, and times vary; ask for a little less to be sure"
+            )
+        return found
 
-def _repair(config: CompressConfig, damage: Damage, cache: Path, console: Console) -> None:
-    """Mend the student in place, or read what an interrupted run made of it from ``cache``."""
-    if not cache.exists():
-        with share_bar(console, "repair") as tick, patched(damage.teacher):
-            REPAIRS[config.repair](dataclasses.replace(damage, tick=tick))
-        with atomic_write(cache) as unfinished:
-            save_file(damage.student.state_dict(), unfinished)
-    damage.student.load_state_dict(load_file(cache))
+    def repair(self, model: CutModel, calibration: Calibration) -> None:
+        """Mend the student in place, or read what an interrupted run made of it."""
+        options, cache = self.config.repair, self.workspace.work / "repaired.safetensors"
+        with self.clock("repair"):
+            if not cache.exists():
+                mend(Damage.of(model, calibration, options.repair_points), options.repair, self.console)
+                with atomic_write(cache) as unfinished:
+                    save_file(model.student.state_dict(), unfinished)
+            model.student.load_state_dict(load_file(cache))
 
+    def recover(self, model: CutModel, calibration: Calibration) -> None:
+        """Train the student in place; it ends with the averaged weights."""
+        student: Any = model.student.float().train()
+        if self.config.training.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        batch, folder = self.config.training.batch, self.workspace.work / "recovery"
+        trainer = Trainer(self.recovery(model), lambda step, rng: calibration.pool.batch(batch, rng), self.train_config, folder)
+        with self.clock("recover"), patched(student), patched(model.teacher):
+            trainer.fit("recover")
+        trainer.take_best()
+        student.eval()
+        self.hand_over(folder)
 
-def _recover(config: CompressConfig, damage: Damage, run: Path) -> None:
-    """Train the student in place; it ends with the averaged weights."""
-    student: Any = damage.student.float().train()
-    if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    weights = RecoveryWeights(task=config.task_weight, out=config.output_weight, feat=config.feature_weight)
-    train = TrainConfig(
-        steps=config.recovery_steps,
-        learning_rate=config.learning_rate,
-        warmup_steps=min(20, config.recovery_steps),
-        ema_decay=config.ema_decay,
-        precision=config.precision,
-        seed=config.seed,
-        log_every=10,
-        checkpoint_every=100,
-    )
-    method = Recovery(student, damage.teacher, damage.family, damage.boundaries, weights)
-    trainer = Trainer(method, lambda step, rng: damage.pool.batch(config.batch, rng), train, run)
-    with patched(student), patched(damage.teacher):
-        trainer.fit("recover")
-    trainer.emas["student"].copy_to(student)
-    student.eval()
+    def save(self, student: Any) -> None:
+        """Write the pipeline with the student to `OUTPUT/model`; the student is left in the
+        teacher's dtype."""
+        student.to(self.save_dtype)
+        save(self.pipeline, student, self.output / "model", self.sampling, self.prompts)
+        student.to(self.teacher.dtype)
 
+    def error(self, stage: str, student: Any, calibration: Calibration) -> float:
+        """Relative output error of the student after a stage."""
+        found = float(self.workspace.cached(f"error-{stage}", lambda: calibration.output_error(student)))
+        self.console.print(f"{stage}: output error {found:.3f}")
+        return found
 
-def _save_dtype(config: CompressConfig) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, config.save_dtype)
-    return dtype
+    def write(self, outcome: Outcome) -> None:
+        record = self.record(**manifest(self.config, outcome, self.sampling))
+        parameters = record["parameters"]
+        headline = f"{parameters['full'] / 1e6:.2f} M -> {parameters['compressed'] / 1e6:.2f} M parameters"
+        self.finish(record, report(record), headline)
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        return dtype_of(self.config.run.save_dtype)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        return train_config(self.config.training, steps=self.config.recovery.recovery_steps, seed=self.config.run.seed)
+
+    def recovery(self, model: CutModel) -> Recovery:
+        options = self.config.recovery
+        weights = RecoveryWeights(task=options.task_weight, out=options.output_weight, feat=options.feature_weight)
+        return Recovery(model, weights)
+
+    def _latency_of_parts(self) -> list[int]:
+        """Nanoseconds outside the blocks of the full model, and of each block."""
+        cost = self._latency(self.teacher)
+        return [cost.outside, *cost.blocks.values()]
+
+    def _latency(self, transformer: Any) -> Cost:
+        """Latency of the stock model, which is what is saved."""
+        options = self.config.choice
+        dtype = dtype_of(options.latency_dtype) if options.latency_dtype else None
+        load = workload(self.sampling, self.pipeline.vae_scale_factor, options.latency_batch)
+        return latency(transformer, self.family, load, dtype)

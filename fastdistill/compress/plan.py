@@ -1,4 +1,5 @@
-"""``--dry-run``: what a cut would give, from the model's config alone. No weights are read and nothing is computed."""
+"""`--dry-run`: what a cut would give, from the model's config alone. No weights are read and
+nothing is computed."""
 
 from __future__ import annotations
 
@@ -10,10 +11,9 @@ from itertools import product
 import torch
 
 from fastdistill.compress.choice.budget import Budget, show
-from fastdistill.compress.choice.choose import Request, limit_of, nothing_meets, parse, spell
+from fastdistill.compress.choice.choose import limit_of, nothing_meets, requested, spell
 from fastdistill.compress.choice.costs import Costs, flops, kinds, sizes, workload
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.surgery import check, check_count
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import tied
 from fastdistill.models.families import anatomy_of
@@ -24,23 +24,26 @@ COLUMNS = {"params": "parameters", "memory": "weights", "flops": "operations"}
 
 
 def plan(config: CompressConfig) -> str:
-    """A table of blocks, parameters, bytes and operations: of the cut that is asked for, or of all that would meet the demand.
+    """A table of blocks, parameters, bytes and operations: of the cut that is asked for, or of all
+    that would meet the demand.
 
-    A count or a budget has no scores to choose by yet. But blocks of one kind cost the same, so that what a cut costs depends only on
-    how many of each kind stay; all such combinations are listed, for a budget those to which no block can be added.
-    A block of SD3 that its place makes smaller, the last one, costs what it would elsewhere, as whichever takes its place is smaller then.
+    A count or a budget has no scores to choose by yet. But blocks of one kind cost the same, so
+    that what a cut costs depends only on how many of each kind stay; all such combinations are
+    listed, for a budget those to which no block can be added. A block of SD3 that its place makes
+    smaller, the last one, costs what it would elsewhere, as whichever takes its place is smaller
+    then.
 
     Raises:
         UserError: no such model, not a supported one, or a demand that cannot be met.
     """
-    network, sampling, vae_scale_factor = read_config(config.model)
+    network, sampling, vae_scale_factor = read_config(config.run.model)
     sampling = sampling.replaced(config.sampling)
     anatomy = anatomy_of(network)
-    costs = sizes(network, anatomy, getattr(torch, config.save_dtype).itemsize)
+    costs = sizes(network, anatomy, getattr(torch, config.run.save_dtype).itemsize)
     costs["flops"] = flops(network, anatomy, workload(sampling, vae_scale_factor))
     groups = kinds(network, anatomy)
     text = [
-        f"{type(network).__name__}, weights in {config.save_dtype}, one forward pass at {sampling.width} x {sampling.height} pixels "
+        f"{type(network).__name__}, weights in {config.run.save_dtype}, one forward pass at {sampling.width} x {sampling.height} pixels "
         f"and {sampling.max_sequence_length} text tokens.",
         *([anatomy.remark] if anatomy.remark else []),
         "",
@@ -48,9 +51,8 @@ def plan(config: CompressConfig) -> str:
         "|---" * (len(COLUMNS) + 1) + "|",
         _row([len(group) for group in groups], [], costs),
     ]
-    request = Request(budget=config.parsed_budget()) if config.budget else parse(config.drop_blocks, anatomy)
+    request = requested(config.drop_blocks, config.parsed_budget(), network, anatomy)
     if request.blocks:
-        check(network, anatomy, request.blocks)
         left = [sum(block_id not in request.blocks for block_id in group) for group in groups]
         return "\n".join([*text, _row(left, request.blocks, costs), "", f"Without {spell(request.blocks, anatomy)}."])
     shared = tied(network, anatomy)
@@ -62,7 +64,6 @@ def plan(config: CompressConfig) -> str:
             "go is chosen by scores, for which the weights are needed."
         )
     else:
-        check_count(request.count or 0, costs["blocks"].total)
         found = [drop for drop in drops if len(drop.blocks) == request.count]
         closing = f"Every way to drop {request.count}; which blocks go is chosen by scores, for which the weights are needed."
     if not found:
@@ -72,7 +73,8 @@ def plan(config: CompressConfig) -> str:
 
 
 def _names(groups: Sequence[Sequence[BlockId]], anatomy: Anatomy) -> list[str]:
-    """``double``, ``single``; a stack with more than one kind of block has them told apart by their indices."""
+    """`double`, `single`; a stack with more than one kind of block has them told apart by their
+    indices."""
     short = {stack.attribute: stack.short for stack in anatomy.stacks}
     stacks = [group[0].stack for group in groups]
     return [short[group[0].stack] if stacks.count(group[0].stack) == 1 else spell(group, anatomy) for group in groups]
@@ -80,18 +82,18 @@ def _names(groups: Sequence[Sequence[BlockId]], anatomy: Anatomy) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """How many of each kind go, and blocks that stand for them."""
+    """Number of blocks of each kind that go, and blocks that stand for them."""
 
     counts: tuple[int, ...]
     blocks: list[BlockId]
 
     def covers(self, other: Drop) -> bool:
-        """Whether this one drops as many of each kind as ``other``, and more of some."""
+        """Whether this drop takes as many of each kind as `other`, and more of some."""
         return self.counts != other.counts and all(mine >= its for mine, its in zip(self.counts, other.counts, strict=True))
 
 
 def _drops(groups: Sequence[Sequence[BlockId]]) -> Iterator[Drop]:
-    """Every number of each kind, but not all blocks."""
+    """Every number of each kind, except all blocks."""
     for counts in product(*(range(len(group) + 1) for group in groups)):
         blocks = [block_id for group, count in zip(groups, counts, strict=True) for block_id in group[:count]]
         if len(blocks) < sum(map(len, groups)):
@@ -107,7 +109,7 @@ def _equally(drop: Drop, groups: Sequence[Sequence[BlockId]], shared: Mapping[st
 
 
 def _within(budget: Budget, drops: Sequence[Drop], costs: Costs) -> list[Drop]:
-    """Those that meet the budget and drop no more than they must."""
+    """Drops that meet the budget and take no more than they must."""
     if budget.quantity not in costs:
         raise UserError(
             f"--budget {budget.quantity}: it is measured on the model itself, and --dry-run has only its config; "

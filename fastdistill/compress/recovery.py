@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastdistill.compress.surgery import CutModel
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.diffusion.timesteps import LogitNormal
 from fastdistill.models.blocks import block_ids
-from fastdistill.models.families.family import BlockId, Family
 from fastdistill.models.hooks import Streams, captured
 from fastdistill.ops import feature_kd_loss
 from fastdistill.train.method import Loss, StudentMethod
@@ -22,7 +22,8 @@ from fastdistill.train.method import Loss, StudentMethod
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryWeights:
-    """The weights of the losses on the data, the full model's output and its features; zero leaves a loss out."""
+    """Weights of the losses on the data, the full model's output and its features; zero leaves a
+    loss out."""
 
     task: float
     out: float
@@ -30,10 +31,11 @@ class RecoveryWeights:
 
 
 def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tensor:
-    """``mean over pairs and streams of ||f_S - f_T||^2 / ||f_T||^2``.
+    """`mean over pairs and streams of ||f_S - f_T||^2 / ||f_T||^2`.
 
-    Divided by the teacher's norm, as features of FLUX differ by orders of magnitude between blocks and a plain sum sees only the last
-    ones (LAPTOP-Diff, arXiv 2404.11098, section 3.3). The text stream of the last pair is left out: nothing reads it.
+    Each term is divided by the teacher's norm, as features of FLUX differ by orders of magnitude
+    between blocks and a plain sum sees only the last ones (LAPTOP-Diff, arXiv 2404.11098, section
+    3.3). The text stream of the last pair is left out: nothing reads it.
     """
     terms = []
     for position, (f_s, f_t) in enumerate(zip(student, teacher, strict=True)):
@@ -46,20 +48,15 @@ def feature_loss(student: Sequence[Streams], teacher: Sequence[Streams]) -> Tens
 
 
 class Recovery(StudentMethod):
-    """``L = task L_task + out L_OutKD + feat L_FeatKD`` (BK-SDM, arXiv 2305.15798, equation 4; KOALA, arXiv 2312.04005).
+    """`L = task L_task + out L_OutKD + feat L_FeatKD` (BK-SDM, arXiv 2305.15798, equation 4; KOALA,
+    arXiv 2312.04005)."""
 
-    ``boundaries`` maps each kept block of the full model to the one whose output it should reproduce; the student's blocks are the
-    kept ones in order.
-    """
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, family: Family, boundaries: Mapping[BlockId, BlockId], weights: RecoveryWeights
-    ) -> None:
-        self.networks = {"student": student, "teacher": teacher}
-        self.family, self.weights = family, weights
+    def __init__(self, model: CutModel, weights: RecoveryWeights) -> None:
+        self.networks = {"student": model.student, "teacher": model.teacher}
+        self.family, self.weights = model.family, weights
         self.process, self.times = RectifiedFlow(), LogitNormal()
-        self.student_blocks = block_ids(student, family)
-        self.teacher_blocks = list(boundaries.values())
+        self.student_blocks = block_ids(model.student, model.family)
+        self.teacher_blocks = list(model.boundaries.values())
 
     def loss(self, role: str, batch: LatentBatch, rng: torch.Generator) -> Loss:
         x_t, t, noise = self.process.draw(batch.latents, self.times, rng)

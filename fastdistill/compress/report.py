@@ -1,21 +1,24 @@
-"""What a run leaves for people and programs: ``report.md`` and ``compress.json``."""
+"""Record and report of a run, for programs and people: `compress.json` and `report.md`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from fastdistill.compress.choice.budget import show
-from fastdistill.compress.choice.choose import spell
+from fastdistill.compress.choice.choose import Selection, spell
+from fastdistill.compress.choice.costs import Costs
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.job import Outcome
+from fastdistill.compress.surgery import CutModel
+from fastdistill.evaluation.table import rows
+from fastdistill.models.blocks import block_ids
 from fastdistill.models.families.family import BlockId
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.versions import CLOSING, versions
+from fastdistill.run.versions import CLOSING
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}
@@ -87,50 +90,71 @@ criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. With
 Recovery: {{ config.recovery_steps }} steps of {{ config.batch }} on \
 {% if images %}{{ images }} images of {{ config.images }}{% else %}{{ config.calibration_images }} images that the full model drew \
 of {{ prompts }} prompts{% endif %}, L = {{ config.task_weight }} L_task + {{ config.output_weight }} L_OutKD + \
-{{ config.feature_weight }} L_FeatKD, learning rate {{ config.learning_rate }}, seed {{ config.seed }}. Curves: `metrics.jsonl`; everything else: `compress.json`.
+{{ config.feature_weight }} L_FeatKD, learning rate {{ config.learning_rate }}, seed {{ config.seed }}. \
+Curves: `metrics.jsonl`; everything else: `compress.json`.
 
 """
 
 
 FRONT_ROWS = 12
-"""Of the Pareto front in report.md; of a model of FLUX.1-dev's size it has hundreds."""
+"""Rows of the Pareto front that report.md shows; for a model of FLUX.1-dev's size the front has
+hundreds."""
 SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
 
 
-def manifest(
-    config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults, *, prompts: int, images: int, command: str
-) -> dict[str, Any]:
-    """Everything about the run as JSON: what was dropped and why, what it cost, and with which versions.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Facts that a finished run knows of the models; the record and the report are made from them.
 
-    ``images`` is the number of images from a folder that were calibrated on, 0 if the full model drew them.
+    Attributes:
+        costs: of the full model, by quantity.
+        latency_after: nanoseconds of one forward pass of the cut model, if a latency budget had it
+            measured.
+        scores: of each block, by criterion.
+        output_errors: relative ones of the cut, the repaired and the recovered model. The sum of
+            the single errors would predict the first if they added up.
+        evaluation: measurements by model: full, cut, repaired, recovered.
     """
+
+    model: CutModel
+    selection: Selection
+    costs: Costs
+    latency_after: int | None
+    scores: Mapping[str, Mapping[BlockId, float]]
+    output_errors: Mapping[str, float]
+    evaluation: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def blocks(self) -> list[BlockId]:
+        """Every block of the full model, in the order of the forward pass."""
+        return block_ids(self.model.teacher, self.model.family)
+
+    def spelled(self, blocks: Iterable[BlockId]) -> str:
+        return spell(list(blocks), self.model.family)
+
+
+def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefaults) -> dict[str, Any]:
+    """Blocks that were dropped, why, and what came of it, as JSON."""
     scores = outcome.scores
-    spelled = {block_id: spell([block_id], outcome.family) for block_id in outcome.blocks}
+    spelled = {block_id: outcome.spelled([block_id]) for block_id in outcome.blocks}
+    parts = {"full": outcome.model.teacher, "compressed": outcome.model.student}
     return {
-        "format": 1,
-        "command": command,
-        "model": config.model,
         "dropped": _by_stack(outcome, keep=False),
         "kept": _by_stack(outcome, keep=True),
-        "boundaries": {spelled[student]: spelled[teacher] for student, teacher in outcome.boundaries.items()},
+        "boundaries": {spelled[student]: spelled[teacher] for student, teacher in outcome.model.boundaries.items()},
         "scores": {name: {spelled[block_id]: value for block_id, value in values.items()} for name, values in scores.items()},
         "choice": _choice(config, outcome),
         "costs": _costs(outcome),
         "at": {"height": sampling.height, "width": sampling.width, "max_sequence_length": sampling.max_sequence_length},
         "predicted_error": sum(scores["output"][block_id] for block_id in outcome.selection.dropped),
         "output_errors": outcome.output_errors,
-        "parameters": outcome.parameters,
+        "parameters": {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()},
         "evaluation": outcome.evaluation,
-        "prompts": prompts,
-        "images": images,
-        "seconds": outcome.seconds,
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()},
-        "versions": versions(),
     }
 
 
-def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """``report.md`` from a :func:`manifest` and, by row, the label and the texts of each model of its evaluation."""
+def report(record: Mapping[str, Any]) -> str:
+    """Text of `report.md`, from the record of the run (`Job.record` of a `manifest`)."""
     scores = record["scores"]
     kept = list(record["boundaries"])
     blocks = [
@@ -161,7 +185,7 @@ def report(record: Mapping[str, Any], measured: Sequence[tuple[str, Sequence[str
             **record,
             "blocks": blocks,
             "kept": len(kept),
-            "measured": measured,
+            "measured": rows(list(record["evaluation"].values())),
             "dropped": dropped,
             "sizes": _size_rows(record["costs"]),
             "verified": verified,
@@ -177,14 +201,14 @@ def _choice(config: CompressConfig, outcome: Outcome) -> dict[str, Any]:
     selection = outcome.selection
 
     def spelled(positions: Sequence[int]) -> str:
-        return spell([outcome.blocks[position] for position in positions], outcome.family)
+        return outcome.spelled(outcome.blocks[position] for position in positions)
 
     return {
         "asked": f"--budget {config.budget}" if config.budget else f"--drop-blocks {' '.join(config.drop_blocks)}",
         "quantity": selection.quantity,
         "full": selection.full,
         "limit": selection.limit,
-        "dropped": spell(selection.dropped, outcome.family),
+        "dropped": outcome.spelled(selection.dropped),
         "front": [
             {"dropped": spelled(choice.dropped), "left": selection.full - choice.saved, "score": choice.error} for choice in selection.front
         ],
@@ -204,14 +228,15 @@ def _choice(config: CompressConfig, outcome: Outcome) -> dict[str, Any]:
 
 
 def _costs(outcome: Outcome) -> dict[str, dict[str, Any]]:
-    """By quantity: of the full and the cut model, of each block and of what is outside them."""
+    """Costs by quantity: of the full and the cut model, of each block and of what is outside the
+    blocks."""
     result: dict[str, dict[str, Any]] = {}
     for quantity, cost in outcome.costs.items():
         result[quantity] = {
             "full": cost.total,
             "cut": cost.left(outcome.selection.dropped),
             "outside": cost.outside,
-            "blocks": {spell([block_id], outcome.family): value for block_id, value in cost.blocks.items()},
+            "blocks": {outcome.spelled([block_id]): value for block_id, value in cost.blocks.items()},
         }
     if outcome.latency_after is not None:
         result["latency"]["cut_measured"] = outcome.latency_after
@@ -251,5 +276,5 @@ def _by_stack(outcome: Outcome, *, keep: bool) -> dict[str, list[int]]:
 
     return {
         stack.attribute: [block_id.index for block_id in outcome.blocks if block_id.stack == stack.attribute and wanted(block_id)]
-        for stack in outcome.family.stacks
+        for stack in outcome.model.family.stacks
     }

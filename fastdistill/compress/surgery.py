@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,23 +13,50 @@ from torch import Tensor, nn
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, blocks_of, tied
 from fastdistill.models.families import anatomy_of
-from fastdistill.models.families.family import Anatomy, BlockId
+from fastdistill.models.families.family import Anatomy, BlockId, Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutModel:
+    """A cut model, the full one, and where both should agree.
+
+    Attributes:
+        student: the cut model.
+        teacher: the full one.
+        boundaries: for each kept block of the full model, in the order of the cut one's, the block
+            whose output it should give.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    family: Family
+    boundaries: Mapping[BlockId, BlockId]
+
+
+def cut_model(teacher: nn.Module, family: Family, dropped: Iterable[BlockId]) -> CutModel:
+    """The teacher with a copy of it that lacks `dropped`."""
+    gone = list(dropped)
+    boundaries = boundary_map(block_ids(teacher, family), gone)
+    return CutModel(student=cut(teacher, gone), teacher=teacher, family=family, boundaries=boundaries)
 
 
 def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> Any:
-    """A new transformer without the dropped blocks; the kept ones are re-indexed without gaps and copied bit by bit.
+    """A new transformer without the dropped blocks; the kept ones are re-indexed without gaps and
+    copied bit by bit.
 
-    It computes what the whole transformer computes with these blocks skipped, and is a model of the same class with a smaller config:
-    ``save_pretrained`` and stock ``from_pretrained`` work. What depends on a block's place follows (:meth:`Anatomy.adapt_to_cut`).
+    The result computes what the whole transformer computes with these blocks skipped. It is a model
+    of the same class with a smaller config, so that `save_pretrained` and stock `from_pretrained`
+    work. What depends on a block's place follows (`Anatomy.adapt_to_cut`).
 
     Args:
         transformer: a diffusers transformer of a supported family; it is left as it is.
-        drop: block lists, by attribute or short name, with the indices to drop, ``{"transformer_blocks": [1], "single": [0, 2]}``,
-            or the same as :class:`BlockId`.
+        drop: block lists, by attribute or short name, with the indices to drop,
+            `{"transformer_blocks": [1], "single": [0, 2]}`, or the same as `BlockId`.
 
     Raises:
-        UserError: an unsupported class, an unknown block, nothing left, lists with one count cut unequally, or parameters that the config
-            does not describe, as adapters and fused projections are.
+        UserError: an unsupported class, an unknown block, nothing left, lists with one count cut
+            unequally, or parameters that the config does not describe, as adapters and fused
+            projections are.
     """
     anatomy = anatomy_of(transformer)
     dropped = spelled_out(drop, anatomy)
@@ -49,15 +77,16 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
         if (new_name := _new_name(name, kept)) is not None
     }
     anatomy.adapt_to_cut(transformer, kept, config, state)
-    # Initialising billions of weights only to overwrite them takes minutes. What is no parameter is built as it will be when stock
-    # diffusers, which does the same, loads the result: Qwen-Image's rotary tables, Chroma's row numbers.
+    # Initialising billions of weights only to overwrite them takes minutes. What is no parameter is
+    # built as it will be when stock diffusers, which does the same, loads the result: Qwen-Image's
+    # rotary tables, Chroma's row numbers.
     with init_empty_weights():
         result = type(transformer).from_config(config)
     strangers = sorted(state.keys() ^ result.state_dict().keys())
     if strangers:
         raise UserError(
             f"the config of this {type(transformer).__name__} does not account for {strangers[0]} and {len(strangers) - 1} more; "
-            "load it afresh, or unload adapters and unfuse projections before cutting"
+            "load it again, or unload adapters and unfuse projections before cutting"
         )
     result.load_state_dict(state, assign=True)
     _place_buffers(result, transformer, state)
@@ -65,7 +94,8 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
 
 
 def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) -> None:
-    """Raise :class:`UserError` for a block that does not exist, a cut that leaves nothing, or lists with one count cut unequally."""
+    """Raise `UserError` for a block that does not exist, a cut that leaves nothing, or lists with
+    one count cut unequally."""
     existing = block_ids(transformer, anatomy)
     short = {stack.attribute: stack.short for stack in anatomy.stacks}
     dropped = set(dropped)
@@ -84,7 +114,7 @@ def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) 
 
 
 def check_count(drops: int, blocks: int) -> None:
-    """Raise :class:`UserError` if so many of so many blocks cannot be dropped."""
+    """Raise `UserError` if so many of so many blocks cannot be dropped."""
     if drops >= blocks:
         raise UserError(f"dropping all {blocks} blocks leaves no model; drop at most {blocks - 1}")
 
@@ -92,9 +122,10 @@ def check_count(drops: int, blocks: int) -> None:
 def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dict[BlockId, BlockId]:
     """For each kept block, the block of the full model whose output it should reproduce.
 
-    The kept block takes over the span up to the next kept one: block ``k_j`` is matched to block ``k_{j+1} - 1`` in the order of the
-    forward pass (TinyFusion and PPCL pair the last block of the replaced span; field's convention (c)). Leading dropped blocks have no
-    kept block before them and are taken over by the first one.
+    The kept block takes over the span up to the next kept one: block `k_j` is matched to block
+    `k_{j+1} - 1` in the order of the forward pass (TinyFusion and PPCL pair the last block of the
+    replaced span; field's convention (c)). Leading dropped blocks have no kept block before them
+    and are taken over by the first one.
     """
     gone = set(dropped)
     kept = [position for position, block_id in enumerate(existing) if block_id not in gone]
@@ -103,7 +134,7 @@ def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dic
 
 
 def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
-    """The blocks that :func:`cut` is told to drop, in either way."""
+    """Blocks that `cut` is told to drop, in either way."""
     if isinstance(drop, Mapping):
         attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
         return {BlockId(stack=attributes.get(name, name), index=index) for name, indices in drop.items() for index in indices}
@@ -111,7 +142,7 @@ def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: 
 
 
 def _new_name(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
-    """What an entry of the state dict is called after the cut; ``None`` if it goes."""
+    """Name of an entry of the state dict after the cut; `None` if the entry goes."""
     for attribute, indices in kept.items():
         if name.startswith(f"{attribute}."):
             index, _, rest = name.removeprefix(f"{attribute}.").partition(".")
@@ -120,7 +151,7 @@ def _new_name(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
 
 
 def _place_buffers(result: nn.Module, source: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Buffers that no state dict holds go where those of ``source`` are, with their dtype."""
+    """Buffers that no state dict holds go where those of `source` are, with their dtype."""
     for name, buffer in result.named_buffers():
         if name not in state:
             owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,5 @@
-"""`python -m fastdistill.distill`: a FLUX pipeline in, its few-step student as a stock diffusers pipeline and a report out."""
+"""`python -m fastdistill.distill`: a FLUX pipeline in, its few-step student as a stock diffusers
+pipeline and a report out."""
 
 from __future__ import annotations
 

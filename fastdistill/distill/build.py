@@ -1,4 +1,5 @@
-"""From the options of a run to its method and its training, with networks that may be without weights."""
+"""From the options of a run to its method and its training, with networks that may be without
+weights."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class Models:
     sampling: SamplingDefaults
 
     def without_weights(self) -> Models:
-        """The same architectures on the meta device."""
+        """Equal models on the meta device."""
         teacher = skeleton_of(type(self.teacher), self.teacher.config).to(self.teacher.dtype)
         student = None if self.student is None else skeleton_of(type(self.student), self.student.config)
         return dataclasses.replace(self, teacher=teacher, student=student)
@@ -75,7 +76,7 @@ def build(config: DistillConfig, models: Models, *, shift: float = 1.0, uncondit
 
 
 def training(config: DistillConfig, method: Distillation) -> TrainConfig:
-    """How the roles of `method` are trained; only the student's weights are averaged."""
+    """Training of the roles of `method`; only the student's weights are averaged."""
     scale = REFERENCE_WIDTH / inner_dim(method.student.network)
     student = train_config(config.training, steps=config.training.training_steps, seed=config.run.seed, scale=scale)
     rates = config.options.learning_rates
@@ -94,7 +95,8 @@ def training(config: DistillConfig, method: Distillation) -> TrainConfig:
 
 
 def plan(config: DistillConfig) -> str:
-    """Resolved settings of training and the memory it needs, by the models' configs alone (`--dry-run`)."""
+    """Resolved settings of training and the memory it needs, by the models' configs alone
+    (`--dry-run`)."""
     teacher, sampling, _ = read_config(config.run.model)
     student = read_config(config.student)[0] if config.student else None
     teacher.to(dtype_on(config.run.device or default_device()))

@@ -1,4 +1,5 @@
-"""The options of `python -m fastdistill.distill`, some of them of one method. Imports no torch, so that `--help` answers at once."""
+"""The options of `python -m fastdistill.distill`, some of them of one method. Imports no torch, so
+that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -28,15 +29,15 @@ REFERENCE_WIDTH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What the student is trained on."""
+    """Data that the student is trained on."""
 
     num_images: int = 1024
     """Images that the teacher draws to train on, or that are taken from --images at most."""
     image_steps: int | None = None
     """Sampling steps of each image; default: those of the teacher."""
     teacher_cache: Path | None = None
-    """Folder for what the teacher draws and how it is measured, where other runs with the same teacher, prompts and seed find it; default:
-    with the run, until that is finished."""
+    """Folder for what the teacher draws and how it is measured, where other runs with the same
+    teacher, prompts and seed find it; default: with the run, until that is finished."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_images", "image_steps")
@@ -44,13 +45,14 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentTrainingOptions(TrainingOptions):
-    """How the student is trained."""
+    """Training of the student."""
 
     training_steps: int = 300
-    """Updates; in tdm and dmd2 updates of the critic, of which the student has one in --critic-updates."""
+    """Updates; in tdm and dmd2 updates of the critic, of which the student has one in
+    --critic-updates."""
     learning_rate: float = 5e-4
-    """Peak learning rate of AdamW for a model of the emoji FLUX's width, 128; a wider one gets as much less as it is wider (Yang et al.
-    2022, muP). Cosine decay to zero."""
+    """Peak learning rate of AdamW for a model of the emoji FLUX's width, 128; a wider one gets as
+    much less as it is wider (Yang et al. 2022, muP). Cosine decay to zero."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,10 +61,11 @@ class StudentTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """How the student is measured while it is trained; the best weights are kept."""
+    """Measurements of the student in training, by which the best weights are kept."""
 
     watch_every: int = 50
-    """Training steps between measurements of the student; 0: none, and the last weights are the result."""
+    """Training steps between measurements of the student; 0: none, and the last weights are the
+    result."""
     watch_images: int = 100
     """Images of each such measurement, from other noise than those of the report."""
     patience: int | None = None
@@ -77,20 +80,23 @@ class WatchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(JobConfig):
-    """Teach a student to draw in few steps what its teacher draws in many. Every method has options of its own: --method NAME --help.
+    """Teach a student to draw in few steps what its teacher draws in many. Every method has options
+    of its own: --method NAME --help.
 
-    Writes a stock diffusers pipeline to OUTPUT/model, and report.md, grid.png, curves.png, distill.json, metrics.jsonl and samples/ to
-    OUTPUT. An interrupted run continues when the same command is given again.
+    Writes a stock diffusers pipeline to OUTPUT/model, and report.md, grid.png, curves.png,
+    distill.json, metrics.jsonl and samples/ to OUTPUT. An interrupted run continues when the same
+    command is given again.
     """
 
     method: Annotated[MethodName, tyro.conf.arg(help=f"What the student learns. {METHODS.explained()}.")]
     steps: int
     """Sampling steps of the student."""
     student: str | None = None
-    """A pipeline whose transformer the student starts from, such as a smaller one that fastdistill.compress made; default: the teacher."""
+    """A pipeline whose transformer the student starts from, such as a smaller one that
+    fastdistill.compress made; default: the teacher."""
     shift: float | None = None
-    """Moves the student's times towards noise if above 1; default: the shift of the teacher's scheduler, of a dynamic one at the size to
-    sample at."""
+    """Moves the student's times towards noise if above 1; default: the shift of the teacher's
+    scheduler, of a dynamic one at the size to sample at."""
 
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     training: Annotated[StudentTrainingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=StudentTrainingOptions)
@@ -118,7 +124,8 @@ class DistillConfig(JobConfig):
 
 
 def config_of(arguments: Sequence[str]) -> type[DistillConfig]:
-    """The options that a command line may give: those of every method, and its own if it names one, with the defaults of that method."""
+    """The options that a command line may give: those of every method, and its own if it names one,
+    with the defaults of that method."""
     name = _named(arguments)
     if name is None or name not in METHODS:
         return DistillConfig

@@ -1,4 +1,5 @@
-"""The distillation of one pipeline from end to end: let the teacher draw, measure it, train, save, measure the student, write."""
+"""The distillation of one pipeline from end to end: let the teacher draw, measure it, train, save,
+measure the student, write."""
 
 from __future__ import annotations
 
@@ -38,10 +39,11 @@ from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
 
 WATCHED = ("frechet_distance_to_reference", "frechet_distance", "background_total_variation", "background_purity", "caption_accuracy")
-"""Measurements while training. The first decides: every model has it, and images of the same prompts and noise differ less by chance than
-fresh ones."""
+"""Measurements while training. The first decides: every model has it, and images of the same
+prompts and noise differ less by chance than fresh ones."""
 WATCH_SEEDS = 1000
-"""Added to the seed of the run for images that choose the weights: the images of the report have no part in the choice."""
+"""Added to the seed of the run for images that choose the weights: the images of the report have no
+part in the choice."""
 GRID_IMAGES = 8
 
 
@@ -51,7 +53,8 @@ class FewStepStudent(Job[DistillConfig]):
     Attributes:
         models: the transformers that the run begins with.
         method: teaches the student; there once the job runs.
-        teachers: how the teacher is sampled to compare with, by name: as it is, and in as many steps as the student.
+        teachers: how the teacher is sampled to compare with, by name: as it is, and in as many
+        steps as the student.
         watch: gallery by whose measurements the weights are chosen.
     """
 
@@ -70,7 +73,7 @@ class FewStepStudent(Job[DistillConfig]):
         shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
         require_disk(self.output, checkpoints + 2 * self.config.data.num_images * prod(shape) * torch.float32.itemsize)
         remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
-        require_memory(self.pipeline.device, memory, f"{self.config.method}, beside the teacher and without activations,", remedy)
+        require_memory(self.pipeline.device, memory, f"{self.config.method}, in addition to the teacher and without activations,", remedy)
 
     def run(self) -> None:
         self.method = self.build()
@@ -107,7 +110,7 @@ class FewStepStudent(Job[DistillConfig]):
 
     @cached_property
     def student_sampling(self) -> SamplingDefaults:
-        """How the student is sampled: guidance is in its weights, or an input."""
+        """Sampling of the student: guidance is in its weights, or an input."""
         sampling, scale = self.sampling, self.sampling.guidance_scale
         if self.config.options.guidance_range is not None and embeds_guidance(self.method.student.network) and sampling.true_cfg_scale != 1:
             scale = sampling.true_cfg_scale
@@ -126,7 +129,8 @@ class FewStepStudent(Job[DistillConfig]):
         return self.gallery_in(self.workspace.folder("watch"), count=count, seed=seed)
 
     def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
-        """Gallery of `count` images of each model; measurements of the teacher lie in the cache that runs share, if there is one."""
+        """Gallery of `count` images of each model; measurements of the teacher lie in the cache
+        that runs share, if there is one."""
         if cache := self.config.data.teacher_cache:
             teacher = {"model": self.config.run.model, "prompts": self.prompts, "sampling": asdict(self.sampling)}
             shared = cache / f"measured-{digest({**teacher, 'images': count, 'seed': seed})}"
@@ -136,7 +140,8 @@ class FewStepStudent(Job[DistillConfig]):
         return encode_prompts(prompts, self.pipeline, self.family, self.sampling, self.config.training.batch)
 
     def draw(self) -> tuple[Conditioning, BatchSource]:
-        """Conditioning of every prompt, and what a step is trained on: the teacher's pairs, the user's images, or prompts alone."""
+        """Conditioning of every prompt, and what a step is trained on: the teacher's pairs, the
+        user's images, or prompts alone."""
         with self.clock("images"), patched(self.teacher):
             if self.images and self.config.options.training_data == "images":
                 return self._encode_images()
@@ -146,7 +151,8 @@ class FewStepStudent(Job[DistillConfig]):
             return conditioning, self._draw_pairs(conditioning)
 
     def watch_teachers(self) -> dict[str, dict[str, Any]]:
-        """Measurements of the teachers to compare the student in training with; none if it is not watched."""
+        """Measurements of the teachers to compare the student in training with; none if it is not
+        watched."""
         if not self.config.watch.watch_every:
             return {}
         with self.clock("train"):
@@ -180,7 +186,8 @@ class FewStepStudent(Job[DistillConfig]):
         return {name: float(measured[name]) for name in WATCHED if name in measured}
 
     def save(self) -> Any:
-        """Write the student's pipeline to `OUTPUT/model`; return the student in the teacher's dtype."""
+        """Write the student's pipeline to `OUTPUT/model`; return the student in the teacher's
+        dtype."""
         student: Any = self.method.student.network.eval()
         student.to(dtype_of(self.config.run.save_dtype))
         with swapped(self.pipeline, student, self.scheduler):
@@ -245,7 +252,8 @@ class FewStepStudent(Job[DistillConfig]):
         return lambda step, rng: pairs.batch(batch, rng)
 
     def _sample_rows(self, conditioning: Conditioning) -> Any:
-        """A function that draws the grid of images of the student in training, always from the same noise."""
+        """A function that draws the grid of images of the student in training, always from the same
+        noise."""
         count = min(GRID_IMAGES, len(conditioning))
         rows = torch.arange(count) * len(conditioning) // count
         shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
@@ -260,5 +268,6 @@ class FewStepStudent(Job[DistillConfig]):
         return draw
 
     def _mixed(self) -> torch.autocast:
-        """Autocast for a student in float32 within a pipeline in bfloat16, which hands its dtype to the student."""
+        """Autocast for a student in float32 within a pipeline in bfloat16, which hands its dtype to
+        the student."""
         return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.teacher.dtype != torch.float32)

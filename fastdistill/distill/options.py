@@ -1,4 +1,4 @@
-"""The options of every method. Imports no torch, so that ``--help`` answers at once."""
+"""The options of every method. Imports no torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ Known = Annotated[ValueT, tyro.conf.Fixed, tyro.conf.Suppress]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
-    """What every method asks: how the teacher is guided while it teaches. By default the student learns the guided field as its own."""
+    """Guidance of the teacher while it teaches. By default the student learns the guided field as
+    its own."""
 
     true_cfg_scale: Known[float] = 1.0
     """Classifier-free guidance of the teacher, u + w (c - u); 1 is off."""
     guidance_scale: Known[float] = 3.5
     """Embedded guidance of each network that takes it."""
     guidance_range: tuple[float, float] | None = None
-    """Draw the scale of each sample evenly from this range: the embedded one of a teacher that takes it, else the classifier-free one.
-    The student learns to follow it, and must take guidance."""
+    """Draw the scale of each sample evenly from this range: the embedded one of a teacher that
+    takes it, else the classifier-free one. The student learns to follow it, and must take guidance."""
 
     def __post_init__(self) -> None:
         if self.guidance_range is not None and not self.guidance_range[0] <= self.guidance_range[1]:
@@ -36,21 +37,22 @@ class MethodOptions:
 
     @property
     def training_data(self) -> TrainingData:
-        """What to train on: pairs of noise and the teacher's image from it, images of any origin, or nothing but prompts."""
+        """Data to train on: pairs of noise and the teacher's image from it, images of any origin,
+        or nothing but prompts."""
         return "images"
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
-        """Of the roles that have one of their own."""
+        """Learning rate of each role that has one of its own."""
         return {}
 
     def check_steps(self, steps: int) -> None:
-        """Raise :class:`UserError` if the method does not make a student of so many steps."""
+        """Raise `UserError` if the method does not make a student of so many steps."""
         if steps < 1:
             raise UserError(f"a student is sampled in at least one step, got {steps}")
 
     def resolved(self, steps: int, training_steps: int) -> Self:
-        """These for a student of ``steps`` that is trained for ``training_steps``."""
+        """Options for a student of `steps` that is trained for `training_steps`."""
         self.check_steps(steps)
         return self
 
@@ -64,16 +66,18 @@ class MatchingOptions(MethodOptions):
     """Distribution matching, of DMD and DMD2."""
 
     times: TimesName = "uniform"
-    """Where scores are compared: uniform (DMD, DMD2) or logit_normal (SenseFlow)."""
+    """Times at which scores are compared: uniform (DMD, DMD2) or logit_normal (SenseFlow)."""
     time_low: float = 0.02
     time_high: float = 0.98
     """The uniform times lie between these two, before the shift."""
     time_shift: float = 1.0
     """Moves the times towards noise if above 1."""
     normaliser: Literal["sample", "batch", "none"] = "sample"
-    """The mean that divides the difference of the scores: over each sample, over the batch, or none."""
+    """The mean that divides the difference of the scores: over each sample, over the batch, or
+    none."""
     critic_learning_rate: float | None = None
-    """Of the critic, and of the discriminator that reads its features; default: the student's."""
+    """Learning rate of the critic, and of the discriminator that reads its features; default: the
+    student's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,13 +99,14 @@ class RolloutOptions(MatchingOptions):
     critic_updates: int = 5
     """Updates of the critic for each of the student (the two time scales)."""
     backward_simulation: float = 1.0
-    """How often the student trains on the states that its own sampling visits, instead of noised data: 1 is DMD2, 0.5 SenseFlow."""
+    """Share of the student's training on the states that its own sampling visits, instead of noised
+    data: 1 is DMD2, 0.5 SenseFlow."""
     rollout: RolloutName = "ode"
-    """How the student steps from time to time: ode, as FlowMatchEulerDiscreteScheduler does by default, or sde, with new noise at each
-    step, as it does with stochastic_sampling."""
+    """Steps of the student from time to time: ode, as FlowMatchEulerDiscreteScheduler does by
+    default, or sde, with new noise at each step, as it does with stochastic_sampling."""
     ida_decay: float | None = None
-    """Implicit distribution alignment: after each of the student's updates the critic keeps this much of itself and takes the rest from
-    the student (SenseFlow: 0.97)."""
+    """Implicit distribution alignment: after each of the student's updates the critic keeps this
+    much of itself and takes the rest from the student (SenseFlow: 0.97)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

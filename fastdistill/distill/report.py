@@ -1,4 +1,4 @@
-"""What a run of distillation leaves for people: `report.md`."""
+"""Report of a distillation for people: `report.md`."""
 
 from __future__ import annotations
 
@@ -55,16 +55,17 @@ Images on the way: `samples/`. All values: `metrics.jsonl`; everything else: `di
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished run has found out."""
+    """Results of a finished run."""
 
     evaluation: dict[str, dict[str, Any]]
-    """Measurements by model: the teacher, the teacher in as many steps as the student if that is another number, the student."""
+    """Measurements by model: the teacher, the teacher in as many steps as the student if that is
+    another number, the student."""
     calls: dict[str, int]
     """Calls of a network for one image, by model."""
     parameters: dict[str, int]
     shift: float
     watched: dict[str, dict[str, Any]]
-    """What the student was compared with while it was trained, measured in the same way."""
+    """Measurements of the models that the student was compared with while it was trained."""
     chosen: dict[str, Any] | None
     """The measurement by which the best weights were chosen, and their step."""
 

@@ -21,7 +21,7 @@ from fastdistill.models.saving import swapped
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where every row begins: noise (N, C, H, W) and the conditioning of each image."""
+    """Beginning of every row: noise (N, C, H, W) and the conditioning of each image."""
 
     noise: Tensor
     conditioning: Conditioning
@@ -30,8 +30,8 @@ class Start:
 class SampleRows:
     """Rows `teacher` and `student`, and for a method with a critic `x0_real` and `x0_critic`.
 
-    The last two are what teacher and critic see in the student's images behind noise, at `t = 1/2` before the shift; their difference is
-    what the student learns from.
+    The last two are what teacher and critic see in the student's images behind noise, at `t = 1/2`
+    before the shift; their difference is what the student learns from.
     """
 
     def __init__(self, method: Distillation, pipeline: Any, scheduler: Any, start: Start) -> None:
@@ -42,7 +42,8 @@ class SampleRows:
 
     @torch.no_grad()
     def draw(self, teacher: SamplingDefaults, student: SamplingDefaults) -> Mapping[str, Tensor]:
-        """Images (N, 3, H, W) of each row, by how teacher and student are sampled; the teacher draws in the first call only."""
+        """Images (N, 3, H, W) of each row, by how teacher and student are sampled; the teacher
+        draws in the first call only."""
         if self._teacher is None:
             self._teacher = self._decoded(self._end(teacher))
         with swapped(self.pipeline, self.method.student.network, self.scheduler):

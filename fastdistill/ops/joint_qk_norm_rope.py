@@ -50,8 +50,8 @@ def joint_qk_norm_rope(
     q, k and v, text first.
 
     Between their projections and attention, the double blocks of FLUX and SD3 (MMDiT, arXiv
-    2403.03206, figure 2) compute four norms, three concatenations and two rotations. Here they are
-    one pass each way. The backward pass packs the gradients of a stream that came packed.
+    2403.03206, figure 2) compute four norms, three concatenations and two rotations, which are one
+    pass each way here. The backward pass packs the gradients of a stream that came packed.
     Differentiable in both streams and all weights.
 
     Args:

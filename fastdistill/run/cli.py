@@ -1,4 +1,4 @@
-"""What every command does around its work: read the options, and say in one line what went wrong."""
+"""The frame of every command: read the options, and say in one line what went wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: st
 
 
 def run_job(config_type: type[JobConfig], job: str, *, prog: str) -> None:
-    """Parse `config_type` from the command line and run a job of it, or with `--dry-run` print its plan.
+    """Parse `config_type` from the command line and run a job of it, or with `--dry-run` print its
+    plan.
 
     Args:
         job: `module:class` of a `fastdistill.job.Job`, imported once the options are known to be
@@ -62,7 +63,8 @@ def _parsed(config_type: type[ConfigT], prog: str) -> ConfigT:
         UserError: the config refuses its values.
         SystemExit: an option is unknown or cannot be read, or `--help` was given.
     """
-    # tyro takes a ValueError of a config for an option that cannot be read, and breaks its lines in a frame.
+    # tyro takes a ValueError of a config for an option that cannot be read, and breaks its lines in
+    # a frame.
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -79,7 +81,8 @@ def _parsed(config_type: type[ConfigT], prog: str) -> ConfigT:
 
 @contextmanager
 def _errors_in_a_line() -> Iterator[None]:
-    # The libraries read their verbosity when they are imported; at their default they talk of optional packages that nothing needs.
+    # The libraries read their verbosity when they are imported; at their default they talk of
+    # optional packages that nothing needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
@@ -89,7 +92,8 @@ def _errors_in_a_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("interrupted; what was finished is kept, the same command continues", 130)
     except BrokenPipeError:
-        # The reader, `head` perhaps, has gone; the interpreter would complain once more when it flushes at exit.
+        # The reader, `head` perhaps, has gone; the interpreter would complain once more when it
+        # flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
@@ -97,7 +101,8 @@ def _errors_in_a_line() -> Iterator[None]:
             _leave(DISK_FULL, 1)
         _leave(f"error: {error}", 1)
     except Exception as error:
-        # By name and text: torch and safetensors, whose errors these are, may not have been imported.
+        # By name and text: torch and safetensors, whose errors these are, may not have been
+        # imported.
         if type(error).__name__ == "OutOfMemoryError":
             _leave(MEMORY_FULL, 1)
         if type(error).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(error):

@@ -19,7 +19,7 @@ from fastdistill.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to sample, where it should differ from the model's fastdistill.json; without that file, from
+    """Sampling, where it should differ from the model's fastdistill.json; without that file, from
     FLUX.1-dev's defaults."""
 
     num_inference_steps: int | None = None
@@ -42,21 +42,24 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What to work on, and where the results go."""
+    """Input and output of the run."""
 
     dry_run: bool = False
     """Only print what is planned. Needs no weights: --model may be a config.json."""
     model: str = "emoji"
     """A folder or hub id of a FLUX pipeline; "emoji" is the one that ships with this package."""
     output: Path | None = None
-    """Folder to write to, new or empty; default: a folder in runs/, named after the command, the model and what is asked for."""
+    """Folder to write to, new or empty; default: a folder in runs/, named after the command, the
+    model and what is asked for."""
     seed: int = 0
     """Seed of everything that is random: calibration, training and evaluation."""
     prompts: Path | None = None
-    """Text file with one prompt a line; default: the model's own prompts.txt, else a small general list."""
+    """Text file with one prompt a line; default: the model's own prompts.txt, else a small general
+    list."""
     images: Path | None = None
-    """Folder of jpg, png or webp images to use instead of images that the model draws, scaled and cropped to the size to sample
-    at. Their captions are in .txt files of the same names, or there are none."""
+    """Folder of jpg, png or webp images to use instead of images that the model draws, scaled and
+    cropped to the size to sample at. Their captions are in .txt files of the same names, or there
+    are none."""
     evaluate_images: int = 200
     """Images of each model to measure; 0 skips the measurement."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -74,10 +77,11 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How the student is trained."""
+    """Training of the student."""
 
     batch: int = 64
-    """Samples of an update, and images at once wherever else a network runs; 1 to 4 for a model of FLUX.1-dev's size."""
+    """Samples of an update, and images at once wherever else a network runs; 1 to 4 for a model of
+    FLUX.1-dev's size."""
     micro_batches: int = 1
     """Equal parts of a training batch that are in memory one at a time."""
     learning_rate: float = 1e-3
@@ -110,7 +114,8 @@ Training = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """Options of a job: a command that trains, writes a pipeline and a report, and goes on after an interruption.
+    """Options of a job: a command that trains, writes a pipeline and a report, and goes on after an
+    interruption.
 
     A command adds its own, and gives a group other defaults by redeclaring its field:
 
@@ -131,7 +136,7 @@ class JobConfig:
 
     @property
     def image_count(self) -> int:
-        """How many images are taken from `--images` at most."""
+        """Number of images that are taken from `--images` at most."""
         raise NotImplementedError
 
     def flags(self) -> dict[str, Any]:
@@ -152,7 +157,8 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def at_least(options: object, least: float, *names: str) -> None:
-    """Raise `UserError` for an option of `names` that is given and less than `least`, or not finite."""
+    """Raise `UserError` for an option of `names` that is given and less than `least`, or not
+    finite."""
     for name, value in _numbers(options, names):
         if value < least:
             raise UserError(f"{flag(name)} must be at least {least:g}, got {value}")
@@ -166,7 +172,8 @@ def positive(options: object, *names: str) -> None:
 
 
 def decay(options: object, *names: str) -> None:
-    """Raise `UserError` for an option of `names` that is given and no decay of a moving average, in [0, 1)."""
+    """Raise `UserError` for an option of `names` that is given and no decay of a moving average, in
+    [0, 1)."""
     for name, value in _numbers(options, names):
         if not 0 <= value < 1:
             raise UserError(f"{flag(name)} must be at least 0 and less than 1, got {value:g}")
@@ -179,7 +186,7 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> None:
 
 
 def flag(name: str) -> str:
-    """What a user types for the option `name`: `--learning-rate`."""
+    """Flag of the option `name`, such as `--learning-rate`."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -1,7 +1,8 @@
 """The contract between a training method and the one training loop.
 
-A method is a plain object. It holds networks by role, says which role is updated when, and turns a batch into a loss. It owns no
-optimizer, no device, no checkpoint and no loop: :class:`fastdistill.train.trainer.Trainer` has those.
+A method is a plain object. It holds networks by role, says which role is updated when, and turns a
+batch into a loss. It owns no
+optimizer, no device, no checkpoint and no loop: `Trainer` has those.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A scalar to differentiate, and detached scalars to log beside it."""
+    """A scalar to differentiate, and detached scalars to log with it."""
 
     total: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def give_turn(role: str, trained: Mapping[str, Sequence[nn.Parameter]]) -> None:
-    """Leave gradients to `role` among the `trained` parameters of all roles, as a loss may lead through the networks of other roles.
+    """Leave gradients to `role` among the `trained` parameters of all roles, as a loss may lead
+    through the networks of other roles.
 
-    Gradients of the others stay off until the next turn: a recomputed forward pass (gradient checkpointing) has to find what the first
-    one found.
+    Gradients of the others stay off until the next turn: a recomputed forward pass (gradient
+    checkpointing) has to find what the first one found.
     """
     for parameters in trained.values():
         for parameter in parameters:
@@ -36,7 +38,7 @@ def give_turn(role: str, trained: Mapping[str, Sequence[nn.Parameter]]) -> None:
 
 
 class StudentMethod:
-    """The usual case of a :class:`Method`: the student alone is trained, in every step."""
+    """The usual case of a `Method`: the student alone is trained, in every step."""
 
     trains: Sequence[str] = ("student",)
 
@@ -48,11 +50,11 @@ class StudentMethod:
 
 
 class Method(Protocol):
-    """What the trainer asks of a method."""
+    """Contract between the trainer and a method."""
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """Every network by role: ``student``, ``teacher``, ``critic``, ``discriminator``, ``target`` ..."""
+        """Every network by role: `student`, `teacher`, `critic`, `discriminator`, `target` ..."""
         ...
 
     @property
@@ -65,9 +67,9 @@ class Method(Protocol):
         ...
 
     def loss(self, role: str, batch: Any, rng: torch.Generator) -> Loss:
-        """The loss of ``role`` on ``batch``, whose parameters alone require gradients during its turn.
+        """The loss of `role` on `batch`, whose parameters alone require gradients during its turn.
 
-        All randomness comes from ``rng``, so that a resumed run repeats the same bits.
+        All randomness comes from `rng`, so that a resumed run repeats the same bits.
         """
         ...
 
@@ -78,21 +80,24 @@ class Method(Protocol):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A method that may add this, if more than the trained roles changes: a target network, the phase of progressive distillation."""
+    """A method that may add this, if more than the trained roles changes: a target network, the
+    phase of progressive distillation."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """What a checkpoint has to hold beside the trained roles; numbers as tensors."""
+        """State that a checkpoint has to hold in addition to the trained roles; numbers as tensors."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what :meth:`state_dict` returned, or from nothing."""
+        """Continue from what `state_dict` returned, or from nothing."""
         ...
 
 
 @runtime_checkable
 class BeforeStep(Protocol):
-    """A method that may add this, if it draws how often a network is called: processes that share its weights have to agree."""
+    """A method that may add this, if it draws how often a network is called: processes that share
+    its weights have to agree."""
 
     def before_step(self, step: int, rng: torch.Generator) -> None:
-        """Called before the turns of a step. ``rng`` gives the same to every process and to every part of the batch."""
+        """Called before the turns of a step. `rng` gives the same to every process and to every
+        part of the batch."""
         ...

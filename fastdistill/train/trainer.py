@@ -1,7 +1,9 @@
-"""The one training loop of the project. A method says what to learn (:mod:`fastdistill.train.method`); the loop does the rest.
+"""The one training loop of the project. A method says what to learn (`train.method`); the loop does
+the rest.
 
-Every step draws its batch and its noise from generators seeded by ``(seed, step)``, as dropout does. A run that is killed and started
-again therefore repeats the same bits from its last checkpoint, without a snapshot of any generator.
+Every step draws its batch and its noise from generators seeded by `(seed, step)`, as dropout does.
+A run that is killed and started again therefore repeats the same bits from its last checkpoint,
+without a snapshot of any generator.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from fastdistill.train.log import Log
 from fastdistill.train.method import BeforeStep, Method, Stateful, give_turn
 from fastdistill.train.watch import Best, Evaluation, Observer
 
-# Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as many parts as a batch may have.
+# Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as
+# many parts as a batch may have.
 GOLDEN = 0x9E3779B1
 
 BatchSource = Callable[[int, torch.Generator], Any]
-"""``(step, generator) -> batch``; all randomness from the generator. Of ``micro_batches`` the batch has a length and takes slices."""
+"""`(step, generator) -> batch`; all randomness from the generator. Of `micro_batches` the batch has
+a length and takes slices."""
 
 
 class Diverged(UserError):
@@ -38,13 +42,13 @@ class Diverged(UserError):
 
 
 class Trainer:
-    """Trains ``method`` on ``batches`` in the folder ``run``, from its newest checkpoint if it has one.
+    """Trains `method` on `batches` in the folder `run`, from its newest checkpoint if it has one.
 
-    Inside :func:`fastdistill.train.parallel.processes` under torchrun, the method's networks are sharded from here on.
+    Inside `processes` under torchrun, the method's networks are sharded from here on.
 
     Args:
         observers: called every so many steps with the averaged weights in the student.
-        evaluation: decides which averaged weights are kept as ``run/best``, and may end the run.
+        evaluation: decides which averaged weights are kept as `run/best`, and may end the run.
 
     Raises:
         UserError: the configuration does not fit the method or the number of processes.
@@ -82,7 +86,8 @@ class Trainer:
         self._mid_step = False
 
     def fit(self, describe: str = "train") -> None:
-        """Run to ``config.steps``; called again after an interruption, from the newest checkpoint. Ctrl-C saves one first."""
+        """Run to `config.steps`; called again after an interruption, from the newest checkpoint.
+        Ctrl-C saves one first."""
         self.run.mkdir(parents=True, exist_ok=True)
         self._resume()
         config = self.config
@@ -99,8 +104,8 @@ class Trainer:
                     if self.step % config.checkpoint_every == 0 and not self._finished():
                         self.save()
             except KeyboardInterrupt:
-                # Within a step there is no state to go on from once a role has been updated, and processes are not interrupted at the
-                # same step.
+                # Within a step there is no state to go on from once a role has been updated, and
+                # processes are not interrupted at the same step.
                 if not self._mid_step and parallel.world_size() == 1:
                     self.save()
                 raise
@@ -111,7 +116,8 @@ class Trainer:
         return checkpoint.save(self.run, self.step, self._trained(), state, keep=self.config.keep_checkpoints)
 
     def take_best(self) -> None:
-        """Give the student the weights that are the result of the run: the best evaluated, else the averaged, else as they are."""
+        """Give the student the weights that are the result of the run: the best evaluated, else the
+        averaged, else as they are."""
         student = self.method.networks["student"]
         if self.best and self.best.value is not None:
             checkpoint.restore(student.state_dict(), self.run / "best" / "student.safetensors")
@@ -143,7 +149,7 @@ class Trainer:
         return parallel.averaged(logs) | rates | {"seconds": time.perf_counter() - began}
 
     def _update(self, role: str, parts: dict[int, Any], rngs: dict[int, torch.Generator]) -> dict[str, Tensor]:
-        """One optimizer step of ``role``."""
+        """One optimizer step of `role`."""
         config, optimizer = self.config.of(role), self.optimizers[role]
         logs: dict[str, Tensor] = {}
         give_turn(role, self.parameters)
@@ -157,7 +163,8 @@ class Trainer:
                 logs[name] = logs[name] + mean if name in logs else mean
         gradients = [parameter.grad for parameter in self.parameters[role] if parameter.grad is not None]
         norm = parallel.full(nn.utils.get_total_norm(gradients))
-        # Adam would carry one bad gradient into every later step, so it is better not to take it at all.
+        # Adam would carry one bad gradient into every later step, so it is better not to take it at
+        # all.
         if not torch.isfinite(norm):
             raise Diverged(
                 f"step {self.step}: the gradient of {role!r} is not finite. Lower the learning rate, or check the data; "
@@ -210,7 +217,7 @@ class Trainer:
                 module.training = was
 
     def _split(self, batch: Any) -> dict[int, Any]:
-        """This process's parts of a batch, by number."""
+        """Parts of a batch that this process computes, by number."""
         count = self.config.micro_batches
         if count == 1:
             return {0: batch}
@@ -221,7 +228,7 @@ class Trainer:
         return {part: batch[part * size : (part + 1) * size] for part in mine}
 
     def _learning_rates(self) -> dict[str, float]:
-        """By role, where roles have settings of their own."""
+        """Learning rates by role, where roles have settings of their own."""
         steps, config = self.config.steps, self.config
         rates = {f"{role}/learning_rate": learning_rate(config.of(role), self.step, steps) for role in config.roles}
         return {"learning_rate": learning_rate(config, self.step, steps), **rates}
@@ -235,10 +242,12 @@ class Trainer:
 
     @contextmanager
     def _seeded(self, part: int) -> Iterator[None]:
-        """Seeds the default generators, from which dropout draws and whatever forgets to take another."""
+        """Seeds the default generators, from which dropout draws and whatever forgets to take
+        another."""
         seed, on_gpu = self._seed(stream=0, part=part + 1), self.device.type == "cuda"
         with torch.random.fork_rng([self.device] if on_gpu else []):
-            # torch.manual_seed would seed every kind of accelerator there is, which takes longer than a small network's step.
+            # torch.manual_seed would seed every kind of accelerator there is, which takes longer
+            # than a small network's step.
             torch.default_generator.manual_seed(seed)
             if on_gpu:
                 with torch.cuda.device(self.device):

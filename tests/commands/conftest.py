@@ -5,9 +5,9 @@ from collections import namedtuple
 
 import pytest
 
-from fastdistill.compress.__main__ import main as compress_main
+from fastdistill.compress import __main__ as compress
 from fastdistill.compress.config import CompressConfig
-from fastdistill.distill.__main__ import JOB, PROGRAM
+from fastdistill.distill import __main__ as distill
 from fastdistill.distill.config import config_of
 from fastdistill.evaluate import EvaluateConfig
 from fastdistill.evaluate import main as evaluate_main
@@ -18,10 +18,12 @@ from fastdistill.sample import main as sample_main
 from tests.tiny import tiny_flux_pipeline
 
 COMMANDS = {
-    "compress": (lambda arguments: CompressConfig, compress_main),
-    "sample": (lambda arguments: SampleConfig, sample_main),
-    "evaluate": (lambda arguments: EvaluateConfig, evaluate_main),
+    "compress": lambda: cli.run_job(CompressConfig, compress.JOB, prog=compress.PROGRAM),
+    "distill": lambda: cli.run_job(config_of(sys.argv[1:]), distill.JOB, prog=distill.PROGRAM),
+    "sample": lambda: cli.run(SampleConfig, sample_main, prog="sample"),
+    "evaluate": lambda: cli.run(EvaluateConfig, evaluate_main, prog="evaluate"),
 }
+"""Functions that run the command of `sys.argv`, by name."""
 
 Ended = namedtuple("Ended", "code message")
 
@@ -41,15 +43,10 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys):
     def call(name, *options):
-        arguments = [*map(str, options)]
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
         capsys.readouterr()
         try:
-            if name == "distill":
-                cli.run_job(config_of(arguments), JOB, prog=PROGRAM)
-            else:
-                of, main = COMMANDS[name]
-                cli.run(of(arguments), main, prog=name)
+            COMMANDS[name]()
         except SystemExit as stop:
             code = stop.code
         else:

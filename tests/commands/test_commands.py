@@ -1,4 +1,5 @@
-"""The commands from the outside, but distill: what they write, how they stop, and that they can go on."""
+"""The commands from the outside, but distill: what they write, how they stop, and that they can go
+on."""
 
 import json
 import shutil
@@ -15,9 +16,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastdistill.compress import job, score
+from fastdistill.compress import calibrate, job, score
 from fastdistill.compress.choice.choose import choose
-from fastdistill.compress.importance import scoring
+from fastdistill.compress.importance.output_error import OutputError
 from fastdistill.compress.repairs import ridge
 from fastdistill.data import trajectories
 from fastdistill.train.trainer import Trainer
@@ -116,7 +117,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     # What is finished is not done again.
     monkeypatch.setattr(ridge, "repair", lambda damage: pytest.fail("repaired again"))
     monkeypatch.setattr(
-        job, "calibrate", lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs)
+        job, "calibrated", lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs)
     )
     assert command("compress", *options, "--learning-rate", "0.5", "--output", tmp_path / "broken").code == 2
     assert command("compress", *options, "--output", tmp_path / "broken").code == 0
@@ -162,22 +163,22 @@ def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipe
 @pytest.mark.slow
 def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
     options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--recovery-steps", "0", *QUICK[2:]]
-    measured, whole = [], scoring.joint_output_error
+    measured, whole = [], OutputError.without
 
-    def stop_at_the_last(*args):
+    def stop_at_the_last(self, dropped):
         if len(measured) == 5:
             raise KeyboardInterrupt
-        measured.append(tuple(args[4]))
-        return whole(*args)
+        measured.append(tuple(dropped))
+        return whole(self, dropped)
 
-    monkeypatch.setattr(scoring, "joint_output_error", stop_at_the_last)
+    monkeypatch.setattr(OutputError, "without", stop_at_the_last)
     assert command("compress", *options).code == 130
 
-    def count(*args):
-        measured.append(tuple(args[4]))
-        return whole(*args)
+    def count(self, dropped):
+        measured.append(tuple(dropped))
+        return whole(self, dropped)
 
-    monkeypatch.setattr(scoring, "joint_output_error", count)
+    monkeypatch.setattr(OutputError, "without", count)
     before, timed = job.latency, []
     monkeypatch.setattr(job, "latency", lambda *args: timed.append(1) or before(*args))
     assert command("compress", *options).code == 0
@@ -204,7 +205,8 @@ def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monke
     cached = load_file(output / "work" / "calibration.safetensors")
     assert cached["latents"].shape == (5, 16, 8, 8)
     monkeypatch.setattr(job, "choose", choose)
-    # Encoded once: a run that goes on does not look at the images again but to see that they are there.
+    # Encoded once: a run that goes on does not look at the images again but to see that they are
+    # there.
     monkeypatch.setattr(trajectories, "pixels", lambda *args: pytest.fail("encoded again"))
     assert command("compress", *options, "--output", output).code == 0
     record = json.loads((output / "compress.json").read_text())
@@ -223,7 +225,7 @@ def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
     assert command("compress", *options).code == 0
     record = json.loads((tmp_path / "out" / "compress.json").read_text())
     pipeline = FluxPipeline.from_pretrained(pipeline_folder)
-    scores = score(pipeline, ["a cat", "a dog", "a red fox"], points=6, steps=2, batch=4)
+    scores = score(calibrate(pipeline, ["a cat", "a dog", "a red fox"], points=6, steps=2, batch=4))
     assert [*scores.values()] == [*record["scores"]["output"].values()]
 
 
@@ -235,7 +237,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-real = job.calibrate
+real = job.calibrated
 
 
 @pytest.mark.parametrize(
@@ -256,6 +258,15 @@ real = job.calibrate
         (["--budget", "params=0.01"], "cannot be met"),
         (["--budget", "memory=3GiB"], "drops nothing"),
         (["--budget", "params=0.7", "--verify", "0"], "--verify"),
+        (["--drop-blocks", "2", "--learning-rate", "-1"], "--learning-rate must be positive"),
+        (["--drop-blocks", "2", "--learning-rate", "nan"], "--learning-rate must be a finite number"),
+        (["--drop-blocks", "2", "--ema-decay", "1"], "--ema-decay must be at least 0 and less than 1"),
+        (["--drop-blocks", "2", "--betas", "0.9", "1.5"], "--betas"),
+        (["--drop-blocks", "2", "--micro-batches", "7"], "--micro-batches"),
+        (["--drop-blocks", "2", "--true-cfg-scale", "inf"], "--true-cfg-scale"),
+        (["--drop-blocks", "2", "--seed", "-3"], "--seed"),
+        (["--drop-blocks", "2", "--criterion", "entropy"], "invalid choice 'entropy'"),
+        (["--drop-blocks", "2", "--repair", "glue"], "invalid choice 'glue'"),
     ],
 )
 def test_bad_requests_stop_before_any_work(command, pipeline_folder, tmp_path, options, message):

@@ -318,7 +318,7 @@ def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, mo
     assert "pairs of another true_cfg_scale" in ended.message
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_in_bfloat16(command, pipeline_folder, tmp_path, monkeypatch, precision):
     """As a GPU loads it: the student trains in float32, and is sampled by a pipeline of the teacher's dtype."""

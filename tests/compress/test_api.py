@@ -1,4 +1,4 @@
-"""``score``, ``select`` and ``cut`` from Python."""
+"""`calibrate`, `score`, `select`, `cut` and `repair` from Python."""
 
 import math
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from fastdistill.compress import cut, repair, score, scorer, select
+from fastdistill.compress import calibrate, cut, repair, score, select
+from fastdistill.compress.importance.calibrate import Calibration
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import anatomy_of
@@ -47,12 +48,12 @@ def test_the_readme(tmp_path, monkeypatch):
     SamplingDefaults(num_inference_steps=2, height=64, width=64, max_sequence_length=8).save(tmp_path)
     monkeypatch.chdir(tmp_path)
     lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
-    start = next(index for index, line in enumerate(lines) if "from fastdistill.compress import score" in line)
+    start = next(index for index, line in enumerate(lines) if "from fastdistill.compress import calibrate" in line)
     snippet = [line.strip() for line in lines[start : lines.index("", start)]]
     names = {"pipeline": DiffusionPipeline.from_pretrained(tmp_path)}
     names["pipeline"].set_progress_bar_config(disable=True)
     exec("\n".join(snippet), names)
-    assert len(snippet) == 6
+    assert len(snippet) == 7
     assert len(names["drop"]) == 4
     worst = max(names["scores"], key=names["scores"].get)
     assert worst not in names["drop"]
@@ -71,25 +72,27 @@ def test_a_planted_useless_block_goes_and_the_pipeline_stays(pipeline):
         useless.proj_out.weight.mul_(1e-4)
         useless.proj_out.bias.zero_()
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
-    scores = score(pipeline, ["a cat", "a dog"], **SMALL)
+    scores = score(calibrate(pipeline, ["a cat", "a dog"], **SMALL))
     assert list(scores) == block_ids(pipeline.transformer, anatomy_of(pipeline.transformer))
     assert select(pipeline.transformer, scores, drop_blocks=1) == ids(single_transformer_blocks=[1])
-    assert scores == score(pipeline, ["a cat", "a dog"], **SMALL), "the same seed, the same scores"
-    assert scores != score(pipeline, ["a cat", "a dog"], seed=1, **SMALL)
+    assert scores == score(calibrate(pipeline, ["a cat", "a dog"], **SMALL)), "the same seed, the same scores"
+    assert scores != score(calibrate(pipeline, ["a cat", "a dog"], seed=1, **SMALL))
     assert all(torch.equal(value, before[name]) for name, value in pipeline.transformer.state_dict().items())
     assert not any("forward" in module.__dict__ for module in pipeline.transformer.modules())
 
 
-def test_one_calibration_scores_and_verifies(pipeline):
-    measured = scorer(pipeline, ["a cat"], drop_blocks=2, **SMALL)
-    scores = measured.score("bi")
-    tried = []
+def test_one_calibration_scores_and_verifies(pipeline, monkeypatch):
+    calibration = calibrate(pipeline, ["a cat"], **SMALL)
+    scores = score(calibration, "bi", drop_blocks=2)
+    tried, joint_error = [], Calibration.joint_error
 
-    def joint_error(dropped):
-        tried.append((measured.joint_error(dropped), dropped))
+    def look(self, dropped):
+        dropped = list(dropped)
+        tried.append((joint_error(self, dropped), dropped))
         return tried[-1][0]
 
-    drop = select(pipeline.transformer, scores, drop_blocks=2, joint_error=joint_error, verify=10)
+    monkeypatch.setattr(Calibration, "joint_error", look)
+    drop = select(pipeline.transformer, scores, drop_blocks=2, calibration=calibration, verify=10)
     assert len(tried) >= 10
     assert drop == min((found for found in tried if len(found[1]) == 2), key=lambda found: found[0])[1]
 
@@ -161,37 +164,43 @@ def test_scores_of_another_model_are_refused():
 
 
 def test_what_cannot_be_scored_is_refused_before_any_work(pipeline, monkeypatch):
-    monkeypatch.setattr("fastdistill.compress.api.calibrate", lambda *args, **kwargs: pytest.fail("calibrated"))
-    with pytest.raises(UserError, match="needs the pipeline"):
-        score(pipeline.transformer, ["a cat"])
+    calibration = calibrate(pipeline, ["a cat"], **SMALL)
     with pytest.raises(UserError, match="no criterion 'entropy'; there are output, trajectory"):
-        score(pipeline, ["a cat"], criterion="entropy")
+        score(calibration, criterion="entropy")
+    monkeypatch.setattr("fastdistill.compress.api.calibrated", lambda *args, **kwargs: pytest.fail("calibrated"))
+    with pytest.raises(UserError, match="needs the pipeline"):
+        calibrate(pipeline.transformer, ["a cat"])
     with pytest.raises(UserError, match="a list of at least one"):
-        score(pipeline, "a cat")
+        calibrate(pipeline, "a cat")
     with pytest.raises(TypeError, match="heigth"):
-        score(pipeline, ["a cat"], heigth=64)
+        calibrate(pipeline, ["a cat"], heigth=64)
+    with pytest.raises(UserError, match="points must be at least 1"):
+        calibrate(pipeline, ["a cat"], points=0)
+    with pytest.raises(UserError, match="height must be at least 1"):
+        calibrate(pipeline, ["a cat"], height=0)
     with torch.no_grad():
         pipeline.transformer.proj_out.bias[3] = math.inf
     with pytest.raises(UserError, match=r"FluxTransformer2DModel weight proj_out\.bias has NaN or infinite"):
-        score(pipeline, ["a cat"])
+        calibrate(pipeline, ["a cat"])
     pipeline.transformer = tiny.tiny_sd3()
     with pytest.raises(UserError, match="SD3Transformer2DModel can only be cut"):
-        score(pipeline, ["a cat"])
+        calibrate(pipeline, ["a cat"])
 
 
 def test_a_repair_brings_the_smaller_model_closer(pipeline):
-    measured = scorer(pipeline, ["a cat", "a dog"], **SMALL)
+    calibration = calibrate(pipeline, ["a cat", "a dog"], **SMALL)
     drop = ids(single_transformer_blocks=[1])
     smaller = cut(pipeline.transformer, drop)
-    before = measured.output_error(smaller)
-    assert before == pytest.approx(measured.joint_error(drop), rel=1e-4)
-    repair(pipeline, smaller, {"single": [1]}, ["a cat", "a dog"], repair_points=64, **SMALL)
-    assert measured.output_error(smaller) < before
+    before = calibration.output_error(smaller)
+    assert before == pytest.approx(calibration.joint_error(drop), rel=1e-4)
+    repair(calibration, smaller, {"single": [1]}, points=64)
+    assert calibration.output_error(smaller) < before
 
 
 def test_a_repair_of_something_else_is_refused(pipeline):
+    calibration = calibrate(pipeline, ["a cat"], **SMALL)
     smaller = cut(pipeline.transformer, {"single": [1]})
     with pytest.raises(UserError, match="there is no repair 'glue'; there are ridge, scale, average"):
-        repair(pipeline, smaller, {"single": [1]}, kind="glue")
+        repair(calibration, smaller, {"single": [1]}, kind="glue")
     with pytest.raises(UserError, match="the smaller model has 4 blocks, and without these 3 would be left"):
-        repair(pipeline, smaller, {"single": [1, 2]})
+        repair(calibration, smaller, {"single": [1, 2]})

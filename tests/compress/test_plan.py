@@ -1,4 +1,4 @@
-"""``--dry-run`` and what blocks cost: FLUX.1-dev's published figures from its config alone."""
+"""`--dry-run` and what blocks cost: FLUX.1-dev's published figures from its config alone."""
 
 import functools
 import json
@@ -17,9 +17,10 @@ from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import anatomy_of, family_of
 from fastdistill.models.families.family import BlockId, Workload
 from fastdistill.models.skeleton import read_config
+from fastdistill.run.options import RunOptions
 from tests.tiny import tiny_flux_pipeline
 
-# What FLUX.1-dev's config says beside the class's defaults.
+# FLUX.1-dev's config where it differs from the class's defaults.
 FLUX_DEV = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
 SD35_LARGE = {
     "_class_name": "SD3Transformer2DModel", "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
@@ -91,7 +92,8 @@ def test_sizes_of_flux_dev(flux_dev):
     ids=lambda value: value["_class_name"].removesuffix("Transformer2DModel") if isinstance(value, dict) else None,
 )
 def test_published_sizes(tmp_path, config, billions):
-    """FLUX.2-dev 32 B, Qwen-Image 20 B, Chroma 8.9 B, Z-Image 6 B, SD3.5 large 8.1 B and medium 2.2 B, Sana 1.6 B, PixArt 0.6 B."""
+    """FLUX.2-dev 32 B, Qwen-Image 20 B, Chroma 8.9 B, Z-Image 6 B, SD3.5 large 8.1 B and medium 2.2
+    B, Sana 1.6 B, PixArt 0.6 B."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     network, _, _ = read_config(str(tmp_path))
     assert sizes(network, anatomy_of(network), 2)["params"].total / 1e9 == pytest.approx(billions, abs=5e-3)
@@ -99,7 +101,7 @@ def test_published_sizes(tmp_path, config, billions):
 
 def rows_of(tmp_path, config, **options):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = plan(CompressConfig(model=str(tmp_path), dry_run=True, **options))
+    text = plan(CompressConfig(run=RunOptions(model=str(tmp_path)), **options))
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
 
 
@@ -127,7 +129,7 @@ def test_a_plan_takes_equally_many_from_lists_that_share_a_count(tmp_path):
 
 def test_the_plan_of_flux_lite(flux_dev):
     """8 double and 38 single blocks: flux.1-lite-8B, published as 8.16 B."""
-    text = plan(CompressConfig(model=flux_dev, drop_blocks=("double:4-14",), dry_run=True))
+    text = plan(CompressConfig(run=RunOptions(model=flux_dev), drop_blocks=("double:4-14",)))
     whole, cut_row = (line.split(" | ") for line in text.splitlines()[4:6])
     assert whole[0] == "| 19 + 38"
     assert whole[1] == "11.901 B"
@@ -141,7 +143,7 @@ def test_the_plan_of_flux_lite(flux_dev):
 
 def test_the_plan_of_a_count_and_of_budgets(flux_dev):
     def rows(**options):
-        text = plan(CompressConfig(model=flux_dev, dry_run=True, **options))
+        text = plan(CompressConfig(run=RunOptions(model=flux_dev), **options))
         return [line for line in text.splitlines() if line.startswith("| ")][2:]
 
     assert len(rows(drop_blocks=("6",))) == 7

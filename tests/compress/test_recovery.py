@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdistill.compress.recovery import Recovery, RecoveryWeights, feature_loss
-from fastdistill.compress.surgery import boundary_map, cut
+from fastdistill.compress.surgery import CutModel, cut_model
 from fastdistill.data.latents import LatentBatch
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
@@ -22,10 +22,7 @@ def transformer():
 
 
 def recovery(transformer, weights, drop=USELESS):
-    family = family_of(transformer)
-    boundaries = boundary_map(block_ids(transformer, family), [drop])
-    student = cut(transformer, [drop])
-    return Recovery(student, copy.deepcopy(transformer).requires_grad_(False), family, boundaries, weights)
+    return Recovery(cut_model(copy.deepcopy(transformer).requires_grad_(False), family_of(transformer), [drop]), weights)
 
 
 def batch(transformer, count=4):
@@ -56,8 +53,9 @@ def test_only_the_student_gets_a_gradient(transformer):
 def test_nothing_to_recover_means_no_distillation_loss(transformer):
     """A student that is the teacher: output and feature terms vanish, the task term does not."""
     family = family_of(transformer)
-    boundaries = boundary_map(block_ids(transformer, family), [])
-    method = Recovery(transformer, copy.deepcopy(transformer), family, boundaries, RecoveryWeights(task=1, out=1, feat=1))
+    boundaries = {block_id: block_id for block_id in block_ids(transformer, family)}
+    model = CutModel(student=transformer, teacher=copy.deepcopy(transformer), family=family, boundaries=boundaries)
+    method = Recovery(model, RecoveryWeights(task=1, out=1, feat=1))
     logs = method.loss("student", batch(transformer), torch.Generator().manual_seed(0)).logs
     assert logs["out"] == 0
     assert logs["feat"] == 0

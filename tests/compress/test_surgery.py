@@ -1,4 +1,5 @@
-"""Cutting, for every family: the result is the full model with those blocks skipped, and a stock diffusers checkpoint."""
+"""Cutting, for every family: the result is the full model with those blocks skipped, and a stock
+diffusers checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class Case:
     inputs: Callable[[], dict[str, Any]]
     cuts: tuple[Drop, ...]
     config: dict[str, Any] = field(default_factory=dict)
-    """Of the model after the first cut, as far as it changes."""
+    """Changes of the model after the first cut."""
 
 
 def two_stacks(make: Callable[[], Any], inputs: Callable[[], dict[str, Any]]) -> Case:
@@ -91,7 +92,8 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """More threads have nothing to do on tiny models, but wait for each other where cores are shared."""
+    """More threads have nothing to do on tiny models, but wait for each other where cores are
+    shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -109,12 +111,13 @@ def run_skipped(transformer: Any, drop: Drop, inputs: dict[str, Any]) -> torch.T
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
-    """To a part of the largest element. All but Chroma, whose approximator adds more terms, are equal to the bit on most machines."""
+    """To a part of the largest element. All but Chroma, whose approximator adds more terms, are
+    equal to the bit on most machines."""
     assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
 def old_name(name: str, drop: Drop, transformer: Any) -> str:
-    """What a tensor of the cut model was called."""
+    """Name that a tensor of the cut model had."""
     for stack in anatomy_of(transformer).stacks:
         if name.startswith(stack.attribute + "."):
             index, _, rest = name[len(stack.attribute) + 1 :].partition(".")
@@ -161,7 +164,8 @@ def test_config_follows(case: Case) -> None:
 
 @every_case
 def test_kept_weights_keep_every_bit_and_dtype(case: Case, tmp_path: Any) -> None:
-    """Through the file, in bfloat16. What SD3's new last block and Chroma's approximator have anew is the one exception."""
+    """Through the file, in bfloat16. The one exception is what SD3's new last block and Chroma's
+    approximator have newly made."""
     transformer, drop = tiny.seeded(case.make).to(torch.bfloat16), case.cuts[0]
     cut(transformer, drop).save_pretrained(tmp_path)
     old, new = transformer.state_dict(), load_file(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -189,8 +193,10 @@ print("loaded", len(sys.argv) - 1)
 """
 
 
+@pytest.mark.slow
 def test_saved_cuts_load_where_fastdistill_cannot_be_imported(tmp_path: Any) -> None:
-    """And compute there, with buffers that no file holds, what the full model does without the dropped blocks."""
+    """And compute there, with buffers that no file holds, what the full model does without the
+    dropped blocks."""
     for name, case in CASES.items():
         transformer, inputs, drop = tiny.seeded(case.make), case.inputs(), case.cuts[0]
         cut(transformer, drop).save_pretrained(tmp_path / name)
@@ -286,7 +292,8 @@ def test_chroma_is_exact_where_rounding_is_small() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chromas_approximator_at_its_real_size(dtype: torch.dtype) -> None:
-    """19 double and 38 single blocks, a third of them dropped: every row gets what it got under its old number."""
+    """19 double and 38 single blocks, a third of them dropped: every row gets what it got under its
+    old number."""
     torch.manual_seed(0)
     weight = (torch.randn(64, 64) / 8).to(dtype)
     rows = kept_rows([i for i in range(19) if i % 3], [i for i in range(38) if i % 3 != 1], 19, 38)
@@ -296,7 +303,7 @@ def test_chromas_approximator_at_its_real_size(dtype: torch.dtype) -> None:
     actual = row_embedding(len(rows), new.shape[1]) @ new.T
     assert fitted.dtype == dtype
     assert float((actual - expected).norm() / expected.norm()) < torch.finfo(dtype).eps
-    # Less than the five pairs of 5120 x 5120 layers behind it by far.
+    # Less than the five pairs of 5120 x 5120 layers after it by far.
     assert fitted.shape[1] == 1024
 
 

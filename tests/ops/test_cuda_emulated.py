@@ -13,6 +13,7 @@ from fastdistill.ops import OPERATORS
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++")
 @pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the sources")
 def test_the_cuda_kernels_pass_the_suite(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
         backward(x[:, :4], x, m, torch.zeros(2, 2, 5), True)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.skipif(backends.load_native() is not None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_agrees(capability: str) -> None:

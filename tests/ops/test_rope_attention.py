@@ -136,6 +136,7 @@ def test_fused_falls_back_to_eager_and_says_so(caplog: pytest.LogCaptureFixture)
     assert "rope_attention on cpu torch.float32 runs on eager" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["auto", "_native_math"])
 def test_two_operators_compile_whole(name: str) -> None:
     inputs, grad = arguments(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
@@ -288,6 +289,7 @@ def test_messages_offer_what_is_taken() -> None:
         ops.rope_attention(*inputs, attention="flash3")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_importing_the_operators_leaves_diffusers_alone() -> None:
     code = "import fastdistill.ops, sys; print('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

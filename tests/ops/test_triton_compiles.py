@@ -8,6 +8,7 @@ import pytest
 from fastdistill.ops import OPERATORS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

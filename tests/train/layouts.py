@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
-from fastdistill.compress.surgery import boundary_map, cut
+from fastdistill.compress.surgery import CutModel, boundary_map, cut
 from fastdistill.data.latents import LatentBatch
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
@@ -37,7 +37,10 @@ def flux(run: Path) -> Trainer:
     student.enable_gradient_checkpointing()
     patched(student)
     boundaries = boundary_map(block_ids(teacher, family), dropped)
-    method = Recovery(student, copy.deepcopy(teacher), family, boundaries, RecoveryWeights(task=1, out=1, feat=1))
+    method = Recovery(
+        CutModel(student=student, teacher=copy.deepcopy(teacher), family=family, boundaries=boundaries),
+        RecoveryWeights(task=1, out=1, feat=1),
+    )
     latents, _, conditioning = tiny_inputs(teacher, batch=4)
     return Trainer(method, lambda step, rng: LatentBatch(latents=latents, conditioning=conditioning), FLUX, run)
 

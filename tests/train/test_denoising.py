@@ -28,6 +28,7 @@ def network(process: Process, prediction: Prediction) -> ToyNetwork:
     return ToyNetwork(process, labels=3, output_scale=scale)
 
 
+@pytest.mark.slow
 @every_loss
 def test_a_trained_network_has_the_exact_score(
     tmp_path: Path, process: Process, prediction: Prediction, error_in: Prediction | None, times: TimeDistribution

@@ -47,6 +47,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rivals", "flux"])
 def test_losses_and_gradient_norms_agree(runs: tuple[Path, Path], name: str) -> None:
     one, two = (metrics(folder / name) for folder in runs)
@@ -59,6 +60,7 @@ def test_losses_and_gradient_norms_agree(runs: tuple[Path, Path], name: str) -> 
     assert any(value > 0.5 for line in one for key, value in line.items() if key.endswith("gradient_norm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rivals", "flux", "continued"])
 def test_weights_averages_and_targets_agree(runs: tuple[Path, Path], name: str) -> None:
     reference = load_file(runs[0] / ("rivals" if name == "continued" else name) / "result.safetensors")
@@ -69,6 +71,7 @@ def test_weights_averages_and_targets_agree(runs: tuple[Path, Path], name: str) 
             torch.testing.assert_close(result[key], value, rtol=1e-4, atol=2e-6, msg=lambda message, key=key: f"{key}: {message}")
 
 
+@pytest.mark.slow
 def test_the_best_and_the_grids_agree(runs: tuple[Path, Path]) -> None:
     best, grids = [], []
     for folder in runs:
@@ -81,6 +84,7 @@ def test_the_best_and_the_grids_agree(runs: tuple[Path, Path]) -> None:
     assert all(abs(grids[0][name] - grids[1][name]).max() <= 1 for name in grids[0])
 
 
+@pytest.mark.slow
 def test_checkpoints_are_the_same_files(runs: tuple[Path, Path]) -> None:
     one, two = (folder / "rivals" / MIDDLE for folder in runs)
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())

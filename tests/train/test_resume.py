@@ -15,6 +15,7 @@ from fastdistill.train.trainer import Trainer
 from tests.train.rivals import Rivals, batches, folders, rivals_config, weights
 
 
+@pytest.mark.slow
 def test_kill_9_anywhere(tmp_path: Path) -> None:
     """Several roles with turns of their own, accumulation, averages, dropout, a target network, the
     best weights, checkpoints.

@@ -1,4 +1,5 @@
-"""``--budget params=0.66 | memory=8GiB | latency=0.7 | flops=0.8``: what the smaller model may cost. Imports no torch."""
+"""`--budget params=0.66 | memory=8GiB | latency=0.7 | flops=0.8`: what the smaller model may cost.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,26 +16,29 @@ UNITS: dict[str, dict[str, int]] = {
     "latency": {"us": 10**3, "ms": 10**6, "s": 10**9},
     "flops": {"G": 10**9, "T": 10**12},
 }
-"""By quantity, its units in what costs are counted in: parameters, bytes, nanoseconds, floating-point operations."""
+"""Units of each quantity, in what costs are counted in: parameters, bytes, nanoseconds,
+floating-point operations."""
 
 EXAMPLES = "params=0.66 (of the full model's) or params=8B, memory=8GiB, latency=0.7 or latency=40ms, flops=0.8 or flops=60T"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a transformer may cost at most: ``amount`` of ``quantity``, or that part of the full model's if ``relative``."""
+    """Largest cost of a transformer: `amount` of `quantity`, or that part of the full model's if
+    `relative`."""
 
     quantity: str
     amount: Fraction
     relative: bool
 
     def limit(self, full: int) -> int:
-        """The largest cost that is allowed where the full model costs ``full``. Exact: 0.7 is seven tenths, not the float near it."""
+        """The largest cost that is allowed where the full model costs `full`. Exact: 0.7 is seven
+        tenths, not the float near it."""
         return math.floor(self.amount * full if self.relative else self.amount)
 
 
 def parse_budget(text: str) -> Budget:
-    """Read ``params=0.66`` (a fraction of the full model) or ``memory=8GiB`` (a number with a unit).
+    """Read `params=0.66` (a fraction of the full model) or `memory=8GiB` (a number with a unit).
 
     Raises:
         UserError: anything else, with what is expected.
@@ -57,7 +61,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def show(quantity: str, cost: float) -> str:
-    """A cost with its unit: ``8.16 B``, ``15.20 GiB``, ``12.3 ms``, ``60.0 TFLOP``, ``6 blocks``."""
+    """A cost with its unit: `8.16 B`, `15.20 GiB`, `12.3 ms`, `60.0 TFLOP`, `6 blocks`."""
     if quantity == "params":
         return f"{cost / 1e9:.3f} B" if cost >= 1e9 else f"{cost / 1e6:.3f} M"
     if quantity == "memory":

@@ -1,17 +1,20 @@
-"""From the user's words and the scores to the blocks that go."""
+"""The way from the user's words and the scores to the blocks that go."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
+
+from torch import nn
 
 from fastdistill.compress.choice.budget import Budget, show
 from fastdistill.compress.choice.costs import Cost, Costs
-from fastdistill.compress.choice.solve import Choice, Interval, pareto, solve, within
+from fastdistill.compress.choice.solve import Choice, Interval, Problem, pareto, solve, within
 from fastdistill.compress.choice.verify import Additivity, Verified, additivity, best_of, to_verify, verify
+from fastdistill.compress.surgery import check, check_count
 from fastdistill.errors import UserError
+from fastdistill.models.blocks import block_ids
 from fastdistill.models.families.family import Anatomy, BlockId, Stack
 
 HELP = "a count such as 4, or blocks such as double:1,2 single:0,5-7"
@@ -19,11 +22,17 @@ HELP = "a count such as 4, or blocks such as double:1,2 single:0,5-7"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``--drop-blocks`` or ``--budget`` asks for: that many blocks, or these, or as many as a budget needs."""
+    """Request of `--drop-blocks` or `--budget`: a number of blocks, certain blocks, or as many as a
+    budget needs."""
 
     count: int | None = None
     blocks: tuple[BlockId, ...] = ()
     budget: Budget | None = None
+
+    @property
+    def drops(self) -> int | None:
+        """Number of blocks that go; None where a budget decides."""
+        return None if self.budget else self.count or len(self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +41,12 @@ class Selection:
 
     Attributes:
         dropped: in the order of the forward pass.
-        quantity: what was to be saved, ``blocks`` for a count or a list.
+        quantity: what was to be saved, `blocks` for a count or a list.
         full: what the full model costs of it.
         limit: what the smaller one may cost.
         front: the Pareto front of the predictions over all sets, by what they save.
-        verified: sets whose joint error was measured; ``dropped`` is one of them.
-        additivity: of the output errors, over ``verified``.
+        verified: sets whose joint error was measured; `dropped` is one of them.
+        additivity: of the output errors, over `verified`.
     """
 
     dropped: list[BlockId]
@@ -50,7 +59,7 @@ class Selection:
 
 
 def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
-    """Read ``["4"]`` or ``["double:1,2", "single:0,5-7"]``.
+    """Read `["4"]` or `["double:1,2", "single:0,5-7"]`.
 
     Raises:
         UserError: anything else, with what is expected.
@@ -76,8 +85,24 @@ def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
     return Request(blocks=tuple(blocks))
 
 
+def requested(words: Sequence[str], budget: Budget | None, network: nn.Module, anatomy: Anatomy) -> Request:
+    """Request of `--drop-blocks` (`words`) or `--budget` to a network.
+
+    Raises:
+        UserError: the words cannot be read, name a block that does not exist, or leave no block.
+    """
+    if budget:
+        return Request(budget=budget)
+    request = parse(words, anatomy)
+    if request.count is None:
+        check(network, anatomy, request.blocks)
+    else:
+        check_count(request.count, len(block_ids(network, anatomy)))
+    return request
+
+
 def limit_of(budget: Budget, cost: Cost) -> int:
-    """What the smaller model may cost.
+    """Largest cost that the smaller model may have.
 
     Raises:
         UserError: no cut that leaves a block is small enough, or the full model is already.
@@ -94,33 +119,54 @@ def limit_of(budget: Budget, cost: Cost) -> int:
     return limit
 
 
-def choose(
-    request: Request,
-    costs: Costs,
-    scores: Mapping[BlockId, float],
-    *,
-    tied: Mapping[str, Sequence[Stack]] = MappingProxyType({}),
-    output_errors: Mapping[BlockId, float] | None = None,
-    joint: Callable[[tuple[int, ...]], float] | None = None,
-    intervals: Mapping[Interval, float] | None = None,
-    best: int = 1,
-) -> Selection:
-    """The blocks that go: those named, or the set with the least sum of scores, or of the ``best`` sets the one whose joint error is least.
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Facts about the blocks before sets of blocks are tried.
+
+    Attributes:
+        scores: of the single blocks by the criterion, in the order of the forward pass.
+        intervals: scores of runs of blocks, by the first and the last position.
+        output_errors: output error of each block alone, by which joint errors are predicted; by
+            default the scores.
+        tied: stacks that have to lose equally many blocks, by their config field
+            (`fastdistill.models.blocks.tied`).
+    """
+
+    scores: Mapping[BlockId, float]
+    intervals: Mapping[Interval, float] | None = None
+    output_errors: Mapping[BlockId, float] | None = None
+    tied: Mapping[str, Sequence[Stack]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Measurement of the best sets before one is taken.
+
+    Attributes:
+        joint: measures the output error without the blocks at these positions.
+        sets: how many sets that meet the request are measured.
+    """
+
+    joint: Callable[[tuple[int, ...]], float]
+    sets: int
+
+
+def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | None = None) -> Selection:
+    """The blocks that go: those named, or the set with the least sum of scores; with a trial, the
+    set whose joint error is least.
 
     Args:
-        costs: those of the quantity that the request is in, at least.
-        scores: of the single blocks by the criterion, in the order of the forward pass, and of ``intervals`` of them where there are any.
-        tied: stacks that have to lose equally many blocks, by their config field (:func:`fastdistill.models.hooks.tied`).
-        output_errors: the output error of each block alone, by which the joint ones are predicted; by default the scores.
-        joint: measures the output error without the blocks at these positions; without it nothing is verified.
+        costs: of the quantity that the request is in, at least.
 
     Raises:
-        UserError: :func:`limit_of` does, or tied stacks allow nothing that meets the request.
+        UserError: the request cannot be met, by its limit (`limit_of`) or because of tied stacks.
     """
+    scores, tied = evidence.scores, evidence.tied
+    best = trial.sets if trial else 1
     blocks = list(scores)
     quantity = request.budget.quantity if request.budget else "blocks"
     cost = costs[quantity]
-    errors = [(output_errors or scores)[block_id] for block_id in blocks]
+    errors = [(evidence.output_errors or scores)[block_id] for block_id in blocks]
 
     def meets(choice: Choice) -> bool:
         # Asked for a number, a larger one is not the answer.
@@ -134,13 +180,14 @@ def choose(
         limit = limit_of(request.budget, cost) if request.budget else cost.total - (request.count or 0)
         saves = [cost.blocks[block_id] for block_id in blocks]
         ranges = [[_range(blocks, stack) for stack in stacks] for stacks in tied.values()]
-        choices = solve(list(scores.values()), saves, intervals, best=best, exact_cost=request.budget is None, tied=ranges)
+        problem = Problem(errors=list(scores.values()), costs=saves, intervals=evidence.intervals, tied=ranges)
+        choices = solve(problem, best=best, exact_cost=request.budget is None)
         front = pareto(choices)
         sets = [choice for choice in within(choices, cost.total - limit) if meets(choice)]
         if not sets:
             raise UserError(nothing_meets(request, tied))
-        sets = to_verify(sets, front, best) if joint else sets[:1]
-    verified = verify(sets, errors, joint, meets) if joint else []
+        sets = to_verify(sets, front, best) if trial else sets[:1]
+    verified = verify(sets, errors, trial.joint, meets) if trial else []
     return Selection(
         dropped=[blocks[position] for position in (best_of(verified) if verified else sets[0]).dropped],
         quantity=quantity,
@@ -158,13 +205,13 @@ def _range(blocks: Sequence[BlockId], stack: Stack) -> range:
 
 
 def nothing_meets(request: Request, tied: Mapping[str, Sequence[Stack]]) -> str:
-    """Why there is no set of blocks that meets a request, and what to do."""
+    """Message for a request that no set of blocks meets: why, and what to do."""
     demand = "the budget cannot be met" if request.budget else f"no {request.count} blocks can go together"
     shared = "; ".join(f"{' and '.join(stack.short for stack in stacks)} must lose equally many" for stacks in tied.values())
     return f"{demand}: {shared or 'too many blocks have an infinite score, which keeps them'}; ask for another number, or for less"
 
 
 def spell(blocks: Sequence[BlockId], anatomy: Anatomy) -> str:
-    """The blocks as the user would type them: ``double:1,2 single:0``."""
+    """The blocks as the user would type them: `double:1,2 single:0`."""
     indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in anatomy.stacks}
     return " ".join(f"{stack.short}:{','.join(map(str, found))}" for stack, found in indices.items() if found)

@@ -1,4 +1,5 @@
-"""What a transformer's blocks cost: parameters, bytes, operations, and time measured on the model itself."""
+"""Costs of a transformer's blocks: parameters, bytes, operations, and time measured on the model
+itself."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ WARM_UP, ROUNDS = 2, 7
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One quantity, in whole units: of each block in the order of the forward pass, and of everything outside them."""
+    """One quantity, in whole units: of each block in the order of the forward pass, and of
+    everything outside them."""
 
     blocks: Mapping[BlockId, int]
     outside: int
@@ -34,16 +36,17 @@ class Cost:
         return self.outside + sum(self.blocks.values())
 
     def left(self, dropped: Iterable[BlockId]) -> int:
-        """The cost without ``dropped``."""
+        """The cost without `dropped`."""
         return self.total - sum(self.blocks[block_id] for block_id in set(dropped))
 
 
 Costs = dict[str, Cost]
-"""By quantity: ``params``, ``memory`` (bytes), ``flops``, ``latency`` (nanoseconds), ``blocks``."""
+"""Costs by quantity: `params`, `memory` (bytes), `flops`, `latency` (nanoseconds), `blocks`."""
 
 
 def workload(sampling: SamplingDefaults, vae_scale_factor: int, batch: int = 1) -> Workload:
-    """Of one forward pass for ``batch`` images of ``sampling``'s size; ``vae_scale_factor`` is in pixels per latent."""
+    """Workload of one forward pass for `batch` images of `sampling`'s size; `vae_scale_factor` is
+    in pixels per latent."""
     return Workload(
         height=sampling.height // vae_scale_factor,
         width=sampling.width // vae_scale_factor,
@@ -53,7 +56,8 @@ def workload(sampling: SamplingDefaults, vae_scale_factor: int, batch: int = 1) 
 
 
 def sizes(network: nn.Module, anatomy: Anatomy, bytes_each: int) -> Costs:
-    """``blocks``, ``params`` and ``memory``: the weights at ``bytes_each`` bytes. What activations take does not depend on the depth."""
+    """`blocks`, `params` and `memory`: the weights at `bytes_each` bytes. What activations take
+    does not depend on the depth."""
     ids = block_ids(network, anatomy)
     counts = {block_id: sum(p.numel() for p in block(network, block_id).parameters()) for block_id in ids}
     parameters = _cost(network, anatomy, counts, sum(p.numel() for p in network.parameters()))
@@ -67,9 +71,10 @@ def sizes(network: nn.Module, anatomy: Anatomy, bytes_each: int) -> Costs:
 
 
 def flops(network: Any, anatomy: Anatomy, load: Workload) -> Cost:
-    """Floating-point operations of one forward pass, a multiplication and an addition counting two; matrix products and attention only.
+    """Floating-point operations of one forward pass, a multiplication and an addition counting two;
+    matrix products and attention only.
 
-    Counted on the ``meta`` device: nothing is computed, and the network may be without weights.
+    Counted on the `meta` device: nothing is computed, and the network may be without weights.
     """
     skeleton = skeleton_of(type(network), network.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -84,10 +89,12 @@ def flops(network: Any, anatomy: Anatomy, load: Workload) -> Cost:
 
 @torch.no_grad()
 def latency(network: Any, anatomy: Anatomy, load: Workload, dtype: torch.dtype | None = None) -> Cost:
-    """Nanoseconds of one forward pass: medians over rounds of every block's own time, and of what is left of the whole.
+    """Nanoseconds of one forward pass: medians over rounds of every block's own time, and of what
+    is left of the whole.
 
-    Equal blocks get the median of all of them. What differs between their times is noise, and a choice must not follow noise.
-    The network is timed where it is, in ``dtype``, for which it is copied, or in its own.
+    Equal blocks get the median of all of them. What differs between their times is noise, and a
+    choice must not follow noise. The network is timed where it is, in `dtype`, for which it is
+    copied, or in its own.
     """
     if dtype not in (None, network.dtype):
         network = copy.deepcopy(network).to(dtype)
@@ -132,14 +139,16 @@ def _equal(network: nn.Module, anatomy: Anatomy) -> list[list[BlockId]]:
 
 
 def _cost(network: nn.Module, anatomy: Anatomy, blocks: Mapping[BlockId, int], total: int) -> Cost:
-    """A block that its place makes smaller costs what it would elsewhere; what the place saves, it saves whichever block is there."""
+    """A block that its place makes smaller costs what it would elsewhere; what the place saves, it
+    saves whichever block is there."""
     blocks = dict(blocks) | {block_id: blocks[twin] for block_id, twin in anatomy.full_size_twins(network).items()}
     return Cost(blocks=blocks, outside=total - sum(blocks.values()))
 
 
 @contextmanager
 def _timed(network: nn.Module, blocks: Iterable[BlockId], device: torch.device) -> Iterator[Any]:
-    """Yields a function that tells the nanoseconds of each block in the forward pass inside the ``with``."""
+    """Yields a function that tells the nanoseconds of each block in the forward pass inside the
+    `with`."""
     starts: dict[BlockId, Any] = {}
     ends: dict[BlockId, Any] = {}
 
@@ -167,7 +176,7 @@ def _mark(device: torch.device) -> Any:
 
 
 def _between(start: Any, end: Any) -> int:
-    """Nanoseconds."""
+    """Nanoseconds between two points in time."""
     if isinstance(start, torch.cuda.Event):
         end.synchronize()
         return round(float(start.elapsed_time(end)) * 1e6)

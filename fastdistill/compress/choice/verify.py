@@ -1,4 +1,5 @@
-"""What a choice is predicted to cost and what it costs: real forward passes without all of its blocks, and whether errors add up."""
+"""Predicted and real error of a choice: forward passes without all of its blocks, and whether
+errors add up."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from fastdistill.compress.choice.solve import Choice, Interval
 
 FRONT_SETS = 4
 MIN_SETS = 3
-"""Of fewer sets no share of a variance says anything."""
+"""Least number of sets for which a share of a variance says anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """A set of dropped blocks with its ``score`` (what the choice minimises), and its output error: added up and measured."""
+    """A set of dropped blocks with its `score` (what the choice minimises), and its output error:
+    added up and measured."""
 
     dropped: tuple[int, ...]
     saved: int
@@ -28,13 +30,13 @@ class Verified:
 
 @dataclass(frozen=True, kw_only=True)
 class Additivity:
-    """How well the sum of its blocks' errors predicts what a set costs, over ``sets`` sets.
+    """Quality of the sum of single errors as a prediction of a set's joint error, over `sets` sets.
 
     Attributes:
-        r2: ``1 - sum (joint - predicted)^2 / sum (joint - mean joint)^2``, of the sums as they are; 1 is perfect, below 0 the mean of the
-            joint errors would have predicted better.
-        r2_linear: the same of the best straight line through the sums, ``corr(predicted, joint)^2``: high where the sums rank the sets
-            well but are off by a factor.
+        r2: `1 - sum (joint - predicted)^2 / sum (joint - mean joint)^2`, of the sums as they are; 1
+            is perfect, below 0 the mean of the joint errors would have predicted better.
+        r2_linear: share for the best straight line through the sums, `corr(predicted, joint)^2`:
+            high where the sums rank the sets well but are off by a factor.
     """
 
     sets: int
@@ -43,7 +45,7 @@ class Additivity:
 
 
 def intervals(count: int, longest: int) -> Iterator[Interval]:
-    """Runs of 2 to ``longest`` neighbours among ``count`` blocks, all of them excepted."""
+    """Runs of 2 to `longest` neighbours among `count` blocks, all of them excepted."""
     for first in range(count):
         for last in range(first + 1, min(first + longest, count)):
             if last - first + 1 < count:
@@ -51,10 +53,11 @@ def intervals(count: int, longest: int) -> Iterator[Interval]:
 
 
 def to_verify(candidates: Sequence[Choice], front: Sequence[Choice], best: int) -> list[Choice]:
-    """The ``best`` first candidates, and sets spread over the Pareto front from half to one and a half of what the first one saves.
+    """The `best` first candidates, and sets spread over the Pareto front from half to one and a
+    half of what the first one saves.
 
-    Sets of nearly equal prediction cannot show whether the prediction is right; those of other sizes can. A single block is no test, as
-    its error was measured.
+    Sets of nearly equal prediction cannot show whether the prediction is right; those of other
+    sizes can. A single block is no test, as its error was measured.
     """
     chosen = list(candidates[:best])
     size = chosen[0].saved
@@ -66,7 +69,8 @@ def to_verify(candidates: Sequence[Choice], front: Sequence[Choice], best: int) 
 def verify(
     sets: Sequence[Choice], errors: Sequence[float], joint: Callable[[tuple[int, ...]], float], meets: Callable[[Choice], bool]
 ) -> list[Verified]:
-    """Measure every set by ``joint``; ``errors`` are the output errors of the single blocks, ``meets`` says which sets may be taken."""
+    """Measure every set by `joint`; `errors` are the output errors of the single blocks, `meets`
+    says which sets may be taken."""
     return [
         Verified(
             dropped=choice.dropped,

@@ -1,4 +1,5 @@
-"""Block influence: how much does a block turn what flows through it? (ShortGPT, Men et al. 2024, equation 1)"""
+"""Block influence: how much does a block turn what flows through it? (ShortGPT, Men et al. 2024,
+equation 1)"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from fastdistill.ops import block_statistics
 
 @torch.no_grad()
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """``BI = 1 - E[cos(h_in, h_out)]`` over the image tokens of all points. Costs one pass over the points."""
+    """`BI = 1 - E[cos(h_in, h_out)]` over the image tokens of all points. Costs one pass over the
+    points."""
     blocks = block_ids(network, family)
 
     def turned(part: CalibrationPoints, _start: int) -> list[list[float]]:

@@ -1,51 +1,168 @@
-"""Calibration: what blocks are scored on and a cut model is recovered on, from the full model's own trajectories, or from images."""
+"""Calibration: what blocks are scored on and a cut model is recovered on, from the full model's own
+trajectories, or from images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from fastdistill.compress.importance.criterion import CalibrationPoints, SamplingRuns
+from fastdistill.compress.importance import CRITERIA
+from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
+from fastdistill.compress.importance.ledger import Ledger
+from fastdistill.compress.importance.output_error import OutputError
+from fastdistill.data.images import Captioned
 from fastdistill.data.latents import LatentPool
 from fastdistill.data.trajectories import trajectories
-from fastdistill.models.families.family import Family
+from fastdistill.errors import UserError
+from fastdistill.models.blocks import block_ids
+from fastdistill.models.families import family_of
+from fastdistill.models.families.family import BlockId, Family
+from fastdistill.models.patch import patched
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.run.options import check_known
+from fastdistill.run.progress import bar, share_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Origin of a calibration: a pipeline that samples `prompts`, or `images` if there are any."""
+
+    pipeline: Any
+    prompts: Sequence[str]
+    sampling: SamplingDefaults
+    images: Sequence[Captioned] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """Size of a calibration, and the portions in which it is sampled."""
+
+    images: int
+    """Images that the full model samples, unless there are images to take instead."""
+    points: int
+    """States on the way to these images at which blocks are scored, one for each of the first
+    `points` images."""
+    steps: int
+    """Sampling steps of each image."""
+    batch: int
+    """Samples per forward pass."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "points", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """``points`` and sampling ``runs`` to score blocks by, and the ``pool`` of clean latents to recover on."""
+    """A network with what its blocks are scored on and a cut model is mended and recovered on.
 
+    The network runs on the fused operators while it is measured, and is left as it was.
+
+    Attributes:
+        points: where blocks are scored.
+        runs: sampling runs that begin where the trajectories of the points did.
+        pool: clean latents to repair and to recover on.
+        batch: samples per forward pass.
+        console: where progress is shown.
+    """
+
+    network: Any
+    family: Family
     points: CalibrationPoints
     runs: SamplingRuns
     pool: LatentPool
+    batch: int
+    seed: int
+    console: Console
+
+    @cached_property
+    def blocks(self) -> list[BlockId]:
+        """Every block of the network, in the order of the forward pass."""
+        return block_ids(self.network, self.family)
+
+    def score(self, criterion: str, *, drops: int | None = None, pieces: Path | None = None) -> dict[BlockId, float]:
+        """Worth of each block by `criterion`, in the order of the forward pass.
+
+        Args:
+            criterion: a name in `CRITERIA`.
+            drops: how many blocks are going to be dropped, where that is known.
+            pieces: file for the finished pieces of the scoring. One that was stopped goes on from
+                there.
+        """
+        check_known("criterion", criterion, CRITERIA)
+        material = Material(points=self.points, runs=self.runs, batch=self.batch, seed=self.seed, drops=drops)
+        with share_bar(self.console, f"score by {criterion}", len(self.blocks)) as tick, patched(self.network):
+            scores = CRITERIA[criterion](self.network, self.family, material, Ledger(pieces, tick))
+        return {block_id: scores[block_id] for block_id in self.blocks}
+
+    def joint_error(self, dropped: Iterable[BlockId]) -> float:
+        """Relative output error of the network without all of `dropped` at once."""
+        error = self._error
+        with patched(self.network):
+            return error.without(dropped)
+
+    def output_error(self, network: Any) -> float:
+        """Relative output error of another network, which stands for this one."""
+        error = self._error
+        with patched(network):
+            return error.of(network)
+
+    @cached_property
+    def _error(self) -> OutputError:
+        with patched(self.network):
+            return OutputError(self.network, self.family, self.points, self.batch)
 
 
-def calibrate(
-    pipeline: Any, family: Family, prompts: Sequence[str], sampling: SamplingDefaults, *, points: int, seed: int, **options: Any
-) -> Calibration:
-    """The runs begin where the trajectories of the first ``points`` images did; a point is the state that was kept of each of these.
+def calibrated(source: Source, amount: Amount, *, cache: Path | None = None, console: Console) -> Calibration:
+    """Sample a calibration from the source, or read from the file `cache` what was sampled before.
 
-    ``options`` are those of :func:`fastdistill.data.trajectories.trajectories`, which samples, or reads what it sampled before.
+    Raises:
+        UserError: the family of the pipeline's transformer cannot be scored.
     """
-    sampled = trajectories(pipeline, family, prompts, sampling, generator=torch.Generator().manual_seed(seed), **options)
+    network = source.pipeline.transformer
+    family = family_of(network)
+    with bar(console, "calibrate", len(source.images) or amount.images) as tick, patched(network):
+        sampled = trajectories(
+            source.pipeline,
+            family,
+            source.prompts,
+            source.sampling,
+            count=amount.images,
+            steps=amount.steps,
+            batch=amount.batch,
+            generator=torch.Generator().manual_seed(amount.seed),
+            images=source.images,
+            cache=cache,
+            tick=tick,
+        )
     conditioning = sampled.conditioning
     device = conditioning.prompt_embeds.device
+    first = slice(amount.points)
     return Calibration(
+        network=network,
+        family=family,
         points=CalibrationPoints(
-            x_t=sampled.x_t[:points].to(device),
-            t=sampled.t[:points].to(device),
-            conditioning=conditioning[sampled.state_prompts[:points].to(device)],
+            x_t=sampled.x_t[first].to(device),
+            t=sampled.t[first].to(device),
+            conditioning=conditioning[sampled.state_prompts[first].to(device)],
         ),
         runs=SamplingRuns(
-            noise=sampled.noise[:points].to(conditioning.prompt_embeds),
+            noise=sampled.noise[first].to(conditioning.prompt_embeds),
             times=sampled.times.to(device),
-            conditioning=conditioning[sampled.prompts[:points].to(device)],
-            unconditional=conditioning[len(conditioning) - 1 :] if sampling.true_cfg_scale > 1 else None,
-            true_cfg_scale=sampling.true_cfg_scale,
+            conditioning=conditioning[sampled.prompts[first].to(device)],
+            unconditional=conditioning[len(conditioning) - 1 :] if source.sampling.true_cfg_scale > 1 else None,
+            true_cfg_scale=source.sampling.true_cfg_scale,
         ),
         pool=sampled.pool(),
+        batch=amount.batch,
+        seed=amount.seed,
+        console=console,
     )

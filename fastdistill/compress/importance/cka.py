@@ -1,4 +1,5 @@
-"""Likeness of what enters and leaves a block, up to rotation and scale: linear CKA (Kornblith et al. 2019, equation 3)."""
+"""Likeness of what enters and leaves a block, up to rotation and scale: linear CKA (Kornblith et
+al. 2019, equation 3)."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from fastdistill.models.hooks import captured, captured_inputs
 
 @dataclass
 class Grams:
-    """Sums over tokens of x x^T, x z^T, z z^T, x and z, where x (T, D) enters and x + z leaves: all that CKA needs, in any chunks.
+    """Sums over tokens of x x^T, x z^T, z z^T, x and z, where x (T, D) enters and x + z leaves: all
+    that CKA needs, in any chunks.
 
-    The change z and not what leaves: 1 - CKA of a block that does little is a difference of nearly equal numbers otherwise.
+    The change z and not what leaves: 1 - CKA of a block that does little is a difference of nearly
+    equal numbers otherwise.
     """
 
     xx: Tensor
@@ -40,10 +43,11 @@ class Grams:
 
 
 def distance(grams: Grams) -> float:
-    """``1 - CKA(X, Y) = 1 - <K, L> / (|K| |L|)``, K = X X^T and L = Y Y^T of the centred tokens, Y = X + Z; 0 of a block that adds nothing.
+    """`1 - CKA(X, Y) = 1 - <K, L> / (|K| |L|)`, K = X X^T and L = Y Y^T of the centred tokens, Y =
+    X + Z; 0 of a block that adds nothing.
 
-    With M = L - K = X Z^T + Z X^T + Z Z^T it is ``(|M|^2 - (|L| - |K|)^2) / (2 |K| |L|)``, where every term is a trace of Gram matrices
-    and vanishes with Z.
+    With M = L - K = X Z^T + Z X^T + Z Z^T it is `(|M|^2 - (|L| - |K|)^2) / (2 |K| |L|)`, where
+    every term is a trace of Gram matrices and vanishes with Z.
     """
     x, z = grams.x.double(), grams.z.double()
     a = grams.xx.double() - torch.outer(x, x) / grams.tokens
@@ -66,10 +70,10 @@ def distance(grams: Grams) -> float:
 
 @torch.no_grad()
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """``1 - CKA(H_in, H_out)`` over the image tokens of all points.
+    """`1 - CKA(H_in, H_out)` over the image tokens of all points.
 
-    Costs one pass over the points, and three (D, D) matrices a block in float32: 6 GB for FLUX.1. They are not kept in the ledger; a
-    scoring that is killed begins again.
+    Costs one pass over the points, and three (D, D) matrices a block in float32: 6 GB for FLUX.1.
+    They are not kept in the ledger; a scoring that is killed begins again.
     """
     blocks = block_ids(network, family)
     chunks = list(material.points.chunks(material.batch))
@@ -83,7 +87,8 @@ def score(network: nn.Module, family: Family, material: Material, ledger: Ledger
             for block_id in blocks:
                 x = before[block_id]["image"].flatten(0, 1).float()
                 z = after[block_id]["image"].flatten(0, 1).float() - x
-                # CKA does not see a shift, and float32 does: some channels of FLUX are a hundred times their spread from zero.
+                # CKA does not see a shift, and float32 does: some channels of FLUX are a hundred
+                # times their spread from zero.
                 x = x - shifts.setdefault(block_id, x.mean(dim=0))
                 found = Grams.of(x, z)
                 if block_id in grams:

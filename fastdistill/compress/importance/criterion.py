@@ -1,4 +1,5 @@
-"""What a pruning criterion is: a function from a network and calibration to one score per block; the lowest goes first."""
+"""The contract of a pruning criterion: a function from a network and calibration to one score per
+block; the lowest goes first."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ class CalibrationPoints:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRuns:
-    """Where the teacher's trajectories begin and how they go on: noise (N, C, H, W), N rows of conditioning, falling times (K + 1,).
+    """Starts and times of the teacher's trajectories: noise (N, C, H, W), N rows of conditioning,
+    falling times (K + 1,).
 
-    With guidance, ``unconditional`` is one row, of the empty prompt, and the velocity is ``u + true_cfg_scale (c - u)``.
+    With guidance, `unconditional` is one row, of the empty prompt, and the velocity is `u +
+    true_cfg_scale (c - u)`.
     """
 
     noise: Tensor
@@ -57,7 +60,7 @@ class SamplingRuns:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a criterion may use: each takes what it needs."""
+    """Data for a criterion; each takes what it needs."""
 
     points: CalibrationPoints
     runs: SamplingRuns
@@ -65,18 +68,20 @@ class Material:
     """Samples per forward pass."""
     seed: int = 0
     drops: int | None = None
-    """How many blocks are going to be dropped, where that is known: a search need not look further."""
+    """Number of blocks that are going to be dropped, where that is known: a search need not look
+    further."""
 
 
 Criterion = Callable[[nn.Module, Family, Material, Ledger], dict[BlockId, float]]
-"""``(network, family, material, ledger) -> score of each block``, in the order of the forward pass.
+"""`(network, family, material, ledger) -> score of each block`, in the order of the forward pass.
 
 The same seed gives the same scores, and so does a ledger that holds any number of the first pieces.
 """
 
 
 def sums_over_chunks(material: Material, ledger: Ledger, measure: Callable[[CalibrationPoints, int], Sequence[Sequence[float]]]) -> Tensor:
-    """``measure(chunk, index of its first point)`` summed over all chunks of the points, float64. A chunk is a piece of the ledger."""
+    """`measure(chunk, index of its first point)` summed over all chunks of the points, float64. A
+    chunk is a piece of the ledger."""
     chunks = list(material.points.chunks(material.batch))
     ledger.expect(len(chunks))
     for index, part in enumerate(chunks):

@@ -1,9 +1,11 @@
-"""Learned masks: which blocks does a network do without, if its weights may follow? (TinyFusion, Fang et al. 2025, arXiv 2412.01199)
+"""Learned masks: which blocks does a network do without, if its weights may follow? (TinyFusion,
+Fang et al. 2025, arXiv 2412.01199)
 
-Other criteria ask how much breaks when a block goes, this one how much stays broken. Consecutive blocks form groups, each with a
-distribution over the patterns in which it can lose its share of blocks. It is learned by gradient descent together with a low-rank
-update of every linear layer of the blocks, towards the velocity of the full network. The update is thrown away: all it is for is that
-the blocks are chosen for what recovery can make of the rest.
+Other criteria ask how much breaks when a block goes, this one how much stays broken. Consecutive
+blocks form groups, each with a distribution over the patterns in which it can lose its share of
+blocks. It is learned by gradient descent together with a low-rank update of every linear layer of
+the blocks, towards the velocity of the full network. The update is thrown away: all it is for is
+that the blocks are chosen for what recovery can make of the rest.
 """
 
 from __future__ import annotations
@@ -34,18 +36,21 @@ STEPS_A_PIECE = 20
 OPTIONS = 500
 RANK = 8
 LEARNING_RATE = 5e-4
-# TinyFusion's distribution is softmax(100 l), and l learns at ten times the rate of the weights: to Adam the same as this, of 100 l.
+# TinyFusion's distribution is softmax(100 l), and l learns at ten times the rate of the weights: to
+# Adam the same as this, of 100 l.
 LOGIT_RATE = 1000 * LEARNING_RATE
 HOT, COLD = 4.0, 0.1
 
 
 def partition(blocks: int, drops: int) -> list[tuple[int, int]]:
-    """(kept, dropped) of each group of consecutive blocks: even shares of both, at least one of each.
+    """(kept, dropped) of each group of consecutive blocks: even shares of both, at least one of
+    each.
 
-    The fewest groups with at most 500 patterns each, such as 12 blocks of which 4 go. TinyFusion's are of 2 or 4 blocks, but that every
-    group loses its share is decided before anything is learned: the best set known of the emoji FLUX takes one of its first six blocks
-    and three of the others, which two groups of six cannot say. Of thousands of patterns few would ever be tried: TinyFusion finds 3432
-    too many.
+    The fewest groups with at most 500 patterns each, such as 12 blocks of which 4 go. TinyFusion's
+    are of 2 or 4 blocks, but that every group loses its share is decided before anything is
+    learned: the best set known of the emoji FLUX takes one of its first six blocks and three of the
+    others, which two groups of six cannot say. Of thousands of patterns few would ever be tried:
+    TinyFusion finds 3432 too many.
     """
 
     def shares(count: int, groups: int) -> list[int]:
@@ -58,13 +63,14 @@ def partition(blocks: int, drops: int) -> list[tuple[int, int]]:
 
 
 def patterns(kept: int, dropped: int) -> Tensor:
-    """All ways to lose ``dropped`` blocks: (C(kept + dropped, dropped), kept + dropped), 0 where a block goes."""
+    """All ways to lose `dropped` blocks: (C(kept + dropped, dropped), kept + dropped), 0 where a
+    block goes."""
     size = kept + dropped
     return torch.tensor([[float(index not in gone) for index in range(size)] for gone in combinations(range(size), dropped)])
 
 
 class Masks(nn.Module):
-    """A distribution over the patterns of each group: ``softmax(logits)``, uniform at first."""
+    """A distribution over the patterns of each group: `softmax(logits)`, uniform at first."""
 
     def __init__(self, blocks: int, drops: int) -> None:
         super().__init__()
@@ -72,7 +78,8 @@ class Masks(nn.Module):
         self.logits = nn.ParameterList(torch.zeros(len(options)) for options in self.patterns)
 
     def draw(self, count: int, temperature: float, rng: torch.Generator) -> Tensor:
-        """Gates (count, blocks) of 0 and 1, a draw for each sample; their gradient is that of the soft draw (straight-through Gumbel)."""
+        """Gates (count, blocks) of 0 and 1, a draw for each sample; their gradient is that of the
+        soft draw (straight-through Gumbel)."""
         groups = []
         for logits, options in zip(self.logits, self.patterns, strict=True):
             gumbel = -torch.empty(count, len(options)).exponential_(generator=rng).log()
@@ -89,7 +96,8 @@ class Masks(nn.Module):
 
 
 class LowRank(nn.Module):
-    """What ``2 B A`` adds to a linear layer, at first nothing: LoRA (Hu et al. 2022) of rank 8 with alpha 16."""
+    """Addition `2 B A` to a linear layer, at first zero: LoRA (Hu et al. 2022) of rank 8 with alpha
+    16."""
 
     def __init__(self, layer: nn.Linear, rng: torch.Generator) -> None:
         super().__init__()
@@ -102,7 +110,7 @@ class LowRank(nn.Module):
 
 
 def updated(layer: nn.Module, update: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The layer's forward with ``update`` added."""
+    """The layer's forward with `update` added."""
     own = layer.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -112,7 +120,8 @@ def updated(layer: nn.Module, update: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class Search(nn.Module):
-    """What is learned, held outside of the network: nothing in that changes but which forward its blocks and their layers run."""
+    """Learned parameters, held outside of the network, of which nothing changes but the forward of
+    its blocks and their layers."""
 
     def __init__(self, network: nn.Module, family: Family, drops: int, rng: torch.Generator) -> None:
         super().__init__()
@@ -124,7 +133,7 @@ class Search(nn.Module):
 
     @contextmanager
     def applied(self, gates: Tensor) -> Iterator[None]:
-        """The network with the update, and with ``gates`` (B, blocks) on its blocks."""
+        """The network with the update, and with `gates` (B, blocks) on its blocks."""
         with ExitStack() as stack:
             # A patched block calls its linear layers, so that their forwards count in it, too.
             for layer, update in zip(self.layers, self.updates, strict=True):
@@ -138,21 +147,23 @@ class Search(nn.Module):
             {"params": list(self.masks.parameters()), "lr": LOGIT_RATE},
             {"params": list(self.updates.parameters()), "lr": LEARNING_RATE},
         ]
-        # Once the draws are cold almost none has a gradient, and Adam forgets how large one is: the next would throw over what has been
-        # decided. AMSGrad does not forget.
+        # Once the draws are cold almost none has a gradient, and Adam forgets how large one is: the
+        # next would throw over what has been decided. AMSGrad does not forget.
         return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, amsgrad=True, fused=True)
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
     """The probability that a block stays.
 
-    It says which ``material.drops`` go, or which half where that is not known. Where the masks are decided, and after the annealing they
-    mostly are, these have scores near 0 and come to just the most probable pattern of each group. Where a group is not, its blocks share
-    the doubt, and between groups those go that are surest to. What is decided ends in scores of almost exactly 0 or 1: how much worse
-    a larger cut would be they do not say.
+    It says which `material.drops` go, or which half where that is not known. Where the masks are
+    decided, and after the annealing they mostly are, these have scores near 0 and come to just the
+    most probable pattern of each group. Where a group is not, its blocks share the doubt, and
+    between groups those go that are surest to. What is decided ends in scores of almost exactly 0
+    or 1: how much worse a larger cut would be they do not say.
 
-    Costs about 50 passes over 256 points: 200 steps of 16 samples, with the blocks' activations recomputed in the backward pass. Every
-    20 steps the state of the training is kept beside the ledger, 0.7 GB for FLUX.1.
+    Costs about 50 passes over 256 points: 200 steps of 16 samples, with the blocks' activations
+    recomputed in the backward pass. Every 20 steps the state of the training is kept next to the
+    ledger, 0.7 GB for FLUX.1.
     """
     blocks = block_ids(network, family)
     ledger.expect(-(-STEPS // STEPS_A_PIECE) + 1)
@@ -163,7 +174,8 @@ def score(network: nn.Module, family: Family, material: Material, ledger: Ledger
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """``E ||v(masked, updated) - v||^2 / E ||v||^2`` over the points, weighted by :func:`time_weight`; v is the full network's."""
+    """`E ||v(masked, updated) - v||^2 / E ||v||^2` over the points, weighted by `time_weight`; v is
+    the full network's."""
 
     network: nn.Module
     family: Family
@@ -172,9 +184,11 @@ class Objective:
     batch: int
 
     def backward(self, search: Search, rows: Tensor, gates: Tensor) -> float:
-        """Its value at the points ``rows`` (B,) under ``gates`` (B, blocks); the gradient goes to ``search`` and nowhere else."""
+        """Value at the points `rows` (B,) under `gates` (B, blocks); the gradient goes to `search`
+        and nowhere else."""
         norm = weighted_square(self.reference, self.points.t) * len(rows) / len(self.points)
-        # A forward pass takes `batch` samples, and each has a graph of its own; that of the gates is common to all and runs once.
+        # A forward pass takes `batch` samples, and each has a graph of its own; that of the gates
+        # is common to all and runs once.
         switches = gates.detach().requires_grad_()
         value = 0.0
         for part in torch.arange(len(rows)).split(self.batch):
@@ -208,10 +222,12 @@ def learned(network: nn.Module, family: Family, material: Material, ledger: Ledg
     if folder is not None and (state := checkpoint.latest(folder)):
         first = checkpoint.load(state, trained)["step"]
     for step in range(first, STEPS):
-        # Seeded by the step, so that a training that goes on after a kill draws the same, and so does another batch.
+        # Seeded by the step, so that a training that goes on after a kill draws the same, and so
+        # does another batch.
         rng = torch.Generator().manual_seed(material.seed * 1_000_003 + step)
         rows = torch.randperm(len(points), generator=rng)[:BATCH]
-        # Geometric: while the draws are hot little is decided, and a linear fall leaves that to the last few steps.
+        # Geometric: while the draws are hot little is decided, and a linear fall leaves that to the
+        # last few steps.
         temperature = HOT * (COLD / HOT) ** (step / STEPS)
         loss = objective.backward(search, rows, search.masks.draw(len(rows), temperature, rng))
         if not math.isfinite(loss):

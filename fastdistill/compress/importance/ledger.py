@@ -14,18 +14,20 @@ Tick = Callable[[float], None]
 class Ledger:
     """The finished pieces of one scoring by name, each a JSON value.
 
-    A piece is what a criterion would not want to compute twice: the error without one block on one chunk of the points, or a pass over
-    one chunk. It is written before the next one begins, so that a scoring that is started again goes on where it was.
+    A piece is what a criterion would not want to compute twice: the error without one block on one
+    chunk of the points, or a pass over one chunk. It is written before the next one begins, so that
+    a scoring that is started again goes on where it was.
     """
 
     def __init__(self, path: Path | None = None, tick: Tick = lambda _: None) -> None:
-        """Read the pieces of an earlier run from ``path``; without one, nothing is kept."""
+        """Read the pieces of an earlier run from `path`; without one, nothing is kept."""
         self._path, self._tick = path, tick
         self._pieces: dict[str, Any] = {}
         self._expected = 1
         if path is not None and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            # A kill in the middle of a write leaves half a line, and the next one must not continue it.
+            # A kill in the middle of a write leaves half a line, and the next one must not continue
+            # it.
             whole = [line for line in lines if line.endswith("\n")]
             if len(whole) < len(lines):
                 path.write_text("".join(whole))

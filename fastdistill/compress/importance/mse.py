@@ -1,4 +1,5 @@
-"""In/out MSE: how large is what a block adds, against what comes in? (Freepik chose the blocks of flux.1-lite by it)"""
+"""In/out MSE: how large is what a block adds, against what comes in? (the criterion of Freepik's
+flux.1-lite)"""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from fastdistill.models.hooks import captured, captured_inputs
 
 @torch.no_grad()
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """``||h_out - h_in||^2 / ||h_in||^2`` over all points, the mean of the streams. Costs one pass over the points.
+    """`||h_out - h_in||^2 / ||h_in||^2` over all points, the mean of the streams. Costs one pass
+    over the points.
 
-    Divided by the norm, which grows by orders of magnitude with depth in FLUX: the plain difference would only rank that. The text
-    that leaves the last block is left out, as nothing reads it.
+    Divided by the norm, which grows by orders of magnitude with depth in FLUX: the plain difference
+    would only rank that. The text that leaves the last block is left out, as nothing reads it.
     """
     blocks = block_ids(network, family)
 

@@ -1,7 +1,9 @@
-"""Linear probes over intervals of blocks (PPCL, "Pluggable Pruning with Contiguous Layer Distillation", the detection of intervals).
+"""Linear probes over intervals of blocks (PPCL, "Pluggable Pruning with Contiguous Layer
+Distillation", the detection of intervals).
 
-A block is probed by the linear map that replaces it best, a run of blocks by the product of their probes. As long as the product stays
-like what really leaves the run, one block can learn to stand for all of it.
+A block is probed by the linear map that replaces it best, a run of blocks by the product of their
+probes. As long as the product stays like what really leaves the run, one block can learn to stand
+for all of it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ RIDGE = 1e-6
 
 @torch.no_grad()
 def boundaries(network: nn.Module, family: Family, material: Material) -> Tensor:
-    """The image stream ahead of every block and behind the last: (blocks + 1, N, tokens, D) float32 on CPU, at tokens the seed chooses."""
+    """Image stream before every block and after the last: (blocks + 1, N, tokens, D) float32 on
+    CPU, at tokens the seed chooses."""
     blocks = block_ids(network, family)
     rng = torch.Generator().manual_seed(material.seed)
     chunks = []
@@ -42,7 +45,8 @@ def boundaries(network: nn.Module, family: Family, material: Material) -> Tensor
 
 
 def probe(x: Tensor, z: Tensor) -> Tensor:
-    """The linear map W (D, D) that minimises ``||x W - z||^2``, of centred tokens; a little ridge where x does not span its space."""
+    """The linear map W (D, D) that minimises `||x W - z||^2`, of centred tokens; a little ridge
+    where x does not span its space."""
     gram = x.mT @ x
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     w: Tensor = torch.linalg.solve(gram, x.mT @ z)
@@ -52,8 +56,9 @@ def probe(x: Tensor, z: Tensor) -> Tensor:
 def intervals(blocks: int, distances: Callable[[int], Iterator[float]]) -> list[range]:
     """Cut 0 .. blocks - 1 into intervals, each as long as it gets no worse at a rising pace.
 
-    ``distances(u)`` gives, for k = u, u + 1, ..., 1 - CKA of the true and the surrogate output of blocks u .. k. The interval from u ends
-    before the first k with ``D(u, k) > D(u, k - 1)``, where D is what block k adds to it.
+    `distances(u)` gives, for k = u, u + 1, ..., 1 - CKA of the true and the surrogate output of
+    blocks u .. k. The interval from u ends before the first k with `D(u, k) > D(u, k - 1)`, where D
+    is what block k adds to it.
     """
     found: list[range] = []
     u = 0
@@ -70,12 +75,15 @@ def intervals(blocks: int, distances: Callable[[int], Iterator[float]]) -> list[
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """``1 - CKA(block, its probe)``, and 1 more for the first block of each interval, which stays to stand for the others.
+    """`1 - CKA(block, its probe)`, and 1 more for the first block of each interval, which stays to
+    stand for the others.
 
-    So the blocks that another stands for go first, the most linear of them before all; the heads of the intervals only when no others
-    are left. PPCL knows no budget and drops exactly the former. The probes are solved on the even points and compared on the odd ones;
-    PPCL polishes them by gradient descent on the same loss, which is left out. Costs one pass over the points and one or two linear
-    systems a block, and holds 8192 tokens a block in main memory, 6 GB for FLUX.1. A scoring that is killed begins again.
+    So the blocks that another stands for go first, the most linear of them before all; the heads of
+    the intervals only when no others are left. PPCL knows no budget and drops exactly the former.
+    The probes are solved on the even points and compared on the odd ones; PPCL polishes them by
+    gradient descent on the same loss, which is left out. Costs one pass over the points and one or
+    two linear systems a block, and holds 8192 tokens a block in main memory, 6 GB for FLUX.1. A
+    scoring that is killed begins again.
     """
     blocks = block_ids(network, family)
     ledger.expect(1)
@@ -85,11 +93,12 @@ def score(network: nn.Module, family: Family, material: Material, ledger: Ledger
 
 
 def probed(streams: Tensor, device: torch.device) -> list[float]:
-    """The scores from the streams at all boundaries, (blocks + 1, N, tokens, D), computed on ``device``."""
+    """The scores from the streams at all boundaries, (blocks + 1, N, tokens, D), computed on
+    `device`."""
     blocks = len(streams) - 1
 
     def at(boundary: int, odd: int) -> Tensor:
-        # Centred alike on both halves. Of a single point all there is serves for both.
+        # Both halves are centred by the mean of the first. A single point serves as both.
         points = streams[boundary].to(device)
         mean = points[::2].flatten(0, 1).mean(dim=0)
         return (points[odd::2] if len(points) > 1 else points).flatten(0, 1) - mean

@@ -1,11 +1,13 @@
 """First order: how fast does the output move when a block is faded out?
 
-Every block gets a gate m, h_out = h_in + m (B(h_in) - h_in), which is 1 in the model and 0 where the block is cut (the mask of
-TinyFusion, Fang et al. 2025). To first order v(m = 0) - v(1) = -dv/dm, so that ||dv/dm||^2 estimates what ``output`` measures.
+Every block gets a gate m, h_out = h_in + m (B(h_in) - h_in), which is 1 in the model and 0 where
+the block is cut (the mask of TinyFusion, Fang et al. 2025). To first order v(m = 0) - v(1) =
+-dv/dm, so that ||dv/dm||^2 estimates what `output` measures.
 
-The gate and not |g theta| summed over the weights (Molchanov et al. 2017): that grows with the number of weights, 2.4 times as many in
-a double block of FLUX as in a single one at the same work, and needs a gradient for each of 12 billion. And the output, not a loss: at
-the model's own predictions the gradient of a distillation loss is zero.
+The gate and not |g theta| summed over the weights (Molchanov et al. 2017): that grows with the
+number of weights, 2.4 times as many in a double block of FLUX as in a single one at the same work,
+and needs a gradient for each of 12 billion. And the output, not a loss: at the model's own
+predictions the gradient of a distillation loss is zero.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ PROBES = 4
 
 
 def gated(module: nn.Module, pass_through: Callable[..., Any], gate: Tensor) -> Callable[..., Any]:
-    """The module's forward, whose output is what came in where ``gate`` (B,) is 0, and as ever where it is 1."""
+    """The module's forward, whose output is what came in where `gate` (B,) is 0, and as ever where
+    it is 1."""
     own = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Recomputed in the backward pass: a large model's activations would not fit, and its block inputs do.
+        # Recomputed in the backward pass: a large model's activations would not fit, and its block
+        # inputs do.
         out = checkpoint(own, *args, use_reentrant=False, **kwargs)
         h_in, h_out = pass_through(*args, **kwargs), out
         if isinstance(h_out, Tensor):
@@ -49,10 +53,12 @@ def faded(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """``sum over points of ||dv/dm||^2 / sum of ||v||^2``, by Hutchinson's estimate ``E_r (r . dv/dm)^2`` with r ~ N(0, I).
+    """`sum over points of ||dv/dm||^2 / sum of ||v||^2`, by Hutchinson's estimate `E_r (r .
+    dv/dm)^2` with r ~ N(0, I).
 
-    One backward pass gives all blocks, so that 4 draws of r cost about 9 passes over the points, however many blocks there are. The
-    parameters get no gradient. The draws belong to the points and do not depend on the batch.
+    One backward pass gives all blocks, so that 4 draws of r cost about 9 passes over the points,
+    however many blocks there are. The parameters get no gradient. The draws belong to the points
+    and do not depend on the batch.
     """
     blocks = block_ids(network, family)
     device = material.points.x_t.device

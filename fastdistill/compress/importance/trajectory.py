@@ -1,7 +1,9 @@
-"""One block out: where does a short sampling run end without it? (EcoDiff, Zhang et al., the loss on z_0)
+"""One block out: where does a short sampling run end without it? (EcoDiff, Zhang et al., the loss
+on z_0)
 
-EcoDiff found the error of the end decisive: masks learned on the errors of single steps gave a FID of 97. It sees what single
-predictions do not: whether the errors of a block's absence add up along a run, or are made good by later steps.
+EcoDiff found the error of the end decisive: masks learned on the errors of single steps gave a FID
+of 97. It sees what single predictions do not: whether the errors of a block's absence add up along
+a run, or are made good by later steps.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ STEPS = 4
 
 
 def shortened(runs: SamplingRuns, steps: int) -> SamplingRuns:
-    """The same runs in at most ``steps`` steps, at times of the pipeline's own schedule."""
+    """The runs in at most `steps` steps, at times of the pipeline's own schedule."""
     last = len(runs.times) - 1
     chosen = torch.linspace(0, last, min(steps, last) + 1).round().long()
     return SamplingRuns(
@@ -33,7 +35,8 @@ def shortened(runs: SamplingRuns, steps: int) -> SamplingRuns:
 
 @torch.no_grad()
 def ends(network: nn.Module, family: Family, runs: SamplingRuns) -> Tensor:
-    """The last state of each run, (N, C, H, W): ``x <- x + (t_next - t) v``, with guidance ``v = u + s (c - u)``."""
+    """The last state of each run, (N, C, H, W): `x <- x + (t_next - t) v`, with guidance `v = u + s
+    (c - u)`."""
     x = runs.noise
     nothing = None
     if runs.unconditional is not None and runs.true_cfg_scale > 1:
@@ -50,10 +53,10 @@ def ends(network: nn.Module, family: Family, runs: SamplingRuns) -> Tensor:
 
 
 def score(network: nn.Module, family: Family, material: Material, ledger: Ledger) -> dict[BlockId, float]:
-    """``||z_0 without - z_0||^2 / ||z_0||^2`` of runs from the same noise in 4 steps.
+    """`||z_0 without - z_0||^2 / ||z_0||^2` of runs from the same noise in 4 steps.
 
-    There are as many runs as cost about one pass over the points, so that n blocks cost n + 1 passes. The states differ from the first
-    step on, so that there is no prefix to share.
+    There are as many runs as cost about one pass over the points, so that n blocks cost n + 1
+    passes. The states differ from the first step on, so that there is no prefix to share.
     """
     blocks = block_ids(network, family)
     runs = shortened(material.runs, STEPS)

@@ -1,4 +1,4 @@
-"""Repairs of a cut model in closed form. A new one is a file and a line here."""
+"""Repairs of a cut model in closed form. A new one is a file, a line here, and a case in the tests."""
 
 from __future__ import annotations
 
@@ -9,4 +9,11 @@ from fastdistill.lazy import Table
 if TYPE_CHECKING:
     from fastdistill.compress.repairs.damage import Repair
 
-REPAIRS: Table[Repair] = Table(__name__, {"ridge": "ridge:repair", "scale": "scale:repair", "average": "average:repair"})
+_REPAIRS = {
+    "ridge": ("ridge:repair", "the last layer before each gap is fitted to the full model"),
+    "scale": ("scale:repair", "the channels of that layer are scaled and shifted"),
+    "average": ("average:repair", "kept and dropped blocks are averaged"),
+}
+REPAIRS: Table[Repair] = Table(__name__, {name: place for name, (place, _) in _REPAIRS.items()})
+MEANINGS = {name: meaning for name, (_, meaning) in _REPAIRS.items()}
+"""Meaning of each repair, in words."""

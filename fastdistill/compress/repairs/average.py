@@ -1,4 +1,5 @@
-"""Local weight averaging (Amber-Image): a kept block becomes the mean of itself and of the dropped blocks it has to stand for."""
+"""Local weight averaging (Amber-Image): a kept block becomes the mean of itself and of the dropped
+blocks it has to stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from fastdistill.models.blocks import block, block_ids
 
 @torch.no_grad()
 def repair(damage: Damage) -> None:
-    """``W_l <- mean(W_l, ..., W_{l+k})`` over every parameter; dropped blocks of another kind than the kept one cannot take part."""
+    """`W_l <- mean(W_l, ..., W_{l+k})` over every parameter; dropped blocks of another kind than
+    the kept one cannot take part."""
     existing = block_ids(damage.teacher, damage.family)
     spans = damage.spans()
     for index, span in enumerate(spans):

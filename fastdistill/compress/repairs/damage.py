@@ -1,19 +1,23 @@
-"""What a repair gets: a cut model, the full one, where they should agree, and data."""
+"""Input of a repair: a cut model, the full one, where both should agree, and data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from rich.console import Console
+from torch import Tensor
 
-from fastdistill.compress.surgery import boundary_map, cut
+from fastdistill.compress.importance.calibrate import Calibration
+from fastdistill.compress.repairs import REPAIRS
+from fastdistill.compress.surgery import CutModel
 from fastdistill.data.latents import LatentBatch, LatentPool
 from fastdistill.diffusion.process import RectifiedFlow, noise_like
 from fastdistill.models.blocks import block_ids
-from fastdistill.models.families.family import BlockId, Conditioning, Family
+from fastdistill.models.families.family import BlockId, Conditioning
+from fastdistill.models.patch import patched
+from fastdistill.run.progress import share_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,28 +25,26 @@ class Span:
     """A block of the cut model that has to stand for more than it did."""
 
     block: BlockId
-    """In the cut model."""
+    """Block of the cut model."""
     kept: BlockId
-    """The same block in the full one."""
+    """Block of the full model that `block` is a copy of."""
     target: BlockId
-    """Of the full model, whose output ``block`` should give."""
+    """Block of the full model whose output `block` should give."""
     at_end: bool
-    """Nothing reads the text stream behind it."""
+    """Whether nothing reads the text stream after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Damage:
-    """Attributes:
-    boundaries: for each kept block of the full model, in the order of the cut one's, the block whose output it should give.
-    pool: clean latents, which are noised afresh.
-    points: how many to look at, ``batch`` at once.
-    tick: called with the share of the repair that is done.
+class Damage(CutModel):
+    """A cut model to mend, with the data to mend it by.
+
+    Attributes:
+        pool: clean latents, to be noised.
+        points: how many noised latents to look at.
+        batch: latents at once.
+        tick: called with the share of the repair that is done.
     """
 
-    student: nn.Module
-    teacher: nn.Module
-    family: Family
-    boundaries: Mapping[BlockId, BlockId]
     pool: LatentPool
     points: int
     batch: int
@@ -50,13 +52,22 @@ class Damage:
     tick: Callable[[float], None] = lambda share: None
 
     @classmethod
-    def by_cutting(cls, teacher: nn.Module, family: Family, dropped: Sequence[BlockId], **data: Any) -> Damage:
-        """That of the teacher without the blocks ``dropped``; ``data`` are the pool and how to use it."""
-        boundaries = boundary_map(block_ids(teacher, family), dropped)
-        return cls(student=cut(teacher, dropped), teacher=teacher, family=family, boundaries=boundaries, **data)
+    def of(cls, model: CutModel, calibration: Calibration, points: int) -> Damage:
+        """Damage of a cut model, to be mended by a calibration of the full one."""
+        return cls(
+            student=model.student,
+            teacher=model.teacher,
+            family=model.family,
+            boundaries=model.boundaries,
+            pool=calibration.pool,
+            points=points,
+            batch=calibration.batch,
+            seed=calibration.seed,
+        )
 
     def spans(self) -> list[Span]:
-        """The blocks ahead of a gap, in the order of the forward pass, and the first one if blocks ahead of it are gone."""
+        """Blocks before a gap, in the order of the forward pass, and the first one if blocks before
+        it are gone."""
         existing = block_ids(self.teacher, self.family)
         own = block_ids(self.student, self.family)
         return [
@@ -66,7 +77,10 @@ class Damage:
         ]
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Conditioning]]:
-        """``(x_t, t, conditioning)`` of ``points`` noised latents at uniform times; the same in every pass, without holding them."""
+        """`(x_t, t, conditioning)` of `points` noised latents at uniform times.
+
+        Every pass gives the same ones, and none is held.
+        """
         for start in range(0, self.points, self.batch):
             rng = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
             batch: LatentBatch = self.pool.batch(min(self.batch, self.points - start), rng)
@@ -75,4 +89,11 @@ class Damage:
 
 
 Repair = Callable[[Damage], None]
-"""Mends ``damage.student`` in place; everything else stays as it is."""
+"""Mends `damage.student` in place; everything else stays as it is."""
+
+
+def mend(damage: Damage, kind: str, console: Console) -> None:
+    """Mend `damage.student` in place by the repair `kind`, with the full model on the fused
+    operators."""
+    with share_bar(console, "repair") as tick, patched(damage.teacher):
+        REPAIRS[kind](replace(damage, tick=tick))

@@ -1,7 +1,9 @@
-"""What the closed-form repairs look at, chunk by chunk: the last linear layer of a block, its gate, and what its output lacks.
+"""Data of the closed-form repairs, chunk by chunk: the last linear layer of a block, its gate, and
+what its output lacks.
 
-A block ends in ``h_out = h + g * (W z + b)`` with a gate ``g`` (D,) from the time and the pooled prompt. What is missing to the full
-model, ``r = h_target - h_out``, is to be made up by other ``W`` and ``b``: for fixed ``z`` and ``g`` they enter linearly.
+A block ends in `h_out = h + g * (W z + b)` with a gate `g` (D,) from the time and the pooled
+prompt. What is missing to the full model, `r = h_target - h_out`, is to be made up by other `W` and
+`b`: for fixed `z` and `g` they enter linearly.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from fastdistill.models.hooks import Streams, captured, skipped
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """One closing on one chunk, float32: ``z`` (B, S, K), ``gate`` (B, D) and ``missing`` (B, S, D), over the tokens that matter."""
+    """One closing on one chunk, float32: `z` (B, S, K), `gate` (B, D) and `missing` (B, S, D), over
+    the tokens that matter."""
 
     z: Tensor
     gate: Tensor
     missing: Tensor | None
-    """``None`` if it was not asked for, as it takes the full model."""
+    """`None` if it was not asked for, as it takes the full model."""
 
 
 def linears(damage: Damage, span: Span) -> list[nn.Linear]:
-    """The last linear layers of the block, in the order of :func:`watch`."""
+    """The last linear layers of the block, in the order of `watch`."""
     own = block(damage.student, span.block)
     found = []
     for closing in _closings(damage, span):
@@ -43,7 +46,10 @@ def linears(damage: Damage, span: Span) -> list[nn.Linear]:
 
 @torch.no_grad()
 def watch(damage: Damage, span: Span, *, missing: bool = True) -> Iterator[list[Rows]]:
-    """For every chunk, the rows of every closing of the block. Holds one chunk, and runs no block behind those that it looks at."""
+    """Yields for every chunk the rows of every closing of the block.
+
+    One chunk is held at a time, and no block after the ones that are looked at runs.
+    """
     closings = _closings(damage, span)
     with (
         _up_to(damage.student, damage.family, span.block) as own,
@@ -74,7 +80,8 @@ def _closings(damage: Damage, span: Span) -> Sequence[Closing]:
 
 @contextmanager
 def _up_to(network: nn.Module, family: Family, last: BlockId) -> Iterator[dict[BlockId, Streams]]:
-    """What ``last`` returns, by stream, in the latest forward pass; the blocks behind it rest."""
+    """Yields the output of `last`, by stream, in the latest forward pass; the blocks after it do
+    not run."""
     blocks = block_ids(network, family)
     with skipped(network, family, blocks[blocks.index(last) + 1 :]), captured(network, family, [last]) as outputs:
         yield outputs
@@ -82,7 +89,8 @@ def _up_to(network: nn.Module, family: Family, last: BlockId) -> Iterator[dict[B
 
 @contextmanager
 def _tapped(own: nn.Module, closings: Sequence[Closing]) -> Iterator[list[dict[str, Tensor]]]:
-    """What each closing's linear layer takes and its norm makes of the gate, in the latest forward pass."""
+    """Yields the input of each closing's linear layer, and the gate that its norm makes, in the
+    latest forward pass."""
     taps: list[dict[str, Tensor]] = [{} for _ in closings]
 
     def keep_z(tap: dict[str, Tensor]) -> Any:

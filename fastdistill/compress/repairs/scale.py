@@ -1,4 +1,5 @@
-"""A factor and an offset for each channel of the last linear layer: the diagonal special case of :mod:`.ridge`, at no cost in memory."""
+"""A factor and an offset for each channel of the last linear layer: the diagonal special case of
+`.ridge`, at no cost in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from fastdistill.compress.repairs.rows import Rows, linears, watch
 
 @torch.no_grad()
 def repair(damage: Damage) -> None:
-    """``W <- (1 + a) W, b <- (1 + a) b + c`` with ``a, c = argmin sum (g (a u + c) - r)^2``, ``u = W z + b``, for each channel alone.
+    """`W <- (1 + a) W, b <- (1 + a) b + c` with `a, c = argmin sum (g (a u + c) - r)^2`, `u = W z +
+    b`, for each channel alone.
 
     Two unknowns a channel: the normal equations are solved as they are.
     """
@@ -34,7 +36,7 @@ def repair(damage: Damage) -> None:
 
 
 def _products(rows: Rows, u: Tensor) -> Tensor:
-    """Sums over samples and tokens of ``g^2 u^2, g^2 u, g^2, g u r, g r``, (5, D)."""
+    """Sums over samples and tokens of `g^2 u^2, g^2 u, g^2, g u r, g r`, (5, D)."""
     assert rows.missing is not None
     g = rows.gate[:, None].expand_as(u)
     terms = (g.square() * u.square(), g.square() * u, g.square(), g * u * rows.missing, g * rows.missing)

@@ -1,4 +1,5 @@
-"""Training methods of few-step students. A new one is a file with its options, a line here, and a case in the tests."""
+"""Training methods of few-step students. A new one is a file with its options, a line here, and a
+case in the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Consistency distillation (CD; Song et al. 2023, arXiv 2303.01469) and latent consistency models (LCM; Luo et al. 2023, 2310.04378)."""
+"""Consistency distillation (CD; Song et al. 2023, arXiv 2303.01469) and latent consistency models
+(LCM; Luo et al. 2023, 2310.04378)."""
 
 from __future__ import annotations
 
@@ -25,19 +26,20 @@ from fastdistill.train.method import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyOptions(MethodOptions):
-    """Map every point of a trajectory of the teacher to its end. The result is sampled with stochastic_sampling."""
+    """Map every point of a trajectory of the teacher to its end. The result is sampled with
+    stochastic_sampling."""
 
     grid_steps: int = 48
     """Steps into which the trajectory is cut; a multiple of the steps to sample in."""
     skip: int = 1
-    """Of those, how many one step of the teacher spans."""
+    """Steps of that grid that one step of the teacher spans."""
     solver: Literal["ddim", "heun"] = "ddim"
     """The teacher's step: one call (LCM), or two and of second order (consistency distillation)."""
     loss: Literal["pseudo_huber", "mse"] = "pseudo_huber"
     huber_c: float = 1e-3
     """Below this difference the pseudo-Huber loss is quadratic, above it linear."""
     target_decay: float = 0.95
-    """Of the moving average that is the target network; 0: the student itself."""
+    """Decay of the moving average that is the target network; 0: the target is the student itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,19 +59,23 @@ class ConsistencyOptions(MethodOptions):
 
 
 class ConsistencyDistillation(Distillation):
-    """``L = E d(f(x_t, t), f_target(x_s, s))``: neighbours on a trajectory have one end (CD, equation 7; LCM, equation 15).
+    """`L = E d(f(x_t, t), f_target(x_s, s))`: neighbours on a trajectory have one end (CD, equation
+    7; LCM, equation 15).
 
-    ``t = grid[n]`` for a random ``n``, and ``s = grid[n + skip]``, closer to the data, where one step of the guided teacher leads from
-    ``x_t``. ``d`` is the pseudo-Huber loss or the squared error, ``f_target`` a moving average of the student (the role ``target``).
+    `t = grid[n]` for a random `n`, and `s = grid[n + skip]`, closer to the data, where one step of
+    the guided teacher leads from `x_t`. `d` is the pseudo-Huber loss or the squared error,
+    `f_target` a moving average of the student (the role `target`).
 
-    ``f`` is the network's ``x_0``, taken to ``t = 0`` as a sampler's last step does::
+    `f` is the network's `x_0`, taken to `t = 0` as a sampler's last step does:
 
         f(x, t) = c_skip x + c_out x_0        c_skip = sigma(0) / sigma(t)        c_out = alpha(0) - c_skip alpha(t)
 
-    The boundary condition ``f(x, 0) = x`` holds exactly: there, the target is ``x_s`` itself. On rectified flow ``c_skip`` is 0, and
-    ``f`` is ``x - t v``, which is what samplers see in the student; LCM's scalings would have to be applied by the sampler, too.
+    The boundary condition `f(x, 0) = x` holds exactly: there, the target is `x_s` itself. On
+    rectified flow `c_skip` is 0, and `f` is `x - t v`, which is what samplers see in the student;
+    LCM's scalings would have to be applied by the sampler, too.
 
-    Several steps are taken by stochastic sampling: to ``f``, and back to the next time with new noise (CD, algorithm 1).
+    Several steps are taken by stochastic sampling: to `f`, and back to the next time with new noise
+    (CD, algorithm 1).
     """
 
     Options = ConsistencyOptions
@@ -123,7 +129,8 @@ class ConsistencyDistillation(Distillation):
         x_s = self.process.ddim_step(x_t, x_0, t, s)
         if self.options.solver == "ddim":
             return x_s
-        # Heun's second call, but not at t = 0, where a velocity may be infinite (Karras et al. 2022, algorithm 1).
+        # Heun's second call, but not at t = 0, where a velocity may be infinite (Karras et al.
+        # 2022, algorithm 1).
         last = s == 0
         velocity = convert(x_0, x_t, t, self.process, Prediction.X0, Prediction.VELOCITY)
         step = (expand_time(s, x_t) - expand_time(t, x_t)).to(x_t.dtype)
@@ -133,5 +140,5 @@ class ConsistencyDistillation(Distillation):
 
 
 def _where(condition: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
-    """By sample: ``condition`` (B,), the others (B, ...)."""
+    """`torch.where` by sample: `condition` (B,), the others (B, ...)."""
     return torch.where(condition.view(-1, *[1] * (chosen.ndim - 1)), chosen, otherwise)

@@ -1,4 +1,5 @@
-"""Networks as methods call them: with the meaning of their output, and the teacher under its guidance."""
+"""Networks as methods call them: with the meaning of their output, and the teacher under its
+guidance."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ class Denoiser:
     """Network of one role, and what its output means."""
 
     role: str
-    """Its name among the networks of the method."""
+    """Name among the networks of the method."""
     network: nn.Module
     prediction: Prediction
-    """What the network returns."""
+    """Meaning of the network's output."""
     family: Predicts
     """Calls the network."""
     process: Process
@@ -33,7 +34,8 @@ class Denoiser:
     """Embedded guidance of a network that takes it, where a call gives none."""
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None) -> Tensor:
-        """Output at ``x_t`` (B, ...) and ``t`` (B,), converted to ``prediction``; ``scale`` (B,) is the embedded guidance."""
+        """Output at `x_t` (B, ...) and `t` (B,), converted to `prediction`; `scale` (B,) is the
+        embedded guidance."""
         conditioning = self.with_guidance(conditioning, x_t, scale)
         return convert(self.family.predict(self.network, x_t, t, conditioning), x_t, t, self.process, self.prediction, prediction)
 
@@ -42,12 +44,13 @@ class Denoiser:
         return replace(self, role=role, network=copy.deepcopy(self.network).requires_grad_(False))
 
     def with_guidance(self, conditioning: Any, like: Tensor, scale: Tensor | None) -> Any:
-        """Conditioning as the network takes it for the samples of ``like`` (B, ...), with ``scale`` (B,) or ``guidance_scale``."""
+        """Conditioning as the network takes it for the samples of `like` (B, ...), with `scale`
+        (B,) or `guidance_scale`."""
         default = torch.full((like.shape[0],), self.guidance_scale, device=like.device)
         return with_scale(conditioning, self.network, default if scale is None else scale)
 
     def check_determined(self, times: Tensor) -> None:
-        """Raise :class:`UserError` if the output does not determine ``x_0`` at one of ``times``."""
+        """Raise `UserError` if the output does not determine `x_0` at one of `times`."""
         times = times.double()
         a, b = self.prediction.coefficients(self.process, times)
         if not bool((a * self.process.sigma(times) - b * self.process.alpha(times)).all()):
@@ -73,7 +76,7 @@ class Teacher(Denoiser):
         return self.true_cfg_scale != 1 or (self.guidance_range is not None and not embeds_guidance(self.network))
 
     def guided(self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None) -> Tensor:
-        """Guided ``prediction`` (B, ...) without a gradient, ``u + w (c - u)``."""
+        """Guided `prediction` (B, ...) without a gradient, `u + w (c - u)`."""
         conditional, unconditional, weight = self.apart(x_t, t, conditioning, prediction, scale)
         return conditional if unconditional is None else guide(unconditional, conditional, weight)
 
@@ -81,10 +84,11 @@ class Teacher(Denoiser):
     def apart(
         self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, float | Tensor]:
-        """Conditional and unconditional prediction ``c`` and ``u``, and the ``w`` that combines them: ``u + w (c - u)``.
+        """Conditional and unconditional prediction `c` and `u`, and the `w` that combines them: `u
+        + w (c - u)`.
 
         Args:
-            scale: (B,), from :meth:`draw_scale`; by default the scales of the teacher.
+            scale: (B,), from `draw_scale`; by default the scales of the teacher.
         """
         embedded, weight = scale, self.true_cfg_scale if scale is None or embeds_guidance(self.network) else scale
         conditional = self.predict(x_t, t, conditioning, prediction, embedded)
@@ -94,7 +98,7 @@ class Teacher(Denoiser):
         return conditional, self.predict(x_t, t, self.unconditional[rows], prediction, embedded), weight
 
     def draw_scale(self, like: Tensor, rng: torch.Generator) -> Tensor | None:
-        """Guidance scale for each sample of ``like`` (B, ...), if there is a range to draw from."""
+        """Guidance scale for each sample of `like` (B, ...), if there is a range to draw from."""
         if self.guidance_range is None:
             return None
         low, high = self.guidance_range

@@ -1,4 +1,5 @@
-"""The discriminator of adversarial methods: small heads on features that a diffusion transformer has anyway."""
+"""The discriminator of adversarial methods: small heads on features that a diffusion transformer
+has anyway."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ HIDDEN = 128
 class Head(nn.Module):
     """Logits (B, S, 1) of tokens (B, S, D), each token judged alone: norm, linear, SiLU, linear.
 
-    Normalised, as the features of transformers grow with depth by orders of magnitude. The last layer starts at zero: no opinion.
+    Normalised, as the features of transformers grow with depth by orders of magnitude. The last
+    layer starts at zero: no opinion.
     """
 
     def __init__(self, dim: int, hidden: int = HIDDEN) -> None:
@@ -39,9 +41,11 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """One head per block: logits (B, heads * S) of the image tokens (B, S, D) that each of ``heads`` blocks returns.
+    """One head per block: logits (B, heads * S) of the image tokens (B, S, D) that each of `heads`
+    blocks returns.
 
-    Where DMD2's head convolves a UNet's bottleneck down to one logit, a token's logit has, behind joint attention, seen the whole image.
+    Where DMD2's head convolves a UNet's bottleneck down to one logit, a token's logit has, behind
+    joint attention, seen the whole image.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -53,10 +57,11 @@ class Heads(nn.Module):
 
 
 class Discriminator:
-    """Heads on the features of ``body``, which are trained with it or alone (DMD2, arXiv 2405.14867, section 4.3).
+    """Heads on the features of `body`, which are trained with it or alone (DMD2, arXiv 2405.14867,
+    section 4.3).
 
-    The body, a critic, denoises and classifies in one: its features know the prompt and the noise level. Real and generated samples are
-    judged behind fresh noise at uniform times.
+    The body, a critic, denoises and classifies in one: its features know the prompt and the noise
+    level. Real and generated samples are judged behind fresh noise at uniform times.
 
     Args:
         depths: relative depths of the blocks with a head, 0 the first, 1 the last.
@@ -76,16 +81,17 @@ class Discriminator:
         self.heads = heads
 
     def loss(self, real: LatentBatch, generated: Tensor, scale: Tensor | None, rng: torch.Generator) -> Tensor:
-        """Loss of heads and body on ``real`` data and ``generated`` samples (B, ...); the body is given ``scale`` (B,) as guidance."""
+        """Loss of heads and body on `real` data and `generated` samples (B, ...); the body is given
+        `scale` (B,) as guidance."""
         of_generated = self.logits(generated, real.conditioning, scale, rng)
         return discriminator_loss(self.logits(real.latents, real.conditioning, scale, rng), of_generated, self.kind)
 
     def generator_loss(self, generated: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
-        """Loss of the student that made ``generated`` (B, ...)."""
+        """Loss of the student that made `generated` (B, ...)."""
         return generator_loss(self.logits(generated, conditioning, scale, rng), self.kind)
 
     def logits(self, x_0: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
-        """Logits (B, heads * S) of ``x_0`` (B, ...) behind fresh noise."""
+        """Logits (B, heads * S) of `x_0` (B, ...) behind fresh noise."""
         x_t, t, _ = self.body.process.draw(x_0, Uniform(), rng)
         conditioning = self.body.with_guidance(conditioning, x_0, scale)
         logits: Tensor = self.heads(image_features(self.body.network, self.family, self.blocks, x_t, t, conditioning))
@@ -93,7 +99,7 @@ class Discriminator:
 
 
 def blocks_at(network: nn.Module, family: ReadsBlocks, depths: Sequence[float]) -> list[BlockId]:
-    """Blocks at relative ``depths`` from 0, the first, to 1, the last."""
+    """Blocks at relative `depths` from 0, the first, to 1, the last."""
     blocks = block_ids(network, family)
     return [blocks[round(depth * (len(blocks) - 1))] for depth in depths]
 
@@ -106,13 +112,15 @@ def inner_dim(network: Any) -> int:
 def image_features(
     network: nn.Module, family: ReadsBlocks, blocks: Sequence[BlockId], x_t: Tensor, t: Tensor, conditioning: Any
 ) -> list[Tensor]:
-    """Image tokens (B, S, D) that each of ``blocks`` returns in a forward pass, in which the blocks behind them do nothing."""
+    """Image tokens (B, S, D) that each of `blocks` returns in a forward pass, in which the blocks
+    behind them do nothing."""
     order = block_ids(network, family)
     behind = order[1 + max(order.index(block) for block in blocks) :]
     with captured(network, family, blocks) as features, skipped(network, family, behind):
         output = family.predict(network, x_t, t, conditioning)
     tokens = [features[block]["image"] for block in blocks]
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
-        # A sharded network fetches what is outside of its blocks for the backward pass when a gradient, be it zero, reaches its output.
+        # A sharded network fetches what is outside of its blocks for the backward pass when a
+        # gradient, be it zero, reaches its output.
         tokens[-1] = tokens[-1] + 0 * output.sum()
     return tokens

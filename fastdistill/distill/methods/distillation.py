@@ -1,4 +1,5 @@
-"""The base of all methods: a student and a guided teacher, in one prediction, for sampling in few steps."""
+"""The base of all methods: a student and a guided teacher, in one prediction, for sampling in few
+steps."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from fastdistill.train.method import Loss, StudentMethod
 
 
 class Setup(TypedDict, total=False):
-    """Arguments that every method takes; :class:`Distillation` says what they are."""
+    """Arguments that every method takes; `Distillation` says what they are."""
 
     student: Required[nn.Module]
     teacher: Required[nn.Module]
@@ -36,21 +37,24 @@ class Setup(TypedDict, total=False):
 
 
 class Distillation(StudentMethod, ABC):
-    """A :class:`~fastdistill.train.method.Method` that teaches a student to be sampled in ``steps`` steps.
+    """A `Method` that teaches a student to be sampled in `steps` steps.
 
-    A method states its ``Options`` and a :meth:`~fastdistill.train.method.Method.loss`, composed of parts: ``self.student``,
-    ``self.teacher``, and where it needs them a :class:`~fastdistill.distill.methods.critic.Critic`, a
-    :class:`~fastdistill.distill.methods.rollout.Rollout`, a :class:`~fastdistill.distill.methods.discriminator.Discriminator`.
+    A method states its `Options` and a `loss`, composed of parts: `self.student`,
+    `self.teacher`, and where it needs them a `Critic`, a
+    `Rollout`, a `Discriminator`.
 
     Args:
         student: of the teacher's family, of any size.
-        family: calls every network. The networks of a :class:`~fastdistill.models.families.family.Family` predict the velocity of
+        family: calls every network. The networks of a `Family` predict the velocity of
             rectified flow.
-        steps: the student is for ``few_step_times(steps, shift)``, which is how ``FlowMatchEulerDiscreteScheduler`` samples it.
-        unconditional: the conditioning of the empty prompt, of one sample, for classifier-free guidance of the teacher: anything
-            that ``unconditional[rows]`` repeats, as a :class:`~fastdistill.models.families.family.Conditioning` or a tensor of labels.
+        steps: the student is for `few_step_times(steps, shift)`, which is how
+        `FlowMatchEulerDiscreteScheduler` samples it.
+        unconditional: the conditioning of the empty prompt, of one sample, for classifier-free
+            guidance of the teacher: anything that `unconditional[rows]` repeats, as a
+            `Conditioning` or a tensor of labels.
         teacher_prediction: what the teacher's output means.
-        student_prediction: what the student's output means, and that of networks that are copies of it.
+        student_prediction: what the student's output means, and that of networks that are copies of
+        it.
 
     Raises:
         UserError: arguments and options do not go together; the message says what to do.
@@ -59,9 +63,11 @@ class Distillation(StudentMethod, ABC):
     Options: ClassVar[type[MethodOptions]]
     """The options that the method takes, and that the command offers for it."""
     command_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Defaults of the command for this method, by option of training or of the method, where they depart from the general ones."""
+    """Defaults of the command for this method, by option of training or of the method, where they
+    depart from the general ones."""
     stochastic_sampling: bool = False
-    """How the student is to be sampled: the option of ``FlowMatchEulerDiscreteScheduler`` by which each step brings new noise."""
+    """Sampling of the student: the option of `FlowMatchEulerDiscreteScheduler` by which
+    each step brings new noise."""
     may_average_guidance: ClassVar[bool] = False
     """Whether guidance from a range makes sense for a student that is not told the scale."""
 
@@ -111,11 +117,11 @@ class Distillation(StudentMethod, ABC):
         """Loss of `role` on `batch`; all randomness comes from `rng`."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """State that a checkpoint needs beside the trained roles."""
+        """State that a checkpoint needs in addition to the trained roles."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what :meth:`state_dict` returned, or from nothing."""
+        """Continue from what `state_dict` returned, or from nothing."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, got {', '.join(state)}")
 
@@ -133,17 +139,17 @@ class Distillation(StudentMethod, ABC):
 
 
 def time_distribution(name: TimesName, shift: float, *, low: float = 0.0, high: float = 1.0) -> TimeDistribution:
-    """Times that an option names, under ``shift``; ``low`` and ``high`` bound uniform ones before it."""
+    """Times that an option names, under `shift`; `low` and `high` bound uniform ones before it."""
     return Shifted(base=Uniform(low=low, high=high) if name == "uniform" else LogitNormal(), shift=shift)
 
 
 @torch.no_grad()
 def follow(follower: nn.Module, leader: nn.Module, decay: float) -> None:
-    """``follower <- decay follower + (1 - decay) leader``, parameter by parameter."""
+    """`follower <- decay follower + (1 - decay) leader`, parameter by parameter."""
     pair: list[list[Tensor]] = [list(network.parameters()) for network in (follower, leader)]
     torch._foreach_lerp_(pair[0], pair[1], 1 - decay)
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Entries of ``state`` that begin with ``prefix``, without it."""
+    """Entries of `state` that begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -26,7 +26,8 @@ from fastdistill.train.method import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class DMDOptions(MatchingOptions):
-    """Match the teacher's distribution in one step, held to pairs of noise and the teacher's sample."""
+    """Match the teacher's distribution in one step, held to pairs of noise and the teacher's
+    sample."""
 
     regression_weight: float = 0.25
     """Weight of the distance to the teacher's sample from the same noise."""
@@ -47,19 +48,23 @@ class DMDOptions(MatchingOptions):
 
 
 class DMD(Distillation):
-    """`L_student = L_matching + regression_weight L_regression` and `L_critic = L_denoising`, both in every step (algorithm 1).
+    """`L_student = L_matching + regression_weight L_regression` and `L_critic = L_denoising`, both
+    in every step (algorithm 1).
 
-    `L_regression` is the distance of the student's sample from the teacher's, from the same noise. It keeps modes that matching
-    alone, which seeks them, may lose. The paper measures it by LPIPS between images; here, in the latent space, it is the squared
-    error or the pseudo-Huber loss. `L_matching` is of samples from noise of its own, under the same prompts.
+    `L_regression` is the distance of the student's sample from the teacher's, from the same noise.
+    It keeps modes that matching alone, which seeks them, may lose. The paper measures it by LPIPS
+    between images; here, in the latent space, it is the squared error or the pseudo-Huber loss.
+    `L_matching` is of samples from noise of its own, under the same prompts.
 
-    Trained on `fastdistill.data.pairs.PairBatch`, from `fastdistill.distill.methods.teacher_pairs.teacher_pairs`.
+    Trained on `fastdistill.data.pairs.PairBatch`, from
+    `fastdistill.distill.methods.teacher_pairs.teacher_pairs`.
     """
 
     Options = DMDOptions
     options: DMDOptions
     command_defaults = {"learning_rate": 1e-4, "betas": (0.0, 0.99)}
-    # Two networks that disagree about the scale average over it in the same way (SenseFlow draws its teacher's embedded guidance).
+    # Two networks that disagree about the scale average over it in the same way (SenseFlow draws
+    # its teacher's embedded guidance).
     may_average_guidance = True
     trains: Sequence[str] = ("student", "critic")
 

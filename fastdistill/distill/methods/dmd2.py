@@ -1,4 +1,5 @@
-"""Improved distribution matching (DMD2; Yin et al. 2024, arXiv 2405.14867), with an option of SenseFlow (arXiv 2506.00523)."""
+"""Improved distribution matching (DMD2; Yin et al. 2024, arXiv 2405.14867), with an option of
+SenseFlow (arXiv 2506.00523)."""
 
 from __future__ import annotations
 
@@ -28,11 +29,12 @@ SEGMENT_MARGIN = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class DMD2Options(RolloutOptions):
-    """Match the teacher's distribution where the few-step student samples, with a critic that follows it closely, and with a GAN."""
+    """Match the teacher's distribution where the few-step student samples, with a critic that
+    follows it closely, and with a GAN."""
 
     critic_knows_step: bool = False
-    """Tell the critic which of several steps a sample is from, by its input for guidance. Then each step has to match the teacher,
-    and not only, as in the paper, all of them together."""
+    """Tell the critic which of several steps a sample is from, by its input for guidance. Then each
+    step has to match the teacher, and not only, as in the paper, all of them together."""
     gan_weight: float = 5e-3
     """Weight of the adversarial loss in the student's loss; 0: no GAN, and no data is needed."""
     gan_critic_weight: float = 1e-2
@@ -41,7 +43,8 @@ class DMD2Options(RolloutOptions):
     gan_depths: tuple[float, ...] = (0.5,)
     """Depths of the blocks whose features have a head: 0 the first block, 1 the last."""
     isg_weight: float = 0.0
-    """Weight of intra-segment guidance: the distance between the student's jump and one by way of the teacher (SenseFlow: 1)."""
+    """Weight of intra-segment guidance: the distance between the student's jump and one by way of
+    the teacher (SenseFlow: 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,15 +66,16 @@ class DMD2(Distillation):
         L_critic  = L_denoising + gan_critic_weight L_D                     every step
         L_heads   = L_D                                                     every step
 
-    All three judge the student's `x_0` at one of its times (`Rollout`). The critic sees the samples of all steps as one
-    distribution, so that the steps may share out the modes. With `critic_knows_step` each step is matched by itself; that is not in
-    the paper.
+    All three judge the student's `x_0` at one of its times (`Rollout`). The critic sees the samples
+    of all steps as one distribution, so that the steps may share out the modes. With
+    `critic_knows_step` each step is matched by itself; that is not in the paper.
 
-    `L_G` and `L_D` read the critic's features of the sample and of data, each behind fresh noise (section 4.3). The role
-    `discriminator` is the heads; the body is trained with the critic.
+    `L_G` and `L_D` read the critic's features of the sample and of data, each behind fresh noise
+    (section 4.3). The role `discriminator` is the heads; the body is trained with the critic.
 
-    Intra-segment guidance (`isg_weight`; SenseFlow) compares the student's jump from `t_k` to `t_k+1` with the teacher's to a random
-    time between, `t_k+1 + 0.02 .. t_k - 0.02`, and the student's from there, by the pseudo-Huber loss.
+    Intra-segment guidance (`isg_weight`; SenseFlow) compares the student's jump from `t_k` to
+    `t_k+1` with the teacher's to a random time between, `t_k+1 + 0.02 .. t_k - 0.02`, and the
+    student's from there, by the pseudo-Huber loss.
     """
 
     Options = DMD2Options

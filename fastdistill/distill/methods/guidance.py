@@ -1,4 +1,5 @@
-"""Guidance distillation (Meng et al. 2023, arXiv 2210.03142, section 3.1): one network for the guided field of every scale."""
+"""Guidance distillation (Meng et al. 2023, arXiv 2210.03142, section 3.1): one network for the
+guided field of every scale."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ class GuidanceOptions(OutputKDOptions):
 
 
 class GuidanceDistillation(OutputKD):
-    """``L = E |p_S(x_t, t, c, w) - (u + w (c - u))|^2``, ``w ~ U[guidance_range]``, ``c`` and ``u`` the teacher's predictions.
+    """`L = E |p_S(x_t, t, c, w) - (u + w (c - u))|^2`, `w ~ U[guidance_range]`, `c` and `u` the
+    teacher's predictions.
 
-    The student takes ``w`` as FLUX.1-dev takes its guidance: :func:`fastdistill.models.guidance_embedder.with_guidance_embedder` makes one.
-    (Meng et al., equation 5, whose ``(1 + w) c - w u`` counts ``w`` from 0.)
+    The student takes `w` as FLUX.1-dev takes its guidance: `with_guidance_embedder` makes one.
+    (Meng et al., equation 5, whose `(1 + w) c - w u` counts `w` from 0.)
     """
 
     Options = GuidanceOptions

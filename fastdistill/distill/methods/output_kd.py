@@ -1,4 +1,5 @@
-"""Output distillation: the student imitates what the teacher returns (Hinton et al. 2015; OutKD of BK-SDM, arXiv 2305.15798)."""
+"""Output distillation: the student imitates what the teacher returns (Hinton et al. 2015; OutKD of
+BK-SDM, arXiv 2305.15798)."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ class OutputKDOptions(MethodOptions):
 
 
 class OutputKD(Distillation):
-    """``L = E |p_S(x_t, t, c) - p_T(x_t, t, c)|^2``, ``p`` the prediction ``error_in`` and ``p_T`` the guided teacher's.
+    """`L = E |p_S(x_t, t, c) - p_T(x_t, t, c)|^2`, `p` the prediction `error_in` and `p_T` the
+    guided teacher's.
 
-    ``x_t`` is noised data, ``t`` logit-normal under ``shift``. It makes no network faster but a smaller one; with a guided teacher
-    the student needs one call for the teacher's two.
+    `x_t` is noised data, `t` logit-normal under `shift`. It makes no network faster but a smaller
+    one; with a guided teacher the student needs one call for the teacher's two.
     """
 
     Options = OutputKDOptions

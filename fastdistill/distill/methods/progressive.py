@@ -26,21 +26,23 @@ Weighting = Literal["x0", "truncated_snr", "snr_plus_one", "velocity"]
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveOptions(MethodOptions):
-    """Halve the number of steps again and again: one step of the student is two of its teacher, the student of the phase before."""
+    """Halve the number of steps again and again: one step of the student is two of its teacher, the
+    student of the phase before."""
 
     teacher_steps: int = 32
     """Steps of the first teacher: the steps to reach, doubled at least once."""
     phase_length: Known[int] = 1000
-    """Training steps of each phase but the last, which goes on to the end; the command gives equal parts of its training to all."""
+    """Training steps of each phase but the last, which goes on to the end; the command gives equal
+    parts of its training to all."""
     weighting: Weighting = "velocity"
-    """Of the error of x_0: max(SNR, 1), SNR + 1, that of the velocity, or none."""
+    """Weight of the error of x_0: max(SNR, 1), SNR + 1, that of the velocity, or none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "teacher_steps", "phase_length")
 
     def phases(self, steps: int) -> int:
-        """How often ``teacher_steps`` is halved to come to ``steps``.
+        """Number of times that `teacher_steps` is halved to come to `steps`.
 
         Raises:
             UserError: it cannot be.
@@ -65,13 +67,15 @@ class ProgressiveOptions(MethodOptions):
 
 
 class ProgressiveDistillation(Distillation):
-    """``L = E w(t) |x_0 - x~|^2``, with ``x~`` the data by which one DDIM step equals two of the teacher (algorithm 2)::
+    """`L = E w(t) |x_0 - x~|^2`, with `x~` the data by which one DDIM step equals two of the
+    teacher (algorithm 2):
 
         x_m = step(x_t, t -> m)      x_s = step(x_m, m -> s)      x~ = (x_s - (sigma_s/sigma_t) x_t) / (alpha_s - (sigma_s/sigma_t) alpha_t)
 
-    On rectified flow the student's velocity is asked to be the mean of the teacher's two. In the first phase the teacher takes
-    ``teacher_steps``, guided, and the student half of them. After each phase but the last the student is copied into the role ``target``,
-    which teaches the next, unguided, as it has learned guidance; the number of steps is halved. Train for :attr:`total_steps`.
+    On rectified flow the student's velocity is asked to be the mean of the teacher's two. In the
+    first phase the teacher takes `teacher_steps`, guided, and the student half of them. After each
+    phase but the last the student is copied into the role `target`, which teaches the next,
+    unguided, as it has learned guidance; the number of steps is halved. Train for `total_steps`.
     """
 
     Options = ProgressiveOptions

@@ -22,13 +22,14 @@ from fastdistill.train.method import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowOptions(MethodOptions):
-    """Straighten the flow between noise and the teacher's samples from it, then train where few steps look."""
+    """Straighten the flow between noise and the teacher's samples from it, then train where few
+    steps look."""
 
     straighten: int | None = None
-    """Training steps of flow matching at all times; those after them see the times of the few steps only. 0: distil at once; default:
-    half of the training."""
+    """Training steps of flow matching at all times; those after them see the times of the few steps
+    only. 0: distil at once; default: half of the training."""
     times: TimesName = "uniform"
-    """Of the straightening."""
+    """Times of the straightening."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,16 +45,20 @@ class ReflowOptions(MethodOptions):
 
 
 class Reflow(Distillation):
-    """``L = E |v(x_t, t) - (z - x)|^2`` along ``x_t = (1 - t) x + t z`` between noise ``z`` and the teacher's sample ``x`` from it.
+    """`L = E |v(x_t, t) - (z - x)|^2` along `x_t = (1 - t) x + t z` between noise `z` and the
+    teacher's sample `x` from it.
 
-    Flow matching on the teacher's coupling instead of independent data and noise, whose paths cross and so have to bend (equation 1).
-    The flow of a coupling that a flow made is straighter; where it is straight one step is exact. Another round is a run whose
-    teacher is this student (k-rectified flow).
+    Flow matching on the teacher's coupling instead of independent data and noise, whose paths cross
+    and so have to bend (equation 1). The flow of a coupling that a flow made is straighter; where
+    it is straight one step is exact. Another round is a run whose teacher is this student
+    (k-rectified flow).
 
-    The first ``straighten`` steps (by default all) draw ``t`` from all times. After them only the times of the few steps are drawn, at
-    which the same loss distils what is not straight yet: for one step, ``t = 1``, it is ``|(z - v) - x|^2`` (section 2.2, distillation).
+    The first `straighten` steps (by default all) draw `t` from all times. After them only the times
+    of the few steps are drawn, at
+    which the same loss distils what is not straight yet: for one step, `t = 1`, it is `|(z - v) -
+    x|^2` (section 2.2, distillation).
 
-    Trained on :class:`~fastdistill.data.pairs.PairBatch`, from :func:`fastdistill.distill.methods.teacher_pairs.teacher_pairs`.
+    Trained on `PairBatch`, from `teacher_pairs`.
     """
 
     Options = ReflowOptions

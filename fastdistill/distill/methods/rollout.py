@@ -18,7 +18,8 @@ from fastdistill.distill.options import RolloutOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """Where the student is trained: states ``x_t`` (B, ...) at its time ``index``, and the guidance scale (B,) of their run."""
+    """State at which the student is trained: `x_t` (B, ...) at its time `index`, and the guidance
+    scale (B,) of their run."""
 
     x_t: Tensor
     t: Tensor
@@ -28,7 +29,8 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stop:
-    """What processes that share the weights have to agree on, as it says how often the student is called."""
+    """End of the way to it, on which processes that share the weights agree, as it says how often
+    the student is called."""
 
     index: int
     """Index of the time to train at."""
@@ -37,10 +39,10 @@ class Stop:
 
 
 class Rollout:
-    """The student's way from noise to one of its ``times``, the same time for the whole batch.
+    """The student's way from noise to one of its `times`, the same time for the whole batch.
 
-    The student gets there by its own sampling from noise (backward simulation; DMD2, arXiv 2405.14867, section 4.5), as training on
-    noised data leaves it unprepared for its own errors.
+    The student gets there by its own sampling from noise (backward simulation; DMD2, arXiv
+    2405.14867, section 4.5), as training on noised data leaves it unprepared for its own errors.
 
     Args:
         teacher: says which guidance is drawn.
@@ -57,14 +59,16 @@ class Rollout:
         self._agreed = self.draw(rng)
 
     def draw(self, rng: torch.Generator) -> Stop:
-        """Where to stop: a time with equal odds, reached by sampling with odds ``backward_simulation``."""
+        """Stop at a time with equal odds, reached by sampling with odds
+        `backward_simulation`."""
         index = int(torch.randint(len(self.times), (1,), generator=rng, device=rng.device))
         simulated = float(torch.rand(1, generator=rng, device=rng.device)) < self.options.backward_simulation
         return Stop(index=index, simulated=simulated)
 
     @torch.no_grad()
     def visit(self, batch: LatentBatch, rng: torch.Generator) -> Visit:
-        """State that the student's own sampling reaches, or noised data where ``backward_simulation`` is below 1."""
+        """State that the student's own sampling reaches, or noised data where `backward_simulation`
+        is below 1."""
         stop = self.draw(rng) if self._agreed is None else self._agreed
         scale, noise = self.teacher.draw_scale(batch.latents, rng), noise_like(batch.latents, rng)
         process, times = self.student.process, [time_of_batch(time, noise) for time in self.times[: stop.index + 1]]
@@ -77,13 +81,15 @@ class Rollout:
         return Visit(x_t=x_t, t=times[-1], index=stop.index, scale=scale)
 
     def sample(self, batch: LatentBatch, rng: torch.Generator) -> tuple[Visit, Tensor]:
-        """Where the student comes to, and the data (B, ...) that it sees there, with their gradient."""
+        """State that the student comes to, and the data (B, ...) that it sees there, with their
+        gradient."""
         visit = self.visit(batch, rng)
         return visit, self.student.predict(visit.x_t, visit.t, batch.conditioning, Prediction.X0, visit.scale)
 
     @torch.no_grad()
     def sample_to_judge(self, batch: LatentBatch, rng: torch.Generator) -> tuple[Visit, Tensor]:
-        """The :meth:`sample` of ``batch`` that all judging roles of a step share, as the student does not change between their turns."""
+        """The `sample` of `batch` that all judging roles of a step share, as the student does not
+        change between their turns."""
         if self._agreed is None:
             return self.sample(batch, rng)
         if batch.shared.get("stop") is not self._agreed:
@@ -92,6 +98,6 @@ class Rollout:
         return visit, x_0
 
     def end(self, visit: Visit) -> Tensor:
-        """Time (B,) to which the student steps from ``visit``."""
+        """Time (B,) to which the student steps from `visit`."""
         end = self.times[visit.index + 1] if visit.index + 1 < len(self.times) else torch.zeros(())
         return time_of_batch(end, visit.x_t)

@@ -24,12 +24,13 @@ from fastdistill.train.method import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class TDMOptions(RolloutOptions):
-    """Match the teacher's distribution at every step of the student's way from noise to data, where the scores are compared at times
-    between those of the step; they are counted from 0, its end, to 1, its start. Needs no data."""
+    """Match the teacher's distribution at every step of the student's way from noise to data, where
+    the scores are compared at times between those of the step; they are counted from 0, its end, to
+    1, its start. Needs no data."""
 
     critic_target: Literal["x_0", "score"] = "x_0"
-    """Target of the critic: the mean of the student's x_0, which varies little (TDM), or the score of its states, which is exact in the
-    limit of long training."""
+    """Target of the critic: the mean of the student's x_0, which varies little (TDM), or the score
+    of its states, which is exact in the limit of long training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +40,8 @@ class TDMOptions(RolloutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """Where scores are compared: `x_u` (B, ...) at `u` (B,), and the critic's `target` (B, ...) there with its `weight` (B,)."""
+    """State at which scores are compared: `x_u` (B, ...) at `u` (B,), and the critic's `target` (B,
+    ...) there with its `weight` (B,)."""
 
     x_u: Tensor
     u: Tensor
@@ -53,22 +55,26 @@ class TDM(Distillation):
         L_student = L_matching                 every critic_updates steps
         L_critic  = L_denoising                every step
 
-    DMD2 asks of the `x_0` of every step that it be the data, in the first step too. Here the state `x_s` to which a step leads from
-    `t` has to be distributed as the teacher's at `s`: few steps share the work, and a student that starts as the teacher is near its
-    goal. Teacher and critic are compared behind more noise, at times `s < u < t`, where the process goes on from `x_s`:
+    DMD2 asks of the `x_0` of every step that it be the data, in the first step too. Here the state
+    `x_s` to which a step leads from `t` has to be distributed as the teacher's at `s`: few steps
+    share the work, and a student that starts as the teacher is near its goal. Teacher and critic
+    are compared behind more noise, at times `s < u < t`, where the process goes on from `x_s`:
 
         x_u = k x_s + r eps          k = alpha_u / alpha_s          r^2 = sigma_u^2 - k^2 sigma_s^2
 
     The steps' intervals do not overlap, so that the time tells the critic the step.
 
-    The critic learns the mean of the student's `x_0` there. It varies little, and is a little off: `x_u` holds noise of `x_s`, which
-    is not independent of `x_0`, so that its mean is not the student's score. With `critic_target="score"` it learns that: given
-    `x_s` the score is `-eps / r`, or as data `x_s / alpha_s - n eps` with `n = k sigma_s^2 / (alpha_s r)`, to be weighted by
-    `1 / (1 + n^2)`, as it varies without bounds towards `s` (denoising score matching within an interval, as in Phased DMD, arXiv
-    2510.27684). A student of a Gaussian in four steps has 17 % too much variance by the one, and 2 % too little by the other.
+    The critic learns the mean of the student's `x_0` there. It varies little, and is a little off:
+    `x_u` holds noise of `x_s`, which is not independent of `x_0`, so that its mean is not the
+    student's score. With `critic_target="score"` it learns that: given `x_s` the score is `-eps /
+    r`, or as data `x_s / alpha_s - n eps` with `n = k sigma_s^2 / (alpha_s r)`, to be weighted by
+    `1 / (1 + n^2)`, as it varies without bounds towards `s` (denoising score matching within an
+    interval, as in Phased DMD, arXiv 2510.27684). A student of a Gaussian in four steps has 17 %
+    too much variance by the one, and 2 % too little by the other.
 
-    A student that is sampled with new noise at each step (`rollout="sde"`) has no such bias. In one step, `s = 0` and `n = 0`, this
-    is DMD2 without a GAN, whose critic is trained at the times of matching.
+    A student that is sampled with new noise at each step (`rollout="sde"`) has no such bias. In one
+    step, `s = 0` and `n = 0`, this is DMD2 without a GAN, whose critic is trained at the times of
+    matching.
     """
 
     Options = TDMOptions
@@ -111,7 +117,8 @@ class TDM(Distillation):
         return Loss(total=self.critic.difference(point, self.teacher, told=visit.scale))
 
     def between(self, visit: Visit, x_0: Tensor, rng: torch.Generator) -> Between:
-        """Time of the student's step at `visit`, in which it sees `x_0` (B, ...), and the state behind noise there."""
+        """Time of the student's step at `visit`, in which it sees `x_0` (B, ...), and the state
+        behind noise there."""
         eps, s = noise_like(x_0, rng), self.rollout.end(visit)
         u = s + (visit.t - s) * self.critic.times(len(s), rng).to(s)
         plain = torch.ones_like(u)

@@ -1,4 +1,5 @@
-"""The teacher's samples as training data: pairs of noise and where its flow ends, for reflow and for DMD's regression."""
+"""The teacher's samples as training data: pairs of noise and where its flow ends, for reflow and
+for DMD's regression."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from fastdistill.run.options import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """How the teacher's samples are drawn for reflow and dmd."""
+    """Sampling of the teacher for reflow and dmd."""
 
     count: int = 4096
     """Pairs of noise and sample."""
@@ -50,12 +51,14 @@ def teacher_pairs(
     settings: Mapping[str, Any] | None = None,
     tick: Callable[[int], None] = lambda count: None,
 ) -> PairPool:
-    """Pairs of ``method``'s guided teacher, each under a prompt drawn from ``conditioning`` (P, ...), cached in ``folder``.
+    """Pairs of `method`'s guided teacher, each under a prompt drawn from `conditioning` (P, ...),
+    cached in `folder`.
 
     Args:
         shape: of one sample, without the batch.
         device: where the teacher is; by default the CPU.
-        settings: what else the pairs depend on, such as the teacher's name. Other settings than those in the folder are refused.
+        settings: what else the pairs depend on, such as the teacher's name. Other settings than
+        those in the folder are refused.
         tick: called with the number of pairs after each batch that had to be made.
 
     Raises:
@@ -100,7 +103,7 @@ def teacher_pairs(
 
 
 def require_pairs(batch: Any, method: str) -> PairBatch:
-    """``batch``, which has to be one of pairs."""
+    """`batch`, which has to be one of pairs."""
     if not isinstance(batch, PairBatch):
         raise UserError(
             f"{method} trains on pairs of noise and the teacher's samples: make them with "

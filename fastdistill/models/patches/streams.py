@@ -1,4 +1,4 @@
-"""Text and image as one sequence, without copying them where they already are one."""
+"""Text and image as one sequence, without a copy where both are one tensor already."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def joined(text: Tensor, image: Tensor) -> Tensor:
-    """`torch.cat((text, image), dim=1)`. A single block returns the two halves of one tensor; where the next block receives just these,
-    that tensor itself is the concatenation, and its gradient needs no two padded halves added up either."""
+    """Returns `torch.cat((text, image), dim=1)`, without a copy where both come from `halves`.
+
+    A single block returns two halves of one tensor. Where the next block receives these very halves,
+    that tensor is the concatenation, and its gradient is not a sum of two padded halves either.
+    """
     if not torch.compiler.is_compiling():
         whole = text._base
         if whole is not None and whole is image._base and _are_halves(text, image, whole) and _lead_to(whole, text, image):
@@ -17,7 +20,7 @@ def joined(text: Tensor, image: Tensor) -> Tensor:
 
 
 def halves(both: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-    """What a single block returns, for :func:`joined` to find together again."""
+    """Text and image as a single block returns them, for `joined` to find their common tensor."""
     return both[:, :text_tokens], both[:, text_tokens:]
 
 
@@ -38,8 +41,10 @@ def _are_halves(text: Tensor, image: Tensor, whole: Tensor) -> bool:
 
 
 def _lead_to(whole: Tensor, *halves: Tensor) -> bool:
-    """Whether a gradient of `whole` goes where those of its halves would: neither detached, nor made leaves (as reentrant checkpointing
-    does), nor watched."""
+    """Whether a gradient of `whole` goes where the gradients of its halves would.
+
+    It does not where a half is detached, is made a leaf (as reentrant checkpointing does), or is watched.
+    """
     if not torch.is_grad_enabled():
         return True
     return all(

@@ -5,74 +5,94 @@ Its blocks scale an RMS norm and do not shift it, for which there is no operator
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastdistill.models.patches.attention import heads_of, real_tables, self_attention, why_not
-from fastdistill.models.patches.fusions import Forward, Fusions
+from fastdistill.models.patches.attention import OWN_PROJECTIONS, heads_of, own_norms, real_tables, self_attention
+from fastdistill.models.patches.contract import NOTHING_TO_GAIN, Patch
+from fastdistill.models.patches.fusions import Fusions
+from fastdistill.models.patches.reasons import called_with, why_attention_stays
 
 PROCESSORS = ("ZSingleStreamAttnProcessor",)
 
 
-def attention(attn: Any, fusions: Fusions) -> Forward:
-    def forward(
-        hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        freqs = kwargs.get("freqs_cis")
-        norms = [attn.norm_q, attn.norm_k]
-        head_size = attn.inner_dim // attn.heads
-        reason = why_not(attn, norms, head_size, None, hidden_states, PROCESSORS)
-        if reason is None and (unknown := kwargs.keys() - {"freqs_cis"}):
-            reason = f"it was called with {', '.join(sorted(unknown))}"
-        if reason is None and freqs is not None and (freqs.dim() != 3 or freqs.shape[0] not in (1, hidden_states.shape[0])):
-            reason = f"its rotary table is {tuple(freqs.shape)}"
-        if reason is not None:
-            return fusions.step_aside(attn, reason, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-
-        if freqs is not None and freqs.shape[0] == 1:
-            freqs = freqs[0]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, None, None, :]
-        heads = heads_of(attn, ("to_q", "to_k", "to_v"), None, hidden_states, head_size)
-        tables = None if freqs is None else real_tables(freqs)
-        out = attn.to_out[0](self_attention(fusions, attn, heads, norms, tables, attention_mask))
-        return attn.to_out[1](out) if len(attn.to_out) > 1 else out
-
-    return forward
+def why_not_attention(
+    attn: Any,
+    /,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    freqs_cis: Tensor | None = None,
+    **unknown: Any,
+) -> str | None:
+    reason = why_attention_stays(attn, own_norms(attn), attn.inner_dim // attn.heads, None, hidden_states, PROCESSORS)
+    if reason := reason or called_with(unknown):
+        return reason
+    if freqs_cis is not None and (freqs_cis.dim() != 3 or freqs_cis.shape[0] not in (1, hidden_states.shape[0])):
+        return f"its rotary table is {tuple(freqs_cis.shape)}"
+    return None
 
 
-def block(module: Any, fusions: Fusions) -> Forward:
-    if not module.modulation:
+def attention(
+    attn: Any,
+    fusions: Fusions,
+    /,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    freqs_cis: Tensor | None = None,
+) -> Tensor:
+    if freqs_cis is not None and freqs_cis.shape[0] == 1:
+        freqs_cis = freqs_cis[0]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attention_mask = attention_mask[:, None, None, :]
+    heads = heads_of(attn, OWN_PROJECTIONS, None, hidden_states, attn.inner_dim // attn.heads)
+    tables = None if freqs_cis is None else real_tables(freqs_cis)
+    out = attn.to_out[0](self_attention(fusions, attn, heads, own_norms(attn), tables, attention_mask))
+    return attn.to_out[1](out) if len(attn.to_out) > 1 else out  # type: ignore[no-any-return]
+
+
+def why_not_transformer_block(
+    block: Any,
+    /,
+    x: Tensor,
+    attn_mask: Tensor | None,
+    freqs_cis: Tensor,
+    adaln_input: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+    adaln_noisy: Tensor | None = None,
+    adaln_clean: Tensor | None = None,
+) -> str | None:
+    if not block.modulation:
         # No gates: nothing here is fused but the attention, which is patched itself.
-        return partial(type(module).forward, module)
-
-    def forward(
-        x: Tensor,
-        attn_mask: Tensor | None,
-        freqs_cis: Tensor,
-        adaln_input: Tensor | None = None,
-        noise_mask: Tensor | None = None,
-        adaln_noisy: Tensor | None = None,
-        adaln_clean: Tensor | None = None,
-    ) -> Any:
-        if noise_mask is not None:
-            return fusions.step_aside(
-                module, "clean and noisy tokens have modulations of their own", x, attn_mask, freqs_cis, adaln_input, noise_mask,
-                adaln_noisy, adaln_clean,
-            )  # fmt: skip
-        scale_msa, gate_msa, scale_mlp, gate_mlp = module.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
-        attn_output = module.attention(module.attention_norm1(x) * (1 + scale_msa), attention_mask=attn_mask, freqs_cis=freqs_cis)
-        x = fusions.gated_residual(x, module.attention_norm2(attn_output), gate_msa.tanh(), clip=False)
-        ff_output = module.feed_forward(module.ffn_norm1(x) * (1 + scale_mlp))
-        return fusions.gated_residual(x, module.ffn_norm2(ff_output), gate_mlp.tanh(), clip=False)
-
-    return forward
+        return NOTHING_TO_GAIN
+    return None if noise_mask is None else "clean and noisy tokens have modulations of their own"
 
 
-PATCHES: dict[str, Callable[[Any, Fusions], Forward]] = {
-    "ZImageTransformerBlock": block,
-    "Attention": attention,
+def transformer_block(
+    block: Any,
+    fusions: Fusions,
+    /,
+    x: Tensor,
+    attn_mask: Tensor | None,
+    freqs_cis: Tensor,
+    adaln_input: Tensor,
+    noise_mask: None = None,
+    adaln_noisy: Tensor | None = None,
+    adaln_clean: Tensor | None = None,
+) -> Tensor:
+    scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
+    normed = block.attention_norm1(x) * (1 + scale_msa)
+    attn_output = block.attention(normed, attention_mask=attn_mask, freqs_cis=freqs_cis)
+    x = fusions.gated_residual(x, block.attention_norm2(attn_output), gate_msa.tanh(), clip=False)
+    ff_output = block.feed_forward(block.ffn_norm1(x) * (1 + scale_mlp))
+    return fusions.gated_residual(x, block.ffn_norm2(ff_output), gate_mlp.tanh(), clip=False)
+
+
+PATCHES = {
+    "ZImageTransformerBlock": Patch(why_not_transformer_block, transformer_block),
+    "Attention": Patch(why_not_attention, attention),
 }

@@ -1,4 +1,4 @@
-"""Sizes and strides of (B, S, D) and the ordered sum over tokens, for every Triton kernel on rows."""
+"""Sizes and strides of (B, S, D) and ordered sums over tokens, for all Triton kernels on rows."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Reading ``--budget``."""
+"""Reading `--budget`."""
 
 import pytest
 

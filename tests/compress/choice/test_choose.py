@@ -1,14 +1,14 @@
-"""Reading ``--drop-blocks``, choosing by score and budget, and verifying the choice."""
+"""Reading `--drop-blocks`, choosing by score and budget, and verifying the choice."""
 
 import pytest
 import torch
 
 from fastdistill.compress.choice.budget import parse_budget
-from fastdistill.compress.choice.choose import Request, choose, limit_of, parse, spell
+from fastdistill.compress.choice.choose import Evidence, Request, Trial, choose, limit_of, parse, spell
 from fastdistill.compress.choice.costs import Cost, flops, sizes
 from fastdistill.compress.choice.verify import Verified, additivity, intervals
 from fastdistill.compress.importance.criterion import CalibrationPoints
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
+from fastdistill.compress.importance.output_error import OutputError
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families.family import BlockId, Workload
@@ -61,10 +61,10 @@ TINY = double(0, 1) + single(0, 1, 2)
 
 
 def chosen(request, costs, errors, best=1, joint=None, runs=None):
-    """``joint`` is the error of a set of positions; by default errors add up."""
+    """`joint` is the error of a set of positions; by default errors add up."""
     scores = dict(zip(TINY, errors, strict=True))
     adds_up = joint or (lambda positions: sum(errors[position] for position in positions))
-    return choose(request, costs, scores, joint=adds_up, intervals=runs, best=best)
+    return choose(request, costs, Evidence(scores=scores, intervals=runs), Trial(joint=adds_up, sets=best))
 
 
 def count_costs():
@@ -86,7 +86,8 @@ def test_named_blocks_go_whatever_they_score():
 
 @pytest.fixture(scope="module")
 def tiny_costs():
-    """Of a real transformer: by parameters a double block is 2.4 single ones, by operations one; by time, say, one too."""
+    """Costs of a real transformer: by parameters a double block is 2.4 single ones, by operations
+    one; by time, say, one too."""
     transformer = tiny_flux_pipeline().transformer
     costs = sizes(transformer, Flux(), 2)
     costs["flops"] = flops(transformer, Flux(), Workload(height=8, width=8, text_tokens=5))
@@ -99,7 +100,8 @@ def tiny_costs():
     [("memory=0.75", double(1)), ("params=0.75", double(1)), ("latency=0.65", single(1, 2)), ("flops=0.65", single(1, 2))],
 )
 def test_the_type_of_the_budget_changes_the_choice(tiny_costs, budget, expected):
-    # One double block saves more memory than two single ones and errs less than they do together; in time one block is too few.
+    # One double block saves more memory than two single ones and errs less than they do together;
+    # in time one block is too few.
     assert tiny_costs["params"].blocks[TINY[0]] > 2 * tiny_costs["params"].blocks[TINY[4]]
     selection = chosen(Request(budget=parse_budget(budget)), tiny_costs, [5.0, 1.6, 5.0, 1.0, 1.0])
     assert selection.dropped == expected
@@ -171,10 +173,10 @@ def test_on_a_real_network_the_choice_is_the_best_of_what_was_measured():
                 parameter.mul_(5)
     x_t, t, conditioning = tiny_inputs(transformer, batch=4)
     points = CalibrationPoints(x_t=x_t, t=t, conditioning=conditioning)
-    reference = predictions(transformer, Flux(), points, 4)
+    error = OutputError(transformer, Flux(), points, 4)
 
     def joint(positions):
-        return joint_output_error(transformer, Flux(), points, 4, [TINY[position] for position in positions], reference)
+        return error.without([TINY[position] for position in positions])
 
     errors = [joint((position,)) for position in range(5)]
     runs = {run: joint(tuple(range(run[0], run[1] + 1))) for run in intervals(5, 2)}

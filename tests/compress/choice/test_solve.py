@@ -6,11 +6,17 @@ import random
 
 import pytest
 
-from fastdistill.compress.choice.solve import pareto, solve, within
+from fastdistill.compress.choice.solve import Problem, pareto, within
+from fastdistill.compress.choice.solve import solve as solve_problem
+
+
+def solve(errors, costs, intervals=None, *, tied=(), **how):
+    return solve_problem(Problem(errors=errors, costs=costs, intervals=intervals, tied=tied), **how)
 
 
 def cover(first, last, errors, intervals):
-    """The least error of putting the run first..last together from what was scored, unless it was scored as a whole."""
+    """The least error of putting the run first..last together from what was scored, unless it was
+    scored as a whole."""
     if (first, last) in intervals:
         return intervals[first, last]
     if first == last:

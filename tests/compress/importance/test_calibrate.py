@@ -3,15 +3,15 @@
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from fastdistill.compress.importance.calibrate import calibrate
+from fastdistill.compress.importance.calibrate import Amount, Source, calibrated
 from fastdistill.data.images import pixels, read_folder
 from fastdistill.models.families.flux import Flux
 from fastdistill.models.sampling import SamplingDefaults
 from tests.tiny import tiny_flux_pipeline
 
 CAPTIONS = ["a cat", "a dog", "a cat"]
-OPTIONS = {"count": 99, "steps": 4, "points": 3, "batch": 2}
 
 
 @pytest.fixture
@@ -25,25 +25,28 @@ def images(tmp_path):
 @pytest.fixture(scope="module")
 def pipeline():
     pipeline = tiny_flux_pipeline()
-    # As convolutions of some sizes choose by themselves; a file takes no other order than the plain one.
+    # As convolutions of some sizes choose by themselves; a file takes no other order than the plain
+    # one.
     pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline
 
 
 @pytest.fixture
-def calibrated(pipeline, images):
+def calibration(pipeline, images):
     sampling = SamplingDefaults(height=64, width=48, max_sequence_length=8, true_cfg_scale=2.0)
+    source = Source(pipeline=pipeline, prompts=["unused"], sampling=sampling, images=images)
 
-    def call(seed=0, **options):
-        return calibrate(pipeline, Flux(), ["unused"], sampling, images=images, seed=seed, **OPTIONS, **options)
+    def call(seed=0, cache=None):
+        return calibrated(source, Amount(images=99, steps=4, points=3, batch=2, seed=seed), cache=cache, console=Console(quiet=True))
 
     return call
 
 
-def test_points_lie_between_the_images_latents_and_the_noise_of_the_runs(calibrated, pipeline, images):
-    found = calibrated()
+def test_points_lie_between_the_images_latents_and_the_noise_of_the_runs(calibration, pipeline, images):
+    found = calibration()
     x_0 = Flux().encode_images(pipeline, torch.stack([pixels(image, 64, 48) for image in images]))
-    # Two at a time and three at once may take different convolutions, with differences of 3e-5 on some machines.
+    # Two at a time and three at once may take different convolutions, with differences of 3e-5 on
+    # some machines.
     torch.testing.assert_close(found.pool.latents, x_0, atol=2e-4, rtol=0)
     t = found.points.t.view(-1, 1, 1, 1)
     torch.testing.assert_close(found.points.x_t, (1 - t) * x_0 + t * found.runs.noise, atol=2e-4, rtol=0)
@@ -52,8 +55,8 @@ def test_points_lie_between_the_images_latents_and_the_noise_of_the_runs(calibra
     assert set(found.points.t.tolist()) <= set(found.runs.times[:-1].tolist())
 
 
-def test_captions_are_encoded_once_and_the_empty_prompt_is_last(calibrated, pipeline):
-    found = calibrated()
+def test_captions_are_encoded_once_and_the_empty_prompt_is_last(calibration, pipeline):
+    found = calibration()
     assert found.pool.prompts.tolist() == [0, 1, 0]
     expected = Flux().encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
     torch.testing.assert_close(found.pool.conditioning.prompt_embeds, expected.prompt_embeds)
@@ -61,13 +64,13 @@ def test_captions_are_encoded_once_and_the_empty_prompt_is_last(calibrated, pipe
     torch.testing.assert_close(found.runs.unconditional.prompt_embeds[0], expected.prompt_embeds[2])
 
 
-def test_the_same_seed_and_the_cache_give_the_same_points(calibrated, tmp_path, monkeypatch):
+def test_the_same_seed_and_the_cache_give_the_same_points(calibration, tmp_path, monkeypatch):
     cache = tmp_path / "calibration.safetensors"
-    first, second = calibrated(cache=cache), calibrated()
+    first, second = calibration(cache=cache), calibration()
     assert torch.equal(first.points.x_t, second.points.x_t)
-    assert not torch.equal(first.points.x_t, calibrated(seed=1).points.x_t)
+    assert not torch.equal(first.points.x_t, calibration(seed=1).points.x_t)
     monkeypatch.setattr(Flux, "encode_images", lambda *args: pytest.fail("encoded again"))
     monkeypatch.setattr(Flux, "trajectory", lambda *args, **kwargs: pytest.fail("sampled again"))
-    third = calibrated(cache=cache)
+    third = calibration(cache=cache)
     assert torch.equal(first.points.x_t, third.points.x_t)
     assert torch.equal(first.pool.latents, third.pool.latents)

@@ -1,17 +1,15 @@
 """Pruning criteria: planted blocks, repeatability, scorings that are killed, and what they cost."""
 
-from typing import get_args
-
 import pytest
 import torch
+from rich.console import Console
 
-from fastdistill.compress.config import CriterionName
 from fastdistill.compress.importance import CRITERIA, learned
-from fastdistill.compress.importance.calibrate import calibrate
+from fastdistill.compress.importance.calibrate import Amount, Source, calibrated
 from fastdistill.compress.importance.cka import Grams, distance
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, predictions, time_weight
+from fastdistill.compress.importance.output_error import OutputError, predictions, time_weight
 from fastdistill.compress.importance.probe import intervals, probe
 from fastdistill.compress.importance.trajectory import ends, shortened
 from fastdistill.models.blocks import block, block_ids
@@ -29,7 +27,8 @@ INFORMED = [name for name in CRITERIA if name != "random"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Hundreds of tiny forward passes: a second thread gives them nothing, and waiting for it on a busy machine takes ten times as long."""
+    """Hundreds of tiny forward passes: a second thread gives them nothing, and waiting for it on a
+    busy machine takes ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,10 +79,6 @@ def block_calls(transformer):
     return calls
 
 
-def test_the_command_line_knows_every_criterion():
-    assert list(get_args(CriterionName)) == list(CRITERIA)
-
-
 @pytest.mark.parametrize("criterion", INFORMED)
 def test_a_planted_useless_block_scores_lowest_and_a_vital_one_highest(planted, criterion):
     shares = []
@@ -98,6 +93,7 @@ def test_a_planted_useless_block_scores_lowest_and_a_vital_one_highest(planted, 
     assert scores[VITAL] == max(others)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_same_seed_gives_the_same_scores_and_the_batch_none_other(transformer, criterion):
     first, second = (scored(criterion, transformer, batch=6, seed=3) for _ in range(2))
@@ -114,6 +110,7 @@ class Kill(Exception):
     pass
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("criterion", [name for name in INFORMED if name not in ("cka", "probe")])
 def test_a_killed_scoring_goes_on_with_the_next_piece(transformer, tmp_path, criterion):
     # A piece is a chunk of the points, but for a training.
@@ -147,10 +144,10 @@ def test_sharing_the_prefix_gives_the_scores_of_plain_skipping(transformer, fuse
     if fused:
         patched(transformer)
     forwards = {name: module.__dict__.get("forward") for name, module in transformer.named_modules()}
-    reference = predictions(transformer, family, points, 4)
+    error = OutputError(transformer, family, points, 4)
     scores = scored("output", transformer)
     for block_id, value in scores.items():
-        assert value == pytest.approx(joint_output_error(transformer, family, points, 4, [block_id], reference), rel=1e-6)
+        assert value == pytest.approx(error.without([block_id]), rel=1e-6)
     assert {name: module.__dict__.get("forward") for name, module in transformer.named_modules()} == forwards
 
 
@@ -206,7 +203,8 @@ def test_early_times_weigh_more():
 
 
 def test_taylor_is_the_slope_of_a_fading_block(transformer):
-    """Against finite differences: ||(v(1 + h) - v(1 - h)) / 2h||^2, of the last block, and within the spread of the draws."""
+    """Against finite differences: ||(v(1 + h) - v(1 - h)) / 2h||^2, of the last block, and within
+    the spread of the draws."""
     family, points = family_of(transformer), material(transformer, count=64).points
     last = block(transformer, BlockId(stack="single_transformer_blocks", index=2))
     scores = scored("taylor", transformer, count=64, batch=64)
@@ -222,14 +220,15 @@ def test_taylor_is_the_slope_of_a_fading_block(transformer):
 
 
 def test_greedy_sees_that_two_blocks_stand_for_each_other(transformer):
-    """What the second of two blocks adds depends on the first: the joint errors of greedy are those of skipping what it drops."""
+    """The addition of the second of two blocks depends on the first: the joint errors of greedy are
+    those of skipping what it drops."""
     family, points = family_of(transformer), material(transformer).points
     scores = scored("greedy", transformer)
-    reference = predictions(transformer, family, points, 4)
+    error = OutputError(transformer, family, points, 4)
     order = sorted(scores, key=scores.__getitem__)
     highest = 0.0
     for count in range(1, len(order)):
-        highest = max(highest, joint_output_error(transformer, family, points, 4, order[:count], reference))
+        highest = max(highest, error.without(order[:count]))
         assert scores[order[count - 1]] == pytest.approx(highest, rel=1e-5)
     shorter = scored("greedy", transformer, drops=2)
     assert sorted(shorter, key=shorter.__getitem__)[:2] == order[:2]
@@ -267,8 +266,9 @@ def test_a_trajectory_in_all_steps_is_the_pipelines_own(true_cfg_scale, tmp_path
     pipeline = tiny_flux_pipeline()
     family = family_of(pipeline.transformer)
     sampling = SamplingDefaults(num_inference_steps=5, true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=16)
-    options = {"count": 4, "steps": 5, "points": 3, "batch": 2, "seed": 0, "tick": lambda _: None}
-    calibration = calibrate(pipeline, family, ["a", "b"], sampling, cache=tmp_path / "calibration.safetensors", **options)
+    source = Source(pipeline=pipeline, prompts=["a", "b"], sampling=sampling)
+    amount = Amount(images=4, steps=5, points=3, batch=2)
+    calibration = calibrated(source, amount, cache=tmp_path / "calibration.safetensors", console=Console(quiet=True))
     runs = calibration.runs
     torch.testing.assert_close(ends(pipeline.transformer, family, runs), calibration.pool.latents[:3], rtol=1e-4, atol=1e-4)
     assert len(shortened(runs, 2).times) == 3

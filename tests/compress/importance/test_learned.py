@@ -1,4 +1,5 @@
-"""Learned masks: groups, draws, gates and updates on a network that stays as it was. Their scores: test_importance.py."""
+"""Learned masks: groups, draws, gates and updates on a network that stays as it was. Their scores:
+test_importance.py."""
 
 import contextlib
 import dataclasses
@@ -10,7 +11,7 @@ import torch
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.learned import Masks, Objective, Search, learned, partition
 from fastdistill.compress.importance.ledger import Ledger
-from fastdistill.compress.importance.output_error import joint_output_error, predictions
+from fastdistill.compress.importance.output_error import OutputError, predictions
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
@@ -56,7 +57,7 @@ def objective_of(transformer, batch=6):
 
 
 def state_of(transformer):
-    """All that a search could leave behind."""
+    """Everything that a search could leave changed."""
     return (
         {name: value.clone() for name, value in transformer.state_dict().items()},
         {name: (parameter.requires_grad, parameter.grad) for name, parameter in transformer.named_parameters()},
@@ -81,7 +82,8 @@ def test_groups_share_blocks_and_drops_evenly(blocks, drops):
     assert max(dropped) - min(dropped) <= 1
     if drops:
         assert min(kept + dropped) >= 1
-    # Where a group needs more than 500 patterns, no more groups would have something to choose each.
+    # Where a group needs more than 500 patterns, no more groups would have something to choose
+    # each.
     assert max(comb(k + d, d) for k, d in groups) <= 500 or len(groups) == min(drops, blocks - drops)
 
 
@@ -171,7 +173,7 @@ def test_the_objective_is_the_joint_output_error_and_the_update_lowers_it(transf
         values.append(objective.backward(search, torch.arange(6), gates))
         optimizer.step()
         optimizer.zero_grad()
-    expected = joint_output_error(transformer, family, objective.points, 6, gone, objective.reference)
+    expected = OutputError(transformer, family, objective.points, 6).without(gone)
     assert values[0] == pytest.approx(expected, rel=1e-4)
     assert values[-1] < 0.9 * values[0]
 

@@ -1,11 +1,9 @@
-"""Repairs in closed form: against a float64 solution by the book, at every kind of gap, and what they must not touch."""
-
-from typing import get_args, get_type_hints
+"""Repairs in closed form: against a float64 solution by the book, at every kind of gap, and what
+they must not touch."""
 
 import pytest
 import torch
 
-from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.repairs import REPAIRS, ridge
 from fastdistill.compress.repairs.damage import Damage
 from fastdistill.compress.repairs.rows import linears, watch
@@ -48,24 +46,22 @@ def damaged(gap, teacher=None, points=96, batch=16, **options):
     )
 
 
-def test_the_command_line_knows_every_repair():
-    assert set(get_args(get_type_hints(CompressConfig)["repair"])) == {*REPAIRS, "none"}
-
-
 def missing_square(damage):
-    """What the block ahead of the first gap lacks, over all its streams."""
+    """Error of the block before the first gap, over all its streams."""
     return sum(float(rows.missing.square().sum()) for chunk in watch(damage, damage.spans()[0]) for rows in chunk)
 
 
+@pytest.mark.slow_but_first("kind")
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("kind", ["ridge", "scale"])
-def test_a_closed_form_repair_brings_the_block_ahead_of_the_gap_closer(gap, kind):
+def test_a_closed_form_repair_brings_the_block_before_the_gap_closer(gap, kind):
     damage = damaged(gap)
     before = missing_square(damage)
     REPAIRS[kind](damage)
     assert missing_square(damage) < 0.97 * before
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("gap", ["between doubles", "between singles", "at the end"])
 def test_ridge_is_the_gate_weighted_solution_of_every_row(gap, monkeypatch):
     """Against one Gram matrix a row and a direct solve, in float64."""
@@ -93,6 +89,7 @@ def test_ridge_is_the_gate_weighted_solution_of_every_row(gap, monkeypatch):
         torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], dim=1).double(), wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_iterations_leave_little_of_what_a_converged_ridge_gains(monkeypatch):
     errors = {}
     for iterations in (0, ridge.ITERATIONS, 30):
@@ -164,14 +161,14 @@ def test_the_size_of_a_chunk_and_a_patched_teacher_change_nothing_but_rounding(k
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_nothing_behind_the_gap_runs():
+def test_nothing_after_the_gap_runs():
     damage = damaged("between singles", points=16)
     (span,) = damage.spans()
-    behind = []
-    damage.student.single_transformer_blocks[1].proj_mlp.register_forward_hook(lambda *_: behind.append("cut"))
-    damage.teacher.single_transformer_blocks[2].proj_mlp.register_forward_hook(lambda *_: behind.append("full"))
+    after = []
+    damage.student.single_transformer_blocks[1].proj_mlp.register_forward_hook(lambda *_: after.append("cut"))
+    damage.teacher.single_transformer_blocks[2].proj_mlp.register_forward_hook(lambda *_: after.append("full"))
     list(watch(damage, span))
-    assert behind == []
+    assert after == []
 
 
 def test_progress_ends_at_the_whole():

@@ -19,18 +19,20 @@ from fastdistill.distill.methods.distillation import Distillation
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId
 from fastdistill.models.guidance_embedder import embeds_guidance, with_guidance_embedder
-from tests.distill.methods.cases import CASES, GOLDEN, losses
+from tests.distill.methods.cases import CASES, GOLDEN, build, losses
 from tests.distill.methods.toys import loss_of, pairs_of
 from tests.tiny import mixing_transformer, tiny_inputs
 from tests.toy import generator
 
 every_method = pytest.mark.parametrize("name", METHODS)
+GUIDED = [name for name in METHODS if METHODS[name].Options().guidance_range is not None]
+"""Methods whose student has to take a guidance scale."""
 
 
 def test_every_method_has_options_and_a_case() -> None:
     assert list(METHODS) == list(CASES)
     for name, method in METHODS.items():
-        assert type(CASES[name]()) is method
+        assert type(build(name)) is method
         assert method.Options().training_data in ("pairs", "images", "prompts")
 
 
@@ -56,7 +58,7 @@ def test_the_losses_of_three_steps_are_the_golden_ones(name: str) -> None:
 
 @every_method
 def test_a_loss_touches_its_role_alone_and_all_of_it(name: str) -> None:
-    method = CASES[name]()
+    method = build(name)
     assert set(method.trains) <= set(method.networks)
     for role in method.turns(0):
         loss_of(method, role, pairs_of(), generator()).total.backward()
@@ -69,7 +71,7 @@ def test_a_loss_touches_its_role_alone_and_all_of_it(name: str) -> None:
 @every_method
 def test_a_frozen_parameter_stays_frozen(name: str) -> None:
     """As the base under an adapter, which the method must not thaw when a role's turn comes."""
-    method = CASES[name]()
+    method = build(name)
     frozen = method.networks["student"].into.weight.requires_grad_(False)
     for role in method.turns(0):
         loss_of(method, role, pairs_of(), generator()).total.backward()
@@ -79,7 +81,7 @@ def test_a_frozen_parameter_stays_frozen(name: str) -> None:
 
 @every_method
 def test_a_loss_is_a_function_of_its_generator(name: str) -> None:
-    method, batch = CASES[name](), pairs_of()
+    method, batch = build(name), pairs_of()
     torch.manual_seed(1)
     first = loss_of(method, "student", batch, generator(3)).total
     torch.manual_seed(2)
@@ -89,7 +91,7 @@ def test_a_loss_is_a_function_of_its_generator(name: str) -> None:
 
 @every_method
 def test_state_is_what_a_checkpoint_can_hold(name: str) -> None:
-    first, second = CASES[name](), CASES[name]()
+    first, second = build(name), build(name)
     for step in range(2):
         first.after_step(step)
     state = first.state_dict()
@@ -102,11 +104,10 @@ def test_state_is_what_a_checkpoint_can_hold(name: str) -> None:
 
 def flux_method(name: str, student: nn.Module, teacher: nn.Module, **options: Any) -> Distillation:
     teacher.requires_grad_(False)
-    changes = {"teacher_steps": 4} if name == "progressive" else {"grid_steps": 4} if name == "consistency" else {}
     _, _, empty = tiny_inputs(mixing_transformer(), batch=1, seed=5)
     return METHODS[name](
-        METHODS[name].Options(**(changes | options)),
-        student=student, teacher=teacher, family=family_of(teacher), steps=1 if name == "dmd" else 2, unconditional=empty,
+        METHODS[name].Options(**{**CASES[name].flux_options, **options}),
+        student=student, teacher=teacher, family=family_of(teacher), steps=CASES[name].steps, unconditional=empty,
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def test_a_cut_flux_learns_from_the_guided_whole(name: str) -> None:
     teacher = mixing_transformer()
     student = cut(teacher, [BlockId(stack="single_transformer_blocks", index=1)]).requires_grad_(True)
     options = {"guidance_range": None, "true_cfg_scale": 3.0}
-    if name == "guidance":
+    if name in GUIDED:
         student, options = with_guidance_embedder(student), {}
     check_flux(flux_method(name, student, teacher, **options))
 
@@ -147,7 +148,7 @@ def test_flux_dev_teaches_flux_dev(name: str) -> None:
             lambda module, args, kwargs, scales=scales: scales.append(kwargs["guidance"]), with_kwargs=True
         )
     pairs = flux_pairs()
-    if name in ("reflow", "dmd"):
+    if METHODS[name].Options().training_data == "pairs":
         pairs = PairBatch(latents=pairs.latents, conditioning=pairs.conditioning, noise=pairs.noise, scale=torch.tensor([2.0, 5.0]))
     loss_of(method, "student", pairs, generator()).total.backward()
     called = [scale for scales in seen.values() for scale in scales]
@@ -157,7 +158,7 @@ def test_flux_dev_teaches_flux_dev(name: str) -> None:
     assert embeds_guidance(method.networks["student"])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "guidance"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in GUIDED])
 def test_flux_dev_teaches_a_student_without_an_embedder(name: str) -> None:
     """As SenseFlow's student: the teacher gets ``guidance_scale``, the student learns it as its own field."""
     method = flux_method(name, mixing_transformer(seed=1), mixing_transformer(guidance_embeds=True), guidance_scale=2.5)
@@ -166,7 +167,7 @@ def test_flux_dev_teaches_a_student_without_an_embedder(name: str) -> None:
     method.networks["teacher"].register_forward_pre_hook(lambda module, args, kwargs: taught.append(kwargs["guidance"]), with_kwargs=True)
     loss_of(method, "student", flux_pairs(), generator())
     assert all(torch.equal(scale, torch.full((2,), 2.5)) for scale in taught)
-    assert bool(taught) == (name != "reflow")
+    assert taught or METHODS[name].Options().training_data == "pairs"
 
 
 @every_method
@@ -175,7 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     found = []
     for checkpointing in (False, True):
         teacher = mixing_transformer()
-        student = with_guidance_embedder(mixing_transformer(seed=1)) if name == "guidance" else mixing_transformer(seed=1)
+        student = with_guidance_embedder(mixing_transformer(seed=1)) if name in GUIDED else mixing_transformer(seed=1)
         method = flux_method(name, student, teacher)
         for role in method.trains:
             network = method.networks[role].train()

@@ -1,0 +1,32 @@
+"""Contract of a patch: when a call of a diffusers module runs fused, and what then runs in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Set on every forward that `patched` gives to a module.
+PATCH_MARK = "_fastdistill_patch"
+
+# Reason that no report counts: the class's own forward is as fast.
+NOTHING_TO_GAIN = "nothing to gain"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Fused form of one class of diffusers' modules: two functions that take the arguments of its `forward`.
+
+    Attributes:
+        why_not: `why_not(module, /, ...)` returns why this call has to run as the module's class
+            does, or None. It is asked before anything is computed, and computes nothing itself.
+        forward: `forward(module, fusions, /, ...)` returns what the class's `forward` returns. Only
+            calls without a reason reach this function.
+    """
+
+    why_not: Callable[..., str | None]
+    forward: Callable[..., Any]
+
+
+def is_patch(forward: Any) -> bool:
+    return hasattr(forward, PATCH_MARK)
