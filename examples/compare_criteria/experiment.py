@@ -31,11 +31,12 @@ from torch import Tensor
 
 from fastdistill.compress.choice.choose import spell
 from fastdistill.compress.importance import CRITERIA
-from fastdistill.compress.importance.calibrate import Amount, Calibration, Source, calibrated
+from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage, mend
 from fastdistill.compress.surgery import CutModel, cut, cut_model
+from fastdistill.data.trajectories import Source
 from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of

@@ -19,11 +19,12 @@ from fastdistill.compress.choice.budget import parse_budget
 from fastdistill.compress.choice.choose import Evidence, Request, Trial, choose
 from fastdistill.compress.choice.costs import flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
-from fastdistill.compress.importance.calibrate import Amount, Calibration, Source, calibrated
+from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage, mend
 from fastdistill.compress.surgery import CutModel, boundary_map, check, check_count, spelled_out
 from fastdistill.data.images import read_folder
+from fastdistill.data.trajectories import Source
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, tied
 from fastdistill.models.families import anatomy_of, family_of

@@ -17,12 +17,13 @@ from fastdistill.compress.choice.costs import Cost, flops, latency, sizes, workl
 from fastdistill.compress.choice.solve import Interval
 from fastdistill.compress.choice.verify import best_of, intervals
 from fastdistill.compress.config import CompressConfig
-from fastdistill.compress.importance.calibrate import Amount, Calibration, Source, calibrated
+from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
 from fastdistill.compress.plan import plan
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs.damage import Damage, mend
 from fastdistill.compress.report import Outcome, manifest, report
 from fastdistill.compress.surgery import CutModel, cut_model
+from fastdistill.data.trajectories import Source
 from fastdistill.errors import UserError
 from fastdistill.job import Job, dtype_of, train_config, training_bytes
 from fastdistill.models.blocks import block_ids, tied

@@ -19,12 +19,53 @@ from torch import Tensor
 from fastdistill.data.images import Captioned, pixels
 from fastdistill.data.latents import LatentPool
 from fastdistill.diffusion.process import RectifiedFlow
+from fastdistill.errors import UserError
+from fastdistill.models.families import family_of
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.run.files import atomic_write
 
 UNPROMPTED = 0.1
 """Share of states with the empty prompt, as guidance evaluates that prompt, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Origin of trajectories: a pipeline that samples `prompts`, or `images` if there are any."""
+
+    pipeline: Any
+    prompts: Sequence[str]
+    sampling: SamplingDefaults
+    images: Sequence[Captioned] = ()
+
+    def assigned(self, count: int) -> tuple[list[str], Tensor]:
+        """Distinct prompts, and the prompt index (`count`,) of each image.
+
+        With images `count` is their number.
+        """
+        if not self.images:
+            return list(self.prompts), torch.arange(count) % len(self.prompts)
+        captions = list(dict.fromkeys(image.caption for image in self.images))
+        index = {caption: index for index, caption in enumerate(captions)}
+        return captions, torch.tensor([index[image.caption] for image in self.images])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryOptions:
+    """Number of trajectories, and how they are sampled."""
+
+    images: int
+    """Images that the pipeline samples, unless the source has images."""
+    steps: int
+    """Sampling steps of each image."""
+    batch: int
+    """Samples per forward pass."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +106,9 @@ class _Choices:
     """Noise (N, C, H, W)."""
 
     @classmethod
-    def draw(cls, count: int, steps: int, shape: Sequence[int], generator: torch.Generator) -> _Choices:
-        chosen = torch.randint(steps, (count,), generator=generator)
+    def draw(cls, options: TrajectoryOptions, count: int, shape: Sequence[int]) -> _Choices:
+        generator = torch.Generator().manual_seed(options.seed)
+        chosen = torch.randint(options.steps, (count,), generator=generator)
         unprompted = torch.rand(count, generator=generator) < UNPROMPTED
         return cls(steps=chosen, unprompted=unprompted, noise=torch.randn(count, *shape, generator=generator))
 
@@ -120,18 +162,7 @@ class _Maker:
 
 
 def trajectories(
-    pipeline: Any,
-    family: Family,
-    prompts: Sequence[str],
-    sampling: SamplingDefaults,
-    *,
-    count: int,
-    steps: int,
-    batch: int,
-    generator: torch.Generator,
-    images: Sequence[Captioned] = (),
-    cache: Path | None = None,
-    tick: Callable[[int], None] = lambda _: None,
+    source: Source, options: TrajectoryOptions, *, cache: Path | None = None, tick: Callable[[int], None] = lambda _: None
 ) -> Trajectories:
     """Sample `count` images in `steps` steps, or read the images from `cache` if it is there.
 
@@ -139,22 +170,24 @@ def trajectories(
     Given `images` and their captions stand in for the ends and the prompts, and a state is
     `(1 - t) x_0 + t noise` at the time of the chosen step.
     """
-    prompts, prompt_of = _assigned(prompts, count, images)
-    conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, batch)
+    pipeline, sampling = source.pipeline, source.sampling
+    family = family_of(pipeline.transformer)
+    prompts, prompt_of = source.assigned(options.images)
+    conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, options.batch)
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
-    choices = _Choices.draw(len(prompt_of), steps, shape, generator)
+    choices = _Choices.draw(options, len(prompt_of), shape)
     if cache is not None and cache.exists():
         tensors = load_file(cache)
     else:
         maker = _Maker(
             pipeline=pipeline,
             family=family,
-            sampling=dataclasses.replace(sampling, num_inference_steps=steps),
+            sampling=dataclasses.replace(sampling, num_inference_steps=options.steps),
             conditioning=conditioning,
             prompts=prompt_of,
             choices=choices,
         )
-        tensors = maker.make(images, batch, tick)
+        tensors = maker.make(source.images, options.batch, tick)
         if cache is not None:
             with atomic_write(cache) as partial:
                 save_file(tensors, partial)
@@ -168,15 +201,6 @@ def trajectories(
         prompts=prompt_of,
         conditioning=conditioning,
     )
-
-
-def _assigned(prompts: Sequence[str], count: int, images: Sequence[Captioned]) -> tuple[list[str], Tensor]:
-    """Distinct prompts, and the index of the prompt of each trajectory (N,)."""
-    if not images:
-        return list(prompts), torch.arange(count) % len(prompts)
-    captions = list(dict.fromkeys(image.caption for image in images))
-    index = {caption: index for index, caption in enumerate(captions)}
-    return captions, torch.tensor([index[image.caption] for image in images])
 
 
 def encode_prompts(prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Conditioning:

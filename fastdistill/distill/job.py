@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastdistill.data.latents import LatentPool
-from fastdistill.data.trajectories import encode_prompts, trajectories
+from fastdistill.data.trajectories import Source, TrajectoryOptions, encode_prompts, trajectories
 from fastdistill.distill.build import Models, build, plan, training
 from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.methods.distillation import Distillation
@@ -213,15 +213,13 @@ class FewStepStudent(Job[DistillConfig]):
         options = self.config.data
         with bar(self.console, "encode images", len(self.images)) as tick:
             encoded = trajectories(
-                self.pipeline,
-                self.family,
-                self.prompts,
-                self.sampling,
-                count=len(self.images),
-                steps=options.image_steps or self.sampling.num_inference_steps,
-                batch=self.config.training.batch,
-                generator=torch.Generator().manual_seed(self.config.run.seed),
-                images=self.images,
+                Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images),
+                TrajectoryOptions(
+                    images=len(self.images),
+                    steps=options.image_steps or self.sampling.num_inference_steps,
+                    batch=self.config.training.batch,
+                    seed=self.config.run.seed,
+                ),
                 cache=self.workspace.work / "images.safetensors",
                 tick=tick,
             )

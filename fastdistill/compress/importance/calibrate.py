@@ -3,61 +3,41 @@ trajectories, or from images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import OutputError
-from fastdistill.data.images import Captioned
 from fastdistill.data.latents import LatentPool
-from fastdistill.data.trajectories import trajectories
+from fastdistill.data.trajectories import Source, TrajectoryOptions, trajectories
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId, Family
 from fastdistill.models.patch import patched
-from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.run.options import check_known
 from fastdistill.run.progress import bar, share_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Origin of a calibration: a pipeline that samples `prompts`, or `images` if there are any."""
-
-    pipeline: Any
-    prompts: Sequence[str]
-    sampling: SamplingDefaults
-    images: Sequence[Captioned] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Amount:
+class Amount(TrajectoryOptions):
     """Size of a calibration, and the portions in which it is sampled."""
 
-    images: int
-    """Images that the full model samples, unless there are images to take instead."""
     points: int
-    """States on the way to these images at which blocks are scored, one for each of the first
+    """States on the way to the images at which blocks are scored, one for each of the first
     `points` images."""
-    steps: int
-    """Sampling steps of each image."""
-    batch: int
-    """Samples per forward pass."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "points", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.points < 1:
+            raise UserError(f"points must be at least 1, got {self.points}")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +110,7 @@ def calibrated(source: Source, amount: Amount, *, cache: Path | None = None, con
     network = source.pipeline.transformer
     family = family_of(network)
     with bar(console, "calibrate", len(source.images) or amount.images) as tick, patched(network):
-        sampled = trajectories(
-            source.pipeline,
-            family,
-            source.prompts,
-            source.sampling,
-            count=amount.images,
-            steps=amount.steps,
-            batch=amount.batch,
-            generator=torch.Generator().manual_seed(amount.seed),
-            images=source.images,
-            cache=cache,
-            tick=tick,
-        )
+        sampled = trajectories(source, amount, cache=cache, tick=tick)
     conditioning = sampled.conditioning
     device = conditioning.prompt_embeds.device
     first = slice(amount.points)

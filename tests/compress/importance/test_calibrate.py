@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastdistill.compress.importance.calibrate import Amount, Source, calibrated
+from fastdistill.compress.importance.calibrate import Amount, calibrated
 from fastdistill.data.images import pixels, read_folder
+from fastdistill.data.trajectories import Source
 from fastdistill.models.families.flux import Flux
 from fastdistill.models.sampling import SamplingDefaults
 from tests.tiny import tiny_flux_pipeline

@@ -5,13 +5,14 @@ import torch
 from rich.console import Console
 
 from fastdistill.compress.importance import CRITERIA, learned
-from fastdistill.compress.importance.calibrate import Amount, Source, calibrated
+from fastdistill.compress.importance.calibrate import Amount, calibrated
 from fastdistill.compress.importance.cka import Grams, distance
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import OutputError, predictions, time_weight
 from fastdistill.compress.importance.probe import intervals, probe
 from fastdistill.compress.importance.trajectory import ends, shortened
+from fastdistill.data.trajectories import Source
 from fastdistill.models.blocks import block, block_ids
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId
