@@ -1,7 +1,7 @@
 """`patched(model)`: run a diffusers transformer on the fused operators, and undo it to the bit.
 
-Only the instance is touched: every patched module gets a `forward` of its own, and loses it again on
-undo. Classes, parameters, hooks and `state_dict` keys stay as they are.
+Only the instance is touched: every patched module gets a `forward` of its own, and loses it again
+on undo. Classes, parameters, hooks and `state_dict` keys stay as they are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Patches:
     Attributes:
         counts: patched modules by class name.
         stepped_aside: calls that ran as the stock model does, by module class and reason.
-        operators: the backend of every operator, for the model's device and dtype at the time of patching.
+        operators: the backend of every operator, for the model's device and dtype at the time of
+            patching.
         attention: the attention backend, for the model's device and dtype. A model's own
             `set_attention_backend` takes precedence.
     """
@@ -97,20 +98,22 @@ class Patches:
 
 
 def patched(model: nn.Module, *, backend: Request | None = None, attention: str = "auto") -> Patches:
-    """Run the blocks of `model`, a diffusers transformer, on fused operators, in inference and training.
+    """Run the blocks of a diffusers transformer on fused operators, in inference and training.
 
-    `with patched(transformer) as report: ...` undoes it at the end of the block; `report = patched(transformer)`
-    keeps it until `report.undo()`; `print(report)` says what runs on which backend. Gradient checkpointing,
-    torch.compile, LoRA, fused projections, masks, ControlNet and IP-Adapter work as on the stock model. A call
-    that cannot be fused runs as the module's class does, and the report counts it with the reason. Under
-    torch.compile only the fusions that gain there are kept.
+    `with patched(transformer) as report: ...` undoes it at the end of the block.
+    `report = patched(transformer)` keeps it until `report.undo()`. `print(report)` says what runs on
+    which backend.
+
+    Gradient checkpointing, torch.compile, LoRA, fused projections, masks, ControlNet and IP-Adapter
+    work as on the stock model. A call that cannot be fused runs as the module's class does, and the
+    report counts it with the reason. Under torch.compile only the fusions that gain there are kept.
 
     Args:
         model: a transformer of one of the classes in `fastdistill.models.patches.PATCHES`.
-        backend: of the operators: `eager`, `native`, `triton` or `auto`; by default each takes the best for its
-            device and shape.
-        attention: an attention backend of diffusers by name, or `auto`: the best that is installed, for the
-            device and dtype.
+        backend: of the operators: `eager`, `native`, `triton` or `auto`. By default each operator
+            takes the best for its device and shape.
+        attention: an attention backend of diffusers by name, or `auto`: the best that is installed,
+            for the device and dtype.
 
     Raises:
         UserError: the model's class is not covered; the message lists the classes that are.

@@ -1,4 +1,4 @@
-"""Fused blocks of model families by the class of their transformer. A new one is a file and a line here."""
+"""Fused blocks of model families by class of transformer. A new one is a file and a line here."""
 
 from __future__ import annotations
 

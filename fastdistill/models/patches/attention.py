@@ -1,4 +1,4 @@
-"""Attention modules: query-key norms, rotation and concatenation as one operator, and the best attention after it."""
+"""Attention modules: query-key norms, rotation and concatenation in one operator, then attention."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ def added_norms(attn: Any) -> list[Any]:
 
 
 def heads_of(attn: Any, names: Sequence[str], packed: str | None, x: Tensor, head_size: int) -> Heads:
-    """(q, k, v) of a stream, each (B, S, H, d), from the projections called `names`; or, where they are fused into the one called
-    `packed`, all three as (B, S, 3, H, d)."""
+    """Queries, keys and values of a stream, from the projections called `names`.
+
+    Returns:
+        (q, k, v), each (B, S, H, d); or, where the projections are fused into the one called `packed`,
+        all three as (B, S, 3, H, d).
+    """
     if packed is not None and getattr(attn, "fused_projections", False):
         return getattr(attn, packed)(x).unflatten(-1, (3, -1, head_size))  # type: ignore[no-any-return]
     q, k, v = (getattr(attn, name)(x).unflatten(-1, (-1, head_size)) for name in names)
@@ -44,13 +48,19 @@ def joint_attention(
     tables: RotaryTables,
     mask: Tensor | None,
 ) -> Tensor:
-    """Attention over two streams, (B, S, H * d); `norms` are those of q and k of the first, then of the second stream."""
+    """Attention over two streams, (B, S, H * d).
+
+    `norms` are the modules that norm q and k of the first stream, then q and k of the second.
+    """
     q, k, v = fusions.joint_qk_norm_rope(first, second, norms, tables)
     return _attend(fusions, attn, q, k, v, mask)
 
 
 def self_attention(fusions: Fusions, attn: Any, heads: Heads, norms: Sequence[Any], tables: RotaryTables, mask: Tensor | None) -> Tensor:
-    """Attention within one stream, (B, S, H * d); `tables` may be (B, S, ...), with a table for each sample."""
+    """Attention within one stream, (B, S, H * d).
+
+    `tables` may be (B, S, ...), with a table for each sample.
+    """
     q, k, v = heads.unbind(2) if isinstance(heads, Tensor) else heads
     shapes = q.shape, k.shape
     if tables is not None and tables[0].dim() == 3:

@@ -14,7 +14,7 @@ from fastdistill.models.patches.fusions import Fusions
 def residuals(
     fusions: Fusions, x: Tensor, attn_output: Tensor, modulation: Sequence[Tensor], eps: float, feed_forward: Any, *, clip: bool
 ) -> Tensor:
-    """Both gated residuals of a double block's stream, with the modulated norm and the feed-forward between them.
+    """Both gated residuals of a double block's stream, with modulated norm and feed-forward between.
 
     `modulation` is the gate of attention, then shift, scale and gate of the feed-forward.
     """

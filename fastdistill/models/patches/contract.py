@@ -1,4 +1,4 @@
-"""Contract of a patch: when a call of a diffusers module runs fused, and what then runs in its place."""
+"""Contract of a patch: which calls of a diffusers module run fused, and what runs in their place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ NOTHING_TO_GAIN = "nothing to gain"
 
 @dataclass(frozen=True)
 class Patch:
-    """Fused form of one class of diffusers' modules: two functions that take the arguments of its `forward`.
+    """Fused form of one class of diffusers' modules.
+
+    Both functions take the arguments of the class's `forward` after the slash.
 
     Attributes:
         why_not: `why_not(module, /, ...)` returns why this call has to run as the module's class

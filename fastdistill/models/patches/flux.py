@@ -1,4 +1,7 @@
-"""FLUX.1: double blocks, single blocks and their attention on fused operators. The formulas are diffusers' `transformer_flux.py`."""
+"""FLUX.1: double blocks, single blocks and their attention on fused operators.
+
+The formulas are those of diffusers' `transformer_flux.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from fastdistill.models.patches.attention import (
 from fastdistill.models.patches.blocks import GELU, residuals
 from fastdistill.models.patches.contract import Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import called_with, hooked, norms_stay, why_attention_stays, why_norms_stay
+from fastdistill.models.patches.reasons import hooked, norms_stay, why_attention_stays, why_norms_stay
 from fastdistill.models.patches.streams import halves, joined, split
 
 PROCESSORS = ("FluxAttnProcessor",)
-# What is meant for the IP-Adapter's processor comes to every block, and this one passes over it in silence.
+# Arguments of the IP-Adapter's processor. They come to every block, and this processor ignores them.
 IGNORED = {"ip_hidden_states", "ip_adapter_masks"}
 
 
@@ -37,9 +40,8 @@ def why_not_attention(
     **kwargs: Any,
 ) -> str | None:
     norms = _norms(attn, encoder_hidden_states)
-    return why_attention_stays(attn, norms, attn.head_dim, image_rotary_emb, hidden_states, PROCESSORS) or called_with(
-        kwargs.keys() - IGNORED
-    )
+    unknown = kwargs.keys() - IGNORED
+    return why_attention_stays(attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown)
 
 
 def attention(

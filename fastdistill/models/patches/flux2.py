@@ -1,6 +1,7 @@
-"""FLUX.2: double blocks, single blocks and their attention on fused operators. The formulas are diffusers' `transformer_flux2.py`.
+"""FLUX.2: double blocks, single blocks and their attention on fused operators.
 
-All blocks share their modulations, (B, 1, D) or, where reference tokens have a time of their own, (B, S, D).
+The formulas are those of diffusers' `transformer_flux2.py`. All blocks share their modulations,
+(B, 1, D) or, where reference tokens have a time of their own, (B, S, D).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from fastdistill.models.patches.attention import (
 from fastdistill.models.patches.blocks import residuals
 from fastdistill.models.patches.contract import Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import called_with, hooked, norms_stay, why_attention_stays
+from fastdistill.models.patches.reasons import hooked, norms_stay, why_attention_stays
 from fastdistill.models.patches.streams import halves, joined, split
 
-# Not the processors with a key-value cache: they read keys of reference tokens out of the joint sequence.
+# Not the processors with a key-value cache: they read keys of reference tokens out of the joint
+# sequence.
 PROCESSORS = ("Flux2AttnProcessor",)
 SINGLE_PROCESSORS = ("Flux2ParallelSelfAttnProcessor",)
 
@@ -42,7 +44,7 @@ def why_not_attention(
     if attn.added_kv_proj_dim is None or encoder_hidden_states is None:
         return "it has no second stream"
     norms = [*added_norms(attn), *own_norms(attn)]
-    return why_attention_stays(attn, norms, attn.head_dim, image_rotary_emb, hidden_states, PROCESSORS) or called_with(unknown)
+    return why_attention_stays(attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown)
 
 
 def attention(
@@ -97,8 +99,10 @@ def why_not_single_attention(
     image_rotary_emb: Any = None,
     **unknown: Any,
 ) -> str | None:
-    reason = why_attention_stays(attn, own_norms(attn), attn.head_dim, image_rotary_emb, hidden_states, SINGLE_PROCESSORS)
-    if reason := reason or called_with(unknown):
+    norms = own_norms(attn)
+    if reason := why_attention_stays(
+        attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=SINGLE_PROCESSORS, unknown=unknown
+    ):
         return reason
     if type(attn.mlp_act_fn).__name__ != "Flux2SwiGLU" or hooked(attn.mlp_act_fn, attn.mlp_act_fn.gate_fn):
         return "its activation is another or is hooked"
@@ -115,8 +119,8 @@ def single_attention(
 ) -> Tensor:
     """Attention and feed-forward in parallel, with one projection into both and one out of both."""
     packed = attn.to_qkv_mlp_proj(hidden_states)
-    # In proportion, not in numbers: under tensor parallelism every rank has its share of each part. Split once, so
-    # that the backward pass puts the gradient of the projection together in one step.
+    # In proportion, not in numbers: under tensor parallelism every rank has its share of each part.
+    # Split once, so that the backward pass puts the projection's gradient together in one step.
     channels = packed.shape[-1]
     inner = channels * attn.inner_dim // (3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor)
     *heads, mlp_hidden_states = packed.split([inner, inner, inner, channels - 3 * inner], dim=-1)

@@ -24,7 +24,7 @@ Heads = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 class Fusions:
-    """Operators of one patched model, each a method of the operator's name, and its attention backend.
+    """Operators of one patched model, each a method of that name, and its attention backend.
 
     Args:
         backend: of the operators; None leaves the choice to `use_backend`.
@@ -63,7 +63,10 @@ class Fusions:
     def gated_residual_modulate(
         self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Chain between attention and feed-forward. It stays fused under torch.compile: there it is no slower."""
+        """Chain between attention and feed-forward.
+
+        It stays fused under torch.compile: the compiler's own is no faster.
+        """
         x, y = _promoted(_repeated(x, y), y)
         gate, scale, shift = _fitting(x, gate, scale, shift)
         return ops.gated_residual_modulate(x, y, gate, scale, shift, eps, backend=self.backend)
@@ -75,7 +78,7 @@ class Fusions:
         return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, norms[0].eps, backend=self.backend)
 
     def joint_qk_norm_rope(self, first: Heads, second: Heads, norms: Sequence[Any], tables: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        """`norms` are the modules that norm q and k of the first stream, then q and k of the second."""
+        """`norms` are the modules that norm q and k of the first stream, then of the second."""
         like = second if isinstance(second, Tensor) else second[0]
         first_q, first_k, second_q, second_k = _weights(norms, like)
         cos, sin = _cos_sin(tables, like)
@@ -94,9 +97,10 @@ FUSED_OPERATORS = tuple(name for name in ops.OPERATORS if hasattr(Fusions, name)
 
 
 def _fitting(x: Tensor, *modulations: Tensor) -> list[Tensor]:
-    """Modulations as the operators take them: in the dtype of `x` or wider, and with all samples of `x` where each token has its own.
+    """Modulations as the operators take them.
 
-    Autocast computes modulations in 16 bits while the stream is float32.
+    They have the dtype of `x`, or a wider one: autocast computes modulations in 16 bits while the
+    stream is float32. Where each token has a modulation of its own, each sample has, too.
     """
     if modulations[0].dim() == 3 and modulations[0].shape[1] != 1:
         modulations = tuple(m.expand(x.shape) for m in modulations)
@@ -105,7 +109,10 @@ def _fitting(x: Tensor, *modulations: Tensor) -> list[Tensor]:
 
 
 def _repeated(x: Tensor, other: Tensor) -> Tensor:
-    """A stream of one sample, repeated for the samples of its modulations or branch, as plain PyTorch broadcasts it."""
+    """A stream of one sample, repeated for all samples of `other`, as plain PyTorch broadcasts it.
+
+    `other` is a modulation of the stream, or the branch that is added to it.
+    """
     return x if other.dim() == 1 or x.shape[0] != 1 or other.shape[0] == 1 else x.expand(other.shape[0], *x.shape[1:])
 
 
@@ -118,7 +125,7 @@ def _promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weights(norms: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """Weights of the norms in the dtype of the heads `x`, or in float32 where the heads have 16 bits."""
+    """Weights of the norms in the dtype of the heads `x`, or in float32 where `x` has 16 bits."""
     weights = [norm.weight for norm in norms]
     if weights[0].dtype in (x.dtype, torch.float32) and x.dtype in FLOATS:
         return weights

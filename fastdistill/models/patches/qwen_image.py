@@ -1,4 +1,7 @@
-"""Qwen-Image: double blocks and their attention on fused operators. The formulas are diffusers' `transformer_qwenimage.py`."""
+"""Qwen-Image: double blocks and their attention on fused operators.
+
+The formulas are those of diffusers' `transformer_qwenimage.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from fastdistill.models.patches.attention import (
 from fastdistill.models.patches.blocks import GELU, residuals
 from fastdistill.models.patches.contract import Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import called_with, why_attention_stays, why_norms_stay
+from fastdistill.models.patches.reasons import why_attention_stays, why_norms_stay
 from fastdistill.models.patches.streams import split
 
 PROCESSORS = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -39,10 +42,8 @@ def why_not_attention(
 ) -> str | None:
     if encoder_hidden_states is None or attention_mask is not None:
         return "its processor refuses the call"
-    norms = [*added_norms(attn), *own_norms(attn)]
-    return why_attention_stays(attn, norms, attn.inner_dim // attn.heads, image_rotary_emb, hidden_states, PROCESSORS) or called_with(
-        unknown
-    )
+    norms, head_size = [*added_norms(attn), *own_norms(attn)], attn.inner_dim // attn.heads
+    return why_attention_stays(attn, norms, head_size, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown)
 
 
 def attention(

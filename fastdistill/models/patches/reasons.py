@@ -1,4 +1,4 @@
-"""Reasons for which a call runs as its module's class does, as far as several families share them."""
+"""Reasons to run a call as its module's class does, as far as several families share them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdistill.ops.heads import MAX_HEAD_SIZE
 
 
 def norms_stay(*names: str) -> Callable[..., str | None]:
-    """Returns the `why_not` of a module that fuses its layer norms `names` and asks for no more than that."""
+    """Returns the `why_not` of a module that depends on nothing but its layer norms `names`."""
 
     def why_not(module: Any, /, *_: Any, **__: Any) -> str | None:
         return why_norms_stay(*[getattr(module, name) for name in names])
@@ -21,14 +21,23 @@ def norms_stay(*names: str) -> Callable[..., str | None]:
 
 
 def why_norms_stay(*norms: Any) -> str | None:
-    """Why a block has to call these layer norms, where an operator would norm and modulate in their place, or None."""
+    """Why a block has to call these layer norms; None where an operator may norm in their place."""
     for norm in norms:
         if not _plain_layer_norm(norm) or hooked(norm):
             return "a norm is hooked or has an affine"
     return None
 
 
-def why_attention_stays(attn: Any, norms: Sequence[Any], head_size: int, tables: Any, x: Tensor, processors: Collection[str]) -> str | None:
+def why_attention_stays(
+    attn: Any,
+    norms: Sequence[Any],
+    head_size: int,
+    tables: Any,
+    x: Tensor,
+    *,
+    processors: Collection[str],
+    unknown: Collection[str],
+) -> str | None:
     """Why this call of an attention module cannot run fused, or None.
 
     Args:
@@ -36,6 +45,7 @@ def why_attention_stays(attn: Any, norms: Sequence[Any], head_size: int, tables:
         tables: its rotary tables, or None.
         x: a stream that comes in.
         processors: names of the processors' classes whose formula is the fused one.
+        unknown: names of the call's keyword arguments that the fused form does not know.
     """
     processor = attn.processor
     if type(processor).__name__ not in processors:
@@ -55,19 +65,15 @@ def why_attention_stays(attn: Any, norms: Sequence[Any], head_size: int, tables:
             return "its query-key norms are not over heads"
     if head_size % 2 or head_size > MAX_HEAD_SIZE:
         return f"its head size is {head_size}"
-    for table in tables or ():
-        if table.dim() != 2:
-            return "every sample has rotary tables of its own"
+    if tables is not None and any(table.dim() != 2 for table in tables):
+        return "every sample has rotary tables of its own"
+    if unknown:
+        return f"it was called with {', '.join(sorted(unknown))}"
     return None
 
 
-def called_with(unknown: Collection[str]) -> str | None:
-    """Why a call with keyword arguments that the fused form does not know cannot run fused, or None without any."""
-    return f"it was called with {', '.join(sorted(unknown))}" if unknown else None
-
-
 def hooked(*modules: nn.Module) -> bool:
-    """Whether somebody wants to see, or to change, a call of one of these modules that a fused block would not make."""
+    """Whether somebody wants to see, or to change, calls that a fused block does not make."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
@@ -78,7 +84,10 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def _plain_layer_norm(module: Any) -> bool:
-    """Whether an operator's norm is this one. diffusers' `FP32LayerNorm` computes in float32, as the operators do anyway."""
+    """Whether the norm of `modulate` is this one.
+
+    diffusers' `FP32LayerNorm` computes in float32, as the operators do anyway.
+    """
     return type(module).__name__ in ("LayerNorm", "FP32LayerNorm") and isinstance(module, nn.LayerNorm) and not module.elementwise_affine
 
 

@@ -1,7 +1,7 @@
 """SD3 and SD3.5: joint blocks and their attention on fused operators.
 
-The formulas are diffusers' `JointTransformerBlock`, `JointAttnProcessor2_0` and `SD35AdaLayerNormZeroX`.
-The image goes before the text, and positions are not in the heads.
+The formulas are those of diffusers' `JointTransformerBlock`, `JointAttnProcessor2_0` and
+`SD35AdaLayerNormZeroX`. The image goes before the text, and positions are not in the heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdistill.models.patches.attention import (
 from fastdistill.models.patches.blocks import GELU, residuals
 from fastdistill.models.patches.contract import Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import called_with, norms_stay, why_attention_stays, why_norms_stay
+from fastdistill.models.patches.reasons import norms_stay, why_attention_stays, why_norms_stay
 from fastdistill.models.patches.streams import split
 
 # Not the processor of `fuse_qkv_projections()`: it leaves out the query-key norms.
@@ -39,7 +39,8 @@ def why_not_attention(
     **unknown: Any,
 ) -> str | None:
     norms = own_norms(attn) if encoder_hidden_states is None else [*own_norms(attn), *added_norms(attn)]
-    return why_attention_stays(attn, norms, attn.inner_dim // attn.heads, None, hidden_states, PROCESSORS) or called_with(unknown)
+    head_size = attn.inner_dim // attn.heads
+    return why_attention_stays(attn, norms, head_size, None, hidden_states, processors=PROCESSORS, unknown=unknown)
 
 
 def attention(

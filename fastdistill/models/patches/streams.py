@@ -25,7 +25,10 @@ def halves(both: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def split(both: Tensor, first_tokens: int) -> tuple[Tensor, Tensor]:
-    """Both streams of a joint attention's output. One operation, so that the backward pass writes their gradient once."""
+    """Both streams of a joint attention's output.
+
+    The split is one operation, so that the backward pass writes the gradient of both once.
+    """
     first, second = both.split_with_sizes((first_tokens, both.shape[1] - first_tokens), dim=1)
     return first, second
 
@@ -43,7 +46,8 @@ def _are_halves(text: Tensor, image: Tensor, whole: Tensor) -> bool:
 def _lead_to(whole: Tensor, *halves: Tensor) -> bool:
     """Whether a gradient of `whole` goes where the gradients of its halves would.
 
-    It does not where a half is detached, is made a leaf (as reentrant checkpointing does), or is watched.
+    It does not where a half is detached, is made a leaf (as reentrant checkpointing does), or is
+    watched.
     """
     if not torch.is_grad_enabled():
         return True

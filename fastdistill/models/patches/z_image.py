@@ -1,6 +1,7 @@
-"""Z-Image: query-key norms, rotation and gated residuals on fused operators. The formulas are diffusers' `transformer_z_image.py`.
+"""Z-Image: query-key norms, rotation and gated residuals on fused operators.
 
-Its blocks scale an RMS norm and do not shift it, for which there is no operator.
+The formulas are those of diffusers' `transformer_z_image.py`. Its blocks scale an RMS norm and do not
+shift it, for which there is no operator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastdistill.models.patches.attention import OWN_PROJECTIONS, heads_of, own_norms, real_tables, self_attention
 from fastdistill.models.patches.contract import NOTHING_TO_GAIN, Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import called_with, why_attention_stays
+from fastdistill.models.patches.reasons import why_attention_stays
 
 PROCESSORS = ("ZSingleStreamAttnProcessor",)
 
@@ -27,8 +28,8 @@ def why_not_attention(
     freqs_cis: Tensor | None = None,
     **unknown: Any,
 ) -> str | None:
-    reason = why_attention_stays(attn, own_norms(attn), attn.inner_dim // attn.heads, None, hidden_states, PROCESSORS)
-    if reason := reason or called_with(unknown):
+    norms, head_size = own_norms(attn), attn.inner_dim // attn.heads
+    if reason := why_attention_stays(attn, norms, head_size, None, hidden_states, processors=PROCESSORS, unknown=unknown):
         return reason
     if freqs_cis is not None and (freqs_cis.dim() != 3 or freqs_cis.shape[0] not in (1, hidden_states.shape[0])):
         return f"its rotary table is {tuple(freqs_cis.shape)}"

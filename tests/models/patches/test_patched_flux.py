@@ -1,4 +1,4 @@
-"""A patched FLUX transformer is the stock one: outputs, every gradient, and whatever else works on it."""
+"""A patched FLUX.1 transformer does what the stock one does: outputs, gradients, and all around them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def predict(transformer: FluxTransformer2DModel, **options: Any) -> Tensor:
 
 
 def gradients(transformer: FluxTransformer2DModel, run: Callable[..., Tensor] = predict, **options: Any) -> dict[str, Tensor]:
-    """The output and the gradient of every parameter."""
+    """Output, and gradient of every parameter."""
     transformer.zero_grad()
     out = run(transformer, **options)
     out.float().square().mean().backward()
@@ -88,7 +88,7 @@ def test_it_equals_stock_and_undoes_to_the_bit(transformer: FluxTransformer2DMod
 
 
 def operator_calls(run: Callable[[], Any]) -> list[str]:
-    """The operators that `run` calls; concatenations with the number of axes."""
+    """Operators that `run` calls; concatenations with the number of axes."""
     calls: list[str] = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -121,7 +121,7 @@ def test_every_operator_is_where_it_belongs(transformer: FluxTransformer2DModel)
 
 
 def test_tokens_are_concatenated_once(transformer: FluxTransformer2DModel) -> None:
-    """Before the first single block."""
+    """Text and image are concatenated before the first single block, and never after that."""
 
     def concatenations() -> int:
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_gradient_checkpointing(transformer: FluxTransformer2DModel, reentrant: 
 
 
 def test_captured_halves_keep_their_gradients(transformer: FluxTransformer2DModel) -> None:
-    """A feature loss hangs on what single blocks return, which the next block takes as one tensor."""
+    """A feature loss depends on the halves that single blocks return, which the next block takes as one."""
 
     def with_features(transformer: FluxTransformer2DModel) -> Tensor:
         features: list[Tensor] = []
@@ -207,7 +207,10 @@ def test_torch_compile_takes_it_whole(transformer: FluxTransformer2DModel) -> No
 
 @pytest.mark.slow
 def test_blocks_compile_once_for_all_of_their_kind() -> None:
-    """As diffusers' `compile_repeated_blocks` promises of the stock model: one graph for a kind of block, not one for each block."""
+    """One graph for a kind of block, not one for each block.
+
+    diffusers' `compile_repeated_blocks` promises this of the stock model.
+    """
     transformer = tiny_flux_pipeline(num_layers=10, num_single_layers=10).transformer
     graphs: list[torch.fx.GraphModule] = []
 
@@ -356,7 +359,7 @@ def test_patching_twice_is_refused_and_leaves_the_first_patch(transformer: FluxT
 
 
 def test_an_offloading_hook_keeps_its_forward(transformer: FluxTransformer2DModel) -> None:
-    """One that was there stays; one that came later keeps working when the patch is undone."""
+    """An earlier hook stays; a later one keeps working when the patch is undone."""
     stock = gradients(transformer)
     calls: list[str] = []
 

@@ -1,8 +1,12 @@
-"""`patched` on every family but FLUX.1, whose tests are in test_flux.py: the stock model in all it does, and the operators that ran."""
+"""`patched` on every family but FLUX.1: it does what the stock model does, and calls the operators.
+
+FLUX.1 is tested in `test_patched_flux.py`.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.errors import UserError
 from fastdistill.models.patch import patched
+from fastdistill.models.patches import PATCHES
+from tests.tiny import tiny_flux_pipeline
 from tests.tiny_families import (
     flux2_inputs,
     qwen_image_inputs,
@@ -42,11 +48,11 @@ class Tiny:
     """For torch.compile, whose time is in the number of blocks."""
     inputs: Callable[..., dict[str, Any]]
     modules: dict[str, int]
-    """How many of which class are patched."""
+    """Patched modules by class."""
     operators: dict[str, int]
-    """How often each is called in a forward pass."""
+    """Calls of each operator in a forward pass."""
     without_gradient: dict[str, int] = field(default_factory=dict)
-    """And how many of these calls nothing comes back to."""
+    """Calls among these that receive no gradient."""
 
 
 FAMILIES = {
@@ -113,7 +119,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """More threads have nothing to do on tiny models, but wait for each other where cores are shared."""
+    """More threads only wait for each other on tiny models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -132,7 +138,7 @@ def gradients(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[st
 
 
 def assert_close(actual: Any, expected: Any, rtol: float, name: str) -> None:
-    """To a part of the largest element; a gradient that was None or zero stays so, up to rounding."""
+    """Compare relative to the largest element; a gradient that is None stays None."""
     assert (actual is None) == (expected is None), name
     if expected is not None:
         atol = rtol * float(expected.detach().abs().max()) + 1e-9
@@ -149,6 +155,34 @@ def identical(first: Any, second: Any) -> bool:
     same = [first[0].equal(second[0])]
     same += [second[1][name] is None if gradient is None else gradient.equal(second[1][name]) for name, gradient in first[1].items()]
     return all(same)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_flux_pipeline().transformer, *(family.make for family in FAMILIES.values())], ids=["flux", *FAMILIES]
+)
+def test_a_patch_takes_the_arguments_of_its_class(make: Callable[[], Any]) -> None:
+    """By position and by name: `why_not` and `forward` repeat diffusers' signature after the slash."""
+    model = make()
+    patches = PATCHES[type(model).__name__]
+    # torch has a GELU as well.
+    classes = {cls.__name__: cls for cls in map(type, model.modules()) if cls.__module__.startswith("diffusers.")}
+    classes = {name: cls for name, cls in classes.items() if name in patches}
+    assert classes.keys() == patches.keys()
+    for name, stock in classes.items():
+        (_, *expected) = positional(stock.forward)
+        (_, _, *forward) = positional(patches[name].forward)
+        assert forward == expected, name
+        (_, *why_not) = positional(patches[name].why_not)
+        takes_any = "_" in inspect.signature(patches[name].why_not).parameters
+        assert takes_any or why_not == expected, name
+
+
+def positional(function: Callable[..., Any]) -> list[str]:
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 class OperatorCalls(TorchDispatchMode):
@@ -233,7 +267,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def errors_of(actual: Any, expected: Any) -> tuple[float, float]:
-    """Of the output, and of the gradients on average; those that vanish have no relative error."""
+    """Relative error of the output, and of the gradients that do not vanish, on average."""
     of_gradients = [
         relative_error(actual[1][name], gradient)
         for name, gradient in expected[1].items()
@@ -318,7 +352,7 @@ def chunked_sd3() -> tuple[Any, dict[str, Any]]:
 
 
 def omni_z_image() -> tuple[Any, dict[str, Any]]:
-    """A clean image beside the one that is made."""
+    """A clean image and the noisy one that is made with it."""
     inputs = {
         "x": [[torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 12)]],
         "t": torch.rand(1),
@@ -391,8 +425,11 @@ def test_hooks_on_norms_are_called(family: Tiny) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_flux2_keys_of_reference_tokens_are_kept(batch: int) -> None:
-    """The first call keeps keys and values of two reference tokens, which have modulations of their own; the second call reads them. With
-    one timestep for two samples these modulations are those of either sample."""
+    """The first call keeps keys and values of two reference tokens, the second call reads them.
+
+    Reference tokens have modulations of their own. With one timestep for two samples, both samples
+    share these modulations.
+    """
     model, inputs = seeded(tiny_flux2), flux2_inputs()
     inputs |= {"timestep": inputs["timestep"][:batch], "guidance": inputs["guidance"][:batch]}
     model.set_attn_processor(
@@ -429,7 +466,7 @@ def test_flux2_fused_projections() -> None:
 
 
 def test_sd3_projections_that_were_fused_for_a_while() -> None:
-    """diffusers leaves its mark on an unfused attention, whose processor then goes on without the fused projection."""
+    """diffusers marks the attention as fused even after its processor has stopped to use that."""
     model, inputs = seeded(tiny_sd3, dual_attention_layers=()), sd3_inputs()
     model.fuse_qkv_projections()
     model.unfuse_qkv_projections()
@@ -460,7 +497,7 @@ def test_flux2_single_block_by_itself(text: bool, halves: bool, mod_axes: int) -
 
 @pytest.mark.parametrize("name", ["flux2", "sd3", "qwen_image"])
 @both_backends
-def test_one_image_beside_several_texts(name: str, backend: str) -> None:
+def test_one_image_with_several_texts(name: str, backend: str) -> None:
     """Plain PyTorch broadcasts a stream of one sample over the modulations of two."""
     model, inputs = seeded(FAMILIES[name].make), FAMILIES[name].inputs()
     inputs |= {"hidden_states": inputs["hidden_states"][:1]}
@@ -499,7 +536,10 @@ def test_autocast(family: Tiny) -> None:
 @both_backends
 @torch.no_grad()
 def test_float16_is_clipped_where_stock_clips(backend: str) -> None:
-    """FLUX.2 clips the text of its double blocks and all of its single blocks, Qwen-Image both streams, SD3 none: there, sums overflow."""
+    """FLUX.2 clips the text of its double blocks and all of its single blocks, Qwen-Image both streams.
+
+    SD3 clips none: there, sums overflow.
+    """
     flux2, qwen_image, sd3 = (seeded(make).half() for make in (tiny_flux2, tiny_qwen_image, tiny_sd3))
     flux2_block, single = flux2.transformer_blocks[0], flux2.single_transformer_blocks[0]
     qwen_image_block, sd3_block = qwen_image.transformer_blocks[0], sd3.transformer_blocks[1]
