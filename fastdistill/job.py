@@ -141,7 +141,7 @@ class Job(ABC, Generic[ConfigT]):
             if (training / folder).exists():
                 shutil.copytree(training / folder, self.output / folder, dirs_exist_ok=True)
 
-    def record(self, **own: Any) -> dict[str, Any]:
+    def record(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Everything about the run, as JSON: `own`, and what every job records.
 
         `images` is the number of images from a folder that the run worked on, 0 if the model drew

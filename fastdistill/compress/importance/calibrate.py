@@ -55,7 +55,7 @@ class Amount:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "points", "steps", "batch"):
+        for name in ("points", "images", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
