@@ -21,7 +21,7 @@ from fastdistill.models.families import family_of
 from fastdistill.models.loading import load, read_prompts
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
-from fastdistill.run.files import write_json, write_text
+from fastdistill.run.files import write_image, write_json, write_text
 from fastdistill.run.options import JobConfig, TrainingOptions
 from fastdistill.run.versions import versions
 from fastdistill.run.workspace import Workspace
@@ -141,7 +141,7 @@ class Job(ABC, Generic[ConfigT]):
             if (training / folder).exists():
                 shutil.copytree(training / folder, self.output / folder, dirs_exist_ok=True)
 
-    def record(self, **own: Any) -> dict[str, Any]:
+    def record(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Everything about the run, as JSON: `own`, and what every job records.
 
         `images` is the number of images from a folder that the run worked on, 0 if the model drew
@@ -170,7 +170,7 @@ class Job(ABC, Generic[ConfigT]):
             report: text of `report.md`.
             headline: first line of the closing summary.
         """
-        self.gallery.grid(list(record["evaluation"])).save(self.output / "grid.png")
+        write_image(self.output / "grid.png", self.gallery.grid(list(record["evaluation"])))
         write_text(self.output / "report.md", report)
         # The weights travel alone, so the record goes with them, too; diffusers ignores it there.
         write_json(self.output / "model" / self.result, record)

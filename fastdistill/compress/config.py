@@ -3,14 +3,12 @@ once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastdistill.compress import importance, repairs
 from fastdistill.compress.choice.budget import Budget, parse_budget
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.repairs import REPAIRS
@@ -25,11 +23,6 @@ if TYPE_CHECKING:
 else:
     CriterionName = Literal[tuple(CRITERIA)]
     RepairName = Literal[REPAIR_NAMES]
-
-
-def _explained(text: str, meanings: Mapping[str, str]) -> str:
-    """Help text that ends with what each choice means."""
-    return f"{text} {'; '.join(f'{name}: {meaning}' for name, meaning in meanings.items())}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +47,7 @@ class ChoiceOptions:
 
     criterion: Annotated[
         CriterionName,
-        tyro.conf.arg(help=_explained("What a block is worth; output and bi are always reported.", importance.MEANINGS)),
+        tyro.conf.arg(help=f"What a block is worth; output and bi are always reported. {CRITERIA.explained()}."),
     ] = "output"
     also_score: tuple[CriterionName, ...] = ()
     """Further criteria to report."""
@@ -80,7 +73,7 @@ class ChoiceOptions:
 class RepairOptions:
     """Repair of the cut model before any training."""
 
-    repair: Annotated[RepairName, tyro.conf.arg(help=_explained("A repair in closed form, or none.", repairs.MEANINGS))] = "ridge"
+    repair: Annotated[RepairName, tyro.conf.arg(help=f"A repair in closed form, or none. {REPAIRS.explained()}.")] = "ridge"
     repair_points: int = 1024
     """Noised images that the repair is fitted to. They should have some thirty tokens for each
     input of the layer: 1024 images for the emoji model, 256 for FLUX.1-dev at 512 pixels."""

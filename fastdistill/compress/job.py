@@ -255,11 +255,12 @@ class Compression(Job[CompressConfig]):
     def error(self, stage: str, student: Any, calibration: Calibration) -> float:
         """Relative output error of the student after a stage."""
         found = float(self.workspace.cached(f"error-{stage}", lambda: calibration.output_error(student)))
-        self.console.print(f"{stage}: output error {found:.3f}")
+        words = f"repaired by {self.config.repair.repair}" if stage == "repaired" else stage
+        self.console.print(f"{words}: output error {found:.3f}")
         return found
 
     def write(self, outcome: Outcome) -> None:
-        record = self.record(**manifest(self.config, outcome, self.sampling))
+        record = self.record(manifest(self.config, outcome, self.sampling))
         parameters = record["parameters"]
         headline = f"{parameters['full'] / 1e6:.2f} M -> {parameters['compressed'] / 1e6:.2f} M parameters"
         self.finish(record, report(record), headline)

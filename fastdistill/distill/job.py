@@ -201,10 +201,12 @@ class FewStepStudent(Job[DistillConfig]):
 
     def write(self, outcome: Outcome) -> None:
         record = self.record(
-            **asdict(outcome),
-            sampling=asdict(SamplingDefaults.load(self.output / "model")),
-            teacher_sampling=asdict(self.sampling),
-            training_data=self.config.options.training_data,
+            {
+                **asdict(outcome),
+                "sampling": asdict(SamplingDefaults.load(self.output / "model")),
+                "teacher_sampling": asdict(self.sampling),
+                "training_data": self.config.options.training_data,
+            }
         )
         text = report(record, example=self.prompts[0], output=self.output)
         self.finish(record, text, f"{outcome.calls['teacher']} -> {outcome.calls['student']} calls of the network for an image")

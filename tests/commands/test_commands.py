@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastdistill.compress import calibrate, job, score
-from fastdistill.compress.choice.choose import choose
+from fastdistill.compress import Compression, calibrate, job, score
 from fastdistill.compress.importance.output_error import OutputError
 from fastdistill.compress.repairs import ridge
 from fastdistill.data import trajectories
@@ -200,11 +199,12 @@ def images(tmp_path):
 def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monkeypatch):
     output = tmp_path / "out"
     options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", images, "--also-score", "trajectory", *QUICK]
-    monkeypatch.setattr(job, "choose", interrupt)
+    choose = Compression.choose
+    monkeypatch.setattr(Compression, "choose", interrupt)
     assert command("compress", *options, "--output", output).code == 130
     cached = load_file(output / "work" / "calibration.safetensors")
     assert cached["latents"].shape == (5, 16, 8, 8)
-    monkeypatch.setattr(job, "choose", choose)
+    monkeypatch.setattr(Compression, "choose", choose)
     # Encoded once: a run that goes on does not look at the images again but to see that they are
     # there.
     monkeypatch.setattr(trajectories, "pixels", lambda *args: pytest.fail("encoded again"))

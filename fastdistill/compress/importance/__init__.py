@@ -9,21 +9,21 @@ from fastdistill.lazy import Table
 if TYPE_CHECKING:
     from fastdistill.compress.importance.criterion import Criterion
 
-_CRITERIA = {
-    "output": ("output_error:score", "error of the output without the block"),
-    "trajectory": ("trajectory:score", "error of the end of a short sampling run without the block"),
-    "greedy": ("greedy:score", "error of the output without the block, measured again after each drop"),
-    "taylor": ("taylor:score", "error of the output without the block, to first order"),
-    "bi": ("block_influence:score", "how much the block turns the image stream"),
-    "mse": ("mse:score", "how much the block adds to the streams"),
-    "cka": ("cka:score", "how unlike the image stream becomes in the block"),
-    "probe": ("probe:score", "how badly a linear map stands for the block"),
-    "learned": (
-        "learned:score",
-        "masks learned together with a small update of the weights, for how well the rest can recover; --verify 1 cuts just what they say",
-    ),
-    "random": ("random_order:score", "chance"),
-}
-CRITERIA: Table[Criterion] = Table(__name__, {name: place for name, (place, _) in _CRITERIA.items()})
-MEANINGS = {name: meaning for name, (_, meaning) in _CRITERIA.items()}
-"""Meaning of each criterion, in words."""
+CRITERIA: Table[Criterion] = Table(
+    __name__,
+    {
+        "output": ("output_error:score", "error of the output without the block"),
+        "trajectory": ("trajectory:score", "error of the end of a short sampling run without the block"),
+        "greedy": ("greedy:score", "error of the output without the block, measured again after each drop"),
+        "taylor": ("taylor:score", "error of the output without the block, to first order"),
+        "bi": ("block_influence:score", "how much the block turns the image stream"),
+        "mse": ("mse:score", "how much the block adds to the streams"),
+        "cka": ("cka:score", "how unlike the image stream becomes in the block"),
+        "probe": ("probe:score", "how badly a linear map stands for the block"),
+        "learned": (
+            "learned:score",
+            "masks learned together with a small update of the weights, for how well the rest can recover; --verify 1 cuts just what they say",
+        ),
+        "random": ("random_order:score", "chance"),
+    },
+)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastdistill.run.files import write_text
+
 Tick = Callable[[float], None]
 """Called with the share of the work that is done, for the progress bar."""
 
@@ -30,7 +32,7 @@ class Ledger:
             # it.
             whole = [line for line in lines if line.endswith("\n")]
             if len(whole) < len(lines):
-                path.write_text("".join(whole))
+                write_text(path, "".join(whole))
             for line in whole:
                 self._pieces.update(json.loads(line))
 
