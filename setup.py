@@ -1,7 +1,8 @@
-"""Compiles csrc/ through CMake into fastdistill/_native.so, one library for every Python and every torch >= 2.10.
+"""Compiles csrc/ through CMake into fastdistill/_native.so, one library for every Python and every
+torch >= 2.10.
 
-Environment: `FASTDISTILL_CUDA=auto|0|1`, `TORCH_CUDA_ARCH_LIST`, `MAX_JOBS`, `CXX`, `CUDACXX`, `CUDA_HOME`
-and `CUDA_PATH`. Everything else is in pyproject.toml.
+Environment: `FASTDISTILL_CUDA=auto|0|1`, `TORCH_CUDA_ARCH_LIST`, `MAX_JOBS`, `CXX`, `CUDACXX`,
+`CUDA_HOME` and `CUDA_PATH`. Everything else is in pyproject.toml.
 """
 
 from __future__ import annotations

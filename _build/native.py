@@ -1,4 +1,5 @@
-"""Needs of the compiled library, and where this machine has them. Imports neither torch nor setuptools."""
+"""Needs of the compiled library, and where this machine has them. Imports neither torch nor
+setuptools."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OLDEST_TORCH = (2, 10)
-# Native code for Ampere to Blackwell data centre GPUs; Ada runs Ampere's code, newer chips compile the PTX.
+# Native code for Ampere to Blackwell data centre GPUs; Ada runs Ampere's code, newer chips compile
+# the PTX.
 DEFAULT_CUDA_ARCHITECTURES = "80-real;90-real;100"
 CUDA_ARCHITECTURES_BEFORE_12_8 = "80-real;90"
 
@@ -37,7 +39,8 @@ def find_nvcc(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def cuda_compiler(env: Mapping[str, str] = os.environ) -> str | None:
-    """nvcc when CUDA kernels are to be built. Asks for no GPU, as the machine that builds often has none."""
+    """nvcc when CUDA kernels are to be built. Asks for no GPU, as the machine that builds often has
+    none."""
     wanted = env.get("FASTDISTILL_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise BuildError(
@@ -82,9 +85,9 @@ def jobs(env: Mapping[str, str] = os.environ) -> int:
 def find_torch() -> Path | None:
     """Folder of an installed torch that is new enough. Does not import torch.
 
-    An isolated build hides the packages of the environment that it builds for, but sysconfig still names
-    their folder. The library is then built with the headers of the torch that will load it, and no second
-    torch is downloaded.
+    An isolated build hides the packages of the environment that it builds for, but sysconfig still
+    names their folder. The library is then built with the headers of the torch that will load it,
+    and no second torch is downloaded.
     """
     spec = find_spec("torch")
     places = [Path(spec.origin).parent] if spec is not None and spec.origin else []
@@ -119,8 +122,8 @@ def build_requirements(env: Mapping[str, str] = os.environ) -> list[str]:
 def _runs(tool: str, env: Mapping[str, str]) -> bool:
     """Whether `tool` runs, for which being on PATH is not enough.
 
-    Installed by pip into a virtual environment, cmake and ninja are scripts that import a module which an
-    isolated build does not see.
+    Installed by pip into a virtual environment, cmake and ninja are scripts that import a module
+    which an isolated build does not see.
     """
     path = shutil.which(tool, path=env.get("PATH"))
     if path is None:

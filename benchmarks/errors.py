@@ -43,7 +43,11 @@ def errors(trial: Trial) -> tuple[list[float], list[float]]:
 
     exact = gradients(reference, converted(arguments, torch.float64), upstream)
     eager, fast = gradients(reference, arguments, upstream), gradients(trial.run, arguments, upstream)
-    pairs = [(relative(f, x), relative(e, x)) for f, e, x in zip(fast, eager, exact, strict=True) if x.numel() and float(x.norm())]
+    pairs = [
+        (relative(f, x), relative(e, x))
+        for f, e, x in zip(fast, eager, exact, strict=True)
+        if x.numel() and float(x.norm())
+    ]
     kept = [pair for pair in pairs if min(pair) > 0]
     return [f for f, _ in kept], [e for _, e in kept]
 
@@ -53,7 +57,11 @@ def mean(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print("| operator | backend | " + " | ".join(f"{str(dtype).removeprefix('torch.')}: error (eager's)" for dtype in FLOATS) + " |")
+    print(
+        "| operator | backend | "
+        + " | ".join(f"{str(dtype).removeprefix('torch.')}: error (eager's)" for dtype in FLOATS)
+        + " |"
+    )
     print("|---|---|" + "---|" * len(FLOATS))
     for op in OPERATORS.values():
         for backend in ("native", "triton"):

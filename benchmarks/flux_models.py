@@ -37,14 +37,19 @@ def block_inputs(text: int, image: int, device: torch.device, dtype: torch.dtype
     }
 
 
-def transformer(device: torch.device, dtype: torch.dtype, doubles: int, singles: int, **config: Any) -> FluxTransformer2DModel:
-    """FLUX.1-dev's transformer with random weights and any number of blocks; `config` replaces its own."""
+def transformer(
+    device: torch.device, dtype: torch.dtype, doubles: int, singles: int, **config: Any
+) -> FluxTransformer2DModel:
+    """FLUX.1-dev's transformer with random weights and any number of blocks; `config` replaces its
+    own."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = FluxTransformer2DModel(num_layers=doubles, num_single_layers=singles, guidance_embeds=True, **config)
+            model = FluxTransformer2DModel(
+                num_layers=doubles, num_single_layers=singles, guidance_embeds=True, **config
+            )
     finally:
         torch.set_default_dtype(before)
     return model

@@ -27,7 +27,9 @@ def machine(malloc: str) -> tuple[str, dict[str, Any]]:
     gpu = facts["gpus"][0] if facts["gpus"] else None
     device = gpu or f"{cpu_name()} {os.cpu_count()} cores"
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
+    )
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"), {
         "device": device,
         **({} if gpu else {"malloc": "as the system has it" if malloc == "default" else "keeps freed memory"}),

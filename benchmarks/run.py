@@ -1,4 +1,5 @@
-"""Run the benchmarks, keep their JSON under results/<machine>/ and write the tables of README.md from it.
+"""Run the benchmarks, keep their JSON under results/<machine>/ and write the tables of README.md
+from it.
 
 python -m benchmarks.run [ops | models] [--gpu | --default-malloc | --tables-only]
 """
@@ -26,7 +27,8 @@ def measure(suite: str, malloc: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch, "raw.json")
         files = [str(HERE / name) for name in SUITES[suite]]
-        # A benchmark that fails, for lack of memory perhaps, costs its own rows and not those of the others.
+        # A benchmark that fails, for lack of memory perhaps, costs its own rows and not those of
+        # the others.
         code = subprocess.run(
             [
                 sys.executable,
@@ -43,16 +45,21 @@ def measure(suite: str, malloc: str) -> None:
         ).returncode
         measured = json.loads(raw.read_text())["benchmarks"] if raw.exists() else []
     if measured:
-        target = HERE / "results" / folder / (f"{suite}-default-malloc.json" if malloc == "default" else f"{suite}.json")
+        target = (
+            HERE / "results" / folder / (f"{suite}-default-malloc.json" if malloc == "default" else f"{suite}.json")
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"machine": facts, "rows": [row for b in measured for row in rows(b)]}, indent=1) + "\n")
+        target.write_text(
+            json.dumps({"machine": facts, "rows": [row for b in measured for row in rows(b)]}, indent=1) + "\n"
+        )
     if code:
         write_tables()
         sys.exit(f"some benchmarks failed (pytest exit {code}); their rows are missing")
 
 
 def rows(measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of a benchmark: one if it timed one contender, one for each contender if they took turns."""
+    """Rows of a benchmark: one if it timed one contender, one for each contender if they took
+    turns."""
     info = measured["extra_info"]
     turns = info.pop("turns", None)
     if turns is None:
@@ -62,7 +69,12 @@ def rows(measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
     peaks, notes = info.pop("peak_mib", {}), info.pop("notes", {})
     for contender, times in turns.items():
         extra = {"peak_mib": peaks.get(contender), "note": notes.get(contender)}
-        yield {**info, "contender": contender, **named(times), **{key: value for key, value in extra.items() if value is not None}}
+        yield {
+            **info,
+            "contender": contender,
+            **named(times),
+            **{key: value for key, value in extra.items() if value is not None},
+        }
 
 
 def named(times: list[float]) -> dict[str, float]:

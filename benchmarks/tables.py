@@ -41,14 +41,18 @@ def by_key(rows: list[dict[str, Any]]) -> dict[Key, dict[str, dict[str, Any]]]:
 
 
 def model_table(results: dict[str, Any]) -> str:
-    """Table with one line for each contender: its time relative to the first contender's, memory, and share of the peak.
+    """Table with one line for each contender: its time relative to the first contender's, memory,
+    and share of the peak.
 
     Memory and the share of the peak of matrix products are there where the same run measured them.
     """
     rows = results["rows"]
     peaks = {row["dtype"]: row["flops"] / row["median_ms"] for row in rows if row["op"] == "matrix product"}
     lines = heading("Models", results["machine"])
-    lines += ["Milliseconds: median and quartiles of turns that the contenders take. Speed: relative to the first contender.", ""]
+    lines += [
+        "Milliseconds: median and quartiles of turns that the contenders take. Speed: relative to the first contender.",
+        "",
+    ]
     lines += [
         "| what | workload | dtype | mode | contender | ms | speed | peak MiB | of matmul peak | note |",
         "|" + "---|" * 5 + "---:|" * 4 + "---|",
@@ -66,12 +70,18 @@ def model_table(results: dict[str, Any]) -> str:
 
 
 def operator_table(results: dict[str, Any]) -> str:
-    groups = {key: {name: row["median_ms"] for name, row in rows.items()} for key, rows in by_key(results["rows"]).items()}
+    groups = {
+        key: {name: row["median_ms"] for name, row in rows.items()} for key, rows in by_key(results["rows"]).items()
+    }
     shown = [c for c in OPERATORS if any(c in times for times in groups.values())]
     fast = [c for c in ("native", "triton") if c in shown]
     against = [c for c in OPERATOR_BASELINES if c in shown]
     lines = heading("Operators", results["machine"])
-    lines += ["Ratios of medians over the rows of an operator: geometric mean, and the smallest.", "", *summary(groups, fast, against)]
+    lines += [
+        "Ratios of medians over the rows of an operator: geometric mean, and the smallest.",
+        "",
+        *summary(groups, fast, against),
+    ]
     lines += ["", "Milliseconds, and the share of the copy's bandwidth that the operator reaches.", ""]
     ratios = [*(f"{c} vs {base}" for c in fast for base in against), *(f"{c} vs copy" for c in fast)]
     header = ["op", "workload", "dtype", "mode", *shown, *ratios]
@@ -85,9 +95,13 @@ def operator_table(results: dict[str, Any]) -> str:
 
 
 def summary(groups: dict[Key, dict[str, float]], fast: list[str], against: list[str]) -> list[str]:
-    """One line for each operator and mode that trains: forward + backward, or forward where there is no backward."""
+    """One line for each operator and mode that trains: forward + backward, or forward where there
+    is no backward."""
     pairs = [(c, base) for c in fast for base in against]
-    lines = ["| op | mode | " + " | ".join(f"{c} vs {base}" for c, base in pairs) + " |", "|---|---|" + "---:|" * len(pairs)]
+    lines = [
+        "| op | mode | " + " | ".join(f"{c} vs {base}" for c, base in pairs) + " |",
+        "|---|---|" + "---:|" * len(pairs),
+    ]
     for op in dict.fromkeys(key[0] for key in groups):
         modes = {key[3] for key in groups if key[0] == op}
         mode = "both" if "both" in modes else "forward"

@@ -1,6 +1,7 @@
 """FLUX.1-dev's blocks, forward and backward, and the emoji FLUX in training and sampling.
 
-`python -m benchmarks.run` runs this file; the contenders (stock, compiled, patched) take turns. Ratios
+`python -m benchmarks.run` runs this file; the contenders (stock, compiled, patched) take turns.
+Ratios
 are of models, not of operators: most of the time is matrix products.
 """
 
@@ -23,7 +24,12 @@ from fastdistill.models.patch import patched
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 TEXT, IMAGE = (512, 4096) if GPU else (128, 1024)
-CONTENDERS = {"stock": (False, False), "stock compiled": (False, True), "patched": (True, False), "patched compiled": (True, True)}
+CONTENDERS = {
+    "stock": (False, False),
+    "stock compiled": (False, True),
+    "patched": (True, False),
+    "patched compiled": (True, True),
+}
 EMOJI = Path(fastdistill.__file__).parent / "assets" / "emoji" / "pipeline"
 
 
@@ -72,7 +78,10 @@ def test_emoji_flux(benchmark: Any, mode: str) -> None:
         torch.manual_seed(0)
         x = torch.randn(batch, *family.latent_shape(pipeline, 64, 64))
         t = torch.rand(batch)
-        embeds = {"prompt_embeds": conditioning.prompt_embeds, "pooled_prompt_embeds": conditioning.pooled_prompt_embeds}
+        embeds = {
+            "prompt_embeds": conditioning.prompt_embeds,
+            "pooled_prompt_embeds": conditioning.pooled_prompt_embeds,
+        }
 
         def train() -> None:
             transformer.zero_grad(set_to_none=True)
@@ -85,6 +94,10 @@ def test_emoji_flux(benchmark: Any, mode: str) -> None:
 
     contenders = {"stock": contender(False), "patched": contender(True)}
     benchmark.extra_info.update(
-        op="emoji FLUX", workload=f"B{batch}", dtype="float32", mode=mode, turns=take_turns(contenders, rounds=25, warmup=3)
+        op="emoji FLUX",
+        workload=f"B{batch}",
+        dtype="float32",
+        mode=mode,
+        turns=take_turns(contenders, rounds=25, warmup=3),
     )
     benchmark.pedantic(contenders["patched"], rounds=1)

@@ -1,8 +1,8 @@
 """FLUX.1-dev's whole geometry on a GPU with random weights: attention alone, inference, recovery.
 
-1024 x 1024 pixels, 4096 + 512 tokens, batch size 1, bfloat16; the peak of a matrix product is measured
-first, for comparison. All measurements are plain functions of a geometry, so that a test can run them
-on a CPU at a tiny one.
+1024 x 1024 pixels, 4096 + 512 tokens, batch size 1, bfloat16; the peak of a matrix product is
+measured first, for comparison. All measurements are plain functions of a geometry, so that a test
+can run them on a CPU at a tiny one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ class Geometry:
 
     def transformer(self, doubles: int | None = None, singles: int | None = None) -> nn.Module:
         return flux_models.transformer(
-            self.device, DTYPE, self.doubles if doubles is None else doubles, self.singles if singles is None else singles, **self.config
+            self.device,
+            DTYPE,
+            self.doubles if doubles is None else doubles,
+            self.singles if singles is None else singles,
+            **self.config,
         )
 
     def flops(self) -> int:
@@ -94,10 +98,15 @@ def test_attention(benchmark: Any, mode: str) -> None:
     benchmark.pedantic(contenders["native"], rounds=1)
 
 
-def attention_contenders(device: torch.device, tokens: int, heads: int, head_size: int, mode: str) -> dict[str, Callable[[], object]]:
-    """Every attention backend that can run here, and both forms of `rope_attention`: on the best backend, and in one kernel."""
+def attention_contenders(
+    device: torch.device, tokens: int, heads: int, head_size: int, mode: str
+) -> dict[str, Callable[[], object]]:
+    """Every attention backend that can run here, and both forms of `rope_attention`: on the best
+    backend, and in one kernel."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, tokens, heads, head_size, device=device, dtype=DTYPE, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_size, device=device, dtype=DTYPE, requires_grad=True) for _ in range(3)
+    )
     weights = [torch.ones(head_size, device=device, dtype=DTYPE, requires_grad=True) for _ in range(2)]
     tables = [torch.randn(tokens, head_size, device=device) for _ in range(2)]
     upstream = torch.randn_like(q)
@@ -110,10 +119,15 @@ def attention_contenders(device: torch.device, tokens: int, heads: int, head_siz
         return forward if mode == "forward" else lambda: torch.autograd.grad(attention(), leaves, upstream)
 
     def rope(attention: str, backend: Any = None) -> Callable[[], object]:
-        return contender(lambda: ops.rope_attention(q, k, v, *weights, *tables, attention=attention, backend=backend), [q, k, v, *weights])
+        return contender(
+            lambda: ops.rope_attention(q, k, v, *weights, *tables, attention=attention, backend=backend),
+            [q, k, v, *weights],
+        )
 
     able = [name for name in LIMITS if why_not_attention(name, device, DTYPE, mode == "both", head_size) is None]
-    chosen = {name: contender(lambda name=name: attend(q, k, v, name), [q, k, v]) for name in able if "sage" not in name}
+    chosen = {
+        name: contender(lambda name=name: attend(q, k, v, name), [q, k, v]) for name in able if "sage" not in name
+    }
     chosen["rope_attention"] = rope("auto")
     if device.type == "cuda":
         chosen["rope_attention in one kernel"] = rope("fused", "triton")
@@ -127,7 +141,8 @@ def test_inference(benchmark: Any) -> None:
 
 
 def measure_inference(geometry: Geometry) -> dict[str, Any]:
-    """One denoising step of the transformer: stock, compiled, patched, and patched with float8 linear layers."""
+    """One denoising step of the transformer: stock, compiled, patched, and patched with float8
+    linear layers."""
     model = geometry.transformer()
     inputs = flux_models.inputs(model, geometry.text, geometry.image)
     outputs: dict[str, Tensor] = {}
@@ -175,11 +190,16 @@ def measure_inference(geometry: Geometry) -> dict[str, Any]:
 
 
 def float8_is_here(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9) and importlib.util.find_spec("torchao") is not None
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+        and importlib.util.find_spec("torchao") is not None
+    )
 
 
 def quantised(model: nn.Module) -> None:
-    """Make weights and activations of the blocks float8, scaled by row; layers before and after the blocks stay."""
+    """Make weights and activations of the blocks float8, scaled by row; layers before and after the
+    blocks stay."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     def in_a_block(module: nn.Module, name: str) -> bool:
@@ -197,7 +217,8 @@ def test_recovery_step(benchmark: Any) -> None:
 
 
 def measure_recovery_step(geometry: Geometry) -> dict[str, Any]:
-    """Recovery's loss on a model of two thirds of the blocks, forward and backward, with gradient checkpointing.
+    """Recovery's loss on a model of two thirds of the blocks, forward and backward, with gradient
+    checkpointing.
 
     The teacher's forward pass is included, the optimizer's step is not.
     """

@@ -1,7 +1,8 @@
 """fastdistill: a smaller, faster diffusion transformer out of a large one.
 
-Three ways in: `fastdistill.ops` (fused operators), `fastdistill.patched(model)` (a diffusers transformer
-that uses them), and the commands `fastdistill compress | distill | sample | evaluate | info`.
+Three ways in: `fastdistill.ops` (fused operators), `fastdistill.patched(model)` (a diffusers
+transformer that uses them), and the commands `fastdistill compress | distill | sample | evaluate |
+info`.
 """
 
 from typing import TYPE_CHECKING

@@ -80,7 +80,9 @@ def main(config: EvaluateConfig) -> None:
     with patched(loaded.pipeline.transformer), bar(console, "evaluate", len(image_set)) as tick:
         metrics = evaluate(loaded.pipeline, image_set, reference=reference, tick=tick, other_parts=True).metrics
     images, seeds = metrics["images"], ", ".join(map(str, config.seeds))
-    table = Table(title=f"{config.model}: {images} images, seeds {seeds}, {metrics['steps']} steps", title_justify="left")
+    table = Table(
+        title=f"{config.model}: {images} images, seeds {seeds}, {metrics['steps']} steps", title_justify="left"
+    )
     table.add_column("metric")
     table.add_column("value", justify="right")
     for label, (value,) in rows([metrics]):

@@ -20,9 +20,9 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandb
 def info() -> dict[str, Any]:
     """Versions, devices and backends of this installation.
 
-    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`: the backend that
-    `auto` picks, and why it picks no other. `attention[device][dtype]` is the backend of diffusers that
-    follows the operators.
+    `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`: the backend
+    that `auto` picks, and why it picks no other. `attention[device][dtype]` is the backend of
+    diffusers that follows the operators.
     """
     import torch
 
@@ -83,7 +83,8 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
-    """Say what this installation can do: versions, devices, and the backend that serves each operator."""
+    """Say what this installation can do: versions, devices, and the backend that serves each
+    operator."""
 
     json: bool = False
     """Print JSON instead."""
@@ -125,7 +126,8 @@ def main(config: InfoConfig) -> None:
 
 
 class _CallableModule(ModuleType):
-    """Lets `fastdistill.info` be both this module, once anything imports it, and the function that users call."""
+    """Lets `fastdistill.info` be both this module, once anything imports it, and the function that
+    users call."""
 
     def __call__(self) -> dict[str, Any]:
         return info()

@@ -122,7 +122,9 @@ class Job(ABC, Generic[ConfigT]):
             shared=shared,
         )
 
-    def measured(self, name: str, transformer: Any, *, scheduler: Any = None, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
+    def measured(
+        self, name: str, transformer: Any, *, scheduler: Any = None, sampling: SamplingDefaults | None = None
+    ) -> dict[str, Any]:
         """Measurements of the pipeline with another transformer, kept for a run that is continued.
 
         Args:
@@ -131,7 +133,9 @@ class Job(ABC, Generic[ConfigT]):
             sampling: by default `self.sampling`.
         """
         with self.clock("evaluate"), swapped(self.pipeline, transformer, scheduler):
-            found = self.workspace.cached(f"evaluation-{name}", lambda: self.gallery.evaluate(self.pipeline, name, sampling))
+            found = self.workspace.cached(
+                f"evaluation-{name}", lambda: self.gallery.evaluate(self.pipeline, name, sampling)
+            )
         return dict(found)
 
     def hand_over(self, training: Path) -> None:

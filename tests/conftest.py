@@ -1,4 +1,5 @@
-"""Before anything imports triton: without a GPU its kernels run in Triton's interpreter, on CPU tensors."""
+"""Before anything imports triton: without a GPU its kernels run in Triton's interpreter, on CPU
+tensors."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""The benchmarks of whole models run on a GPU; here they run on a CPU at a tiny geometry, and tables are written from what comes out."""
+"""The benchmarks of whole models run on a GPU; here they run on a CPU at a tiny geometry, and
+tables are written from what comes out."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from benchmarks.test_flux_dev import Geometry, attention_contenders, measure_inf
 from benchmarks.turns import take_turns
 
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 8}
-TINY = Geometry(device=torch.device("cpu"), text=4, image=16, doubles=2, singles=3, rounds=2, config={**SMALL, "pooled_projection_dim": 8})
+TINY = Geometry(
+    device=torch.device("cpu"),
+    text=4,
+    image=16,
+    doubles=2,
+    singles=3,
+    rounds=2,
+    config={**SMALL, "pooled_projection_dim": 8},
+)
 
 
 @pytest.fixture(autouse=True)

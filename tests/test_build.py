@@ -1,4 +1,5 @@
-"""The build decides by what it finds, says what is wrong, and makes a library that any torch >= 2.10 can load."""
+"""The build decides by what it finds, says what is wrong, and makes a library that any torch >=
+2.10 can load."""
 
 import os
 import re
@@ -78,7 +79,8 @@ def test_max_jobs() -> None:
 
 
 def test_torch_is_found_where_an_isolated_build_hides_it() -> None:
-    """Build isolation takes site-packages off sys.path; the interpreter's prefix still tells where it is."""
+    """Build isolation takes site-packages off sys.path; the interpreter's prefix still tells where
+    it is."""
     code = (
         "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
         f"sys.path.insert(0, {str(ROOT / '_build')!r}); import native; print(native.find_torch())"
@@ -90,8 +92,10 @@ def test_torch_is_found_where_an_isolated_build_hides_it() -> None:
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the sources")
 def test_the_version_is_read_from_the_package_without_importing_it() -> None:
     code = (
-        "import sys; sys.modules['fastdistill'] = None; from setuptools.config.pyprojecttoml import apply_configuration;"
-        "from setuptools import Distribution; print(apply_configuration(Distribution(), 'pyproject.toml').get_version())"
+        "import sys; sys.modules['fastdistill'] = None; from setuptools.config.pyprojecttoml import "
+        "apply_configuration;"
+        "from setuptools import Distribution; print(apply_configuration(Distribution(), "
+        "'pyproject.toml').get_version())"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == fastdistill.__version__

@@ -31,7 +31,8 @@ def test_help_names_every_command_at_once() -> None:
     ended = run("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.returncode == 0
-    # Seconds of a core, which other processes on the machine do not lengthen as they do those of a clock.
+    # Seconds of a core, which other processes on the machine do not lengthen as they do those of a
+    # clock.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     lines = ended.stdout.splitlines()
     for name in entry.COMMANDS:
@@ -41,7 +42,8 @@ def test_help_names_every_command_at_once() -> None:
 
 def test_help_imports_no_package_of_others() -> None:
     code = (
-        "import sys; before = set(sys.modules); from fastdistill.__main__ import main; sys.argv = ['fastdistill', '-h']; main();"
+        "import sys; before = set(sys.modules); from fastdistill.__main__ import main; sys.argv = ['fastdistill', "
+        "'-h']; main();"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
@@ -72,7 +74,9 @@ def test_without_a_known_command(
 
 
 @pytest.mark.parametrize("name", entry.COMMANDS)
-def test_a_command_is_the_module_of_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_command_is_the_module_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     assert called(monkeypatch, [name, "--no-such-option"]) == 2
     assert f"fastdistill {name} --help" in capsys.readouterr().err
 

@@ -1,4 +1,5 @@
-"""The Makefile's own logic: every program that it calls is a stand-in that writes down how it was called."""
+"""The Makefile's own logic: every program that it calls is a stand-in that writes down how it was
+called."""
 
 import os
 import shutil
@@ -37,7 +38,8 @@ class House:
             (folder / name).chmod(0o755)
 
     def make(self, *arguments: str) -> str:
-        """What `make` prints. All files are then a minute old, so that the next change is a newer one."""
+        """What `make` prints. All files are then a minute old, so that the next change is a newer
+        one."""
         command = ["make", "--no-print-directory", "PYTHON=./interpreter", *arguments]
         # Of an outer make, which may run this test, nothing is to be inherited.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}

@@ -13,7 +13,9 @@ from fastdistill.models.families.family import Conditioning
 WIDTH = 16
 
 
-def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = False, num_layers: int = 2, num_single_layers: int = 3) -> FluxPipeline:
+def tiny_flux_pipeline(
+    seed: int = 0, guidance_embeds: bool = False, num_layers: int = 2, num_single_layers: int = 3
+) -> FluxPipeline:
     """2 double and 3 single blocks of width 32, 64-pixel images from 8x8x16 latents."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
@@ -41,7 +43,8 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = False, num_layers:
     )
     tokenizer, tokenizer_2 = tokenizers()
     clip = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
+        num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     t5 = T5Config(vocab_size=len(tokenizer_2), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2)
@@ -59,7 +62,8 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = False, num_layers:
 
 
 def mixing_transformer(**options: Any) -> FluxTransformer2DModel:
-    """That of a tiny pipeline, with strong modulation: a random network hardly mixes, and every block should matter."""
+    """That of a tiny pipeline, with strong modulation: a random network hardly mixes, and every
+    block should matter."""
     transformer = tiny_flux_pipeline(**options).transformer
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
@@ -78,13 +82,17 @@ def tokenizers() -> tuple[Any, Any]:
     return clip, T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=16)
 
 
-def tiny_inputs(transformer: FluxTransformer2DModel, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-    """``x_t``, ``t`` and a conditioning that ``transformer`` takes."""
+def tiny_inputs(
+    transformer: FluxTransformer2DModel, batch: int = 2, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    """`x_t`, `t` and a conditioning that `transformer` takes."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(transformer.dtype)
 
     guidance = torch.full((batch,), 3.5) if transformer.config.guidance_embeds else None
-    conditioning = Conditioning(prompt_embeds=randn(batch, 5, WIDTH), pooled_prompt_embeds=randn(batch, WIDTH), guidance=guidance)
+    conditioning = Conditioning(
+        prompt_embeds=randn(batch, 5, WIDTH), pooled_prompt_embeds=randn(batch, WIDTH), guidance=guidance
+    )
     return randn(batch, 16, 8, 8), torch.rand(batch, generator=generator), conditioning

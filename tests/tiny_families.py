@@ -1,4 +1,5 @@
-"""Random transformers of every family, of stock classes, small enough for a test, and what they take."""
+"""Random transformers of every family, of stock classes, small enough for a test, and what they
+take."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def run(model: Any, inputs: dict[str, Any], **keywords: Any) -> torch.Tensor:
 
 
 def times(batch: int) -> torch.Tensor:
-    """Which are exact in 16 bits, and a thousand times as large, too; their embeddings would else be what differs most."""
+    """Which are exact in 16 bits, and a thousand times as large, too; their embeddings would else
+    be what differs most."""
     return torch.tensor([0.5, 0.25, 0.125])[:batch]
 
 
@@ -66,7 +68,8 @@ def flux2_inputs(batch: int = 2) -> dict[str, Any]:
 
 
 def tiny_sd3(layers: int = 3, **config: Any) -> SD3Transformer2DModel:
-    """A block with dual attention, one without, and the last one, which leaves the text where it is."""
+    """A block with dual attention, one without, and the last one, which leaves the text where it
+    is."""
     return SD3Transformer2DModel(
         **{
             "sample_size": 8,
@@ -142,7 +145,8 @@ def z_image_inputs(batch: int = 2) -> dict[str, Any]:
 
 
 def omni_inputs(batch: int = 2) -> dict[str, Any]:
-    """A clean image with its SigLIP features beside the one that is made, for a Z-Image with ``siglip_feat_dim=8``."""
+    """A clean image with its SigLIP features beside the one that is made, for a Z-Image with
+    `siglip_feat_dim=8`."""
     return {
         "x": [[torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 12)] for _ in range(batch)],
         "t": times(batch),
@@ -168,7 +172,11 @@ def tiny_flux(doubles: int = 2, singles: int = 3) -> FluxTransformer2DModel:
 
 def flux_inputs(batch: int = 2) -> dict[str, Any]:
     inputs = flux2_inputs(batch)
-    return inputs | {name: inputs[name][:, 1:] for name in ("img_ids", "txt_ids")} | {"pooled_projections": torch.randn(batch, 8)}
+    return (
+        inputs
+        | {name: inputs[name][:, 1:] for name in ("img_ids", "txt_ids")}
+        | {"pooled_projections": torch.randn(batch, 8)}
+    )
 
 
 def tiny_flux3(layers: int = 2, singles: int = 3) -> Flux3Transformer2DModel:

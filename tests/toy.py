@@ -1,4 +1,5 @@
-"""Two-dimensional data with exact teachers, every process, and a network small enough to train in a test."""
+"""Two-dimensional data with exact teachers, every process, and a network small enough to train in a
+test."""
 
 import math
 from typing import Any
@@ -31,10 +32,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def mixture() -> GaussianMixture:
-    """Four oblong modes of unequal weight in three classes, two of them in class 2; about unit variance in all."""
+    """Four oblong modes of unequal weight in three classes, two of them in class 2; about unit
+    variance in all."""
     weights = torch.tensor([0.15, 0.25, 0.2, 0.4], dtype=torch.float64)
     means = torch.tensor([[-1.5, 0.5], [1.0, 1.2], [-0.6, -1.3], [0.8, -0.9]], dtype=torch.float64)
-    spreads = torch.tensor([[[0.3, 0.0], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.3]], [[0.25, 0.0], [0.0, 0.2]], [[0.3, 0.0], [-0.15, 0.25]]])
+    spreads = torch.tensor(
+        [[[0.3, 0.0], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.3]], [[0.25, 0.0], [0.0, 0.2]], [[0.3, 0.0], [-0.15, 0.25]]]
+    )
     return GaussianMixture(weights, means, (spreads @ spreads.mT).double(), torch.tensor([0, 1, 2, 2]))
 
 
@@ -44,19 +48,22 @@ def gaussian() -> GaussianMixture:
 
 
 class ToyFamily:
-    """Networks that are called with ``(x_t, t, labels)``."""
+    """Networks that are called with `(x_t, t, labels)`."""
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Tensor | None) -> Tensor:
         return network(x_t, t, conditioning)
 
 
 class ToyNetwork(nn.Module):
-    """A perceptron of ``x_t`` scaled to about unit variance, Fourier features of ``log(sigma / alpha)``, and a label.
+    """A perceptron of `x_t` scaled to about unit variance, Fourier features of `log(sigma /
+    alpha)`, and a label.
 
-    ``output_scale(alpha, sigma)`` gives the output the size of what it predicts.
+    `output_scale(alpha, sigma)` gives the output the size of what it predicts.
     """
 
-    def __init__(self, process: Process, labels: int = 0, width: int = 96, output_scale: Any = lambda alpha, sigma: 1.0) -> None:
+    def __init__(
+        self, process: Process, labels: int = 0, width: int = 96, output_scale: Any = lambda alpha, sigma: 1.0
+    ) -> None:
         super().__init__()
         self.process, self.output_scale = process, output_scale
         self.embedding = nn.Embedding(labels + 1, width)
@@ -86,6 +93,7 @@ def mixture_batches(data: GaussianMixture, size: int, *, labelled: bool = False)
 
 
 def quasi_random_noise(count: int) -> Tensor:
-    """(count, 2) standard normal, spread evenly (a scrambled Sobol sequence): moments of smooth maps of it hardly scatter."""
+    """(count, 2) standard normal, spread evenly (a scrambled Sobol sequence): moments of smooth
+    maps of it hardly scatter."""
     uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(count, dtype=torch.float64)
     return math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-9, 1 - 1e-9) - 1)

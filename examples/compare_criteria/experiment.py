@@ -111,7 +111,10 @@ class Experiment:
     def halves(self) -> list[Calibration]:
         whole = self.calibration
         parts = whole.points.chunks(self.config.calibration_images // 2)
-        return [dataclasses.replace(whole, points=part, runs=whole.runs[: len(part)], console=Console(quiet=True)) for part in parts]
+        return [
+            dataclasses.replace(whole, points=part, runs=whole.runs[: len(part)], console=Console(quiet=True))
+            for part in parts
+        ]
 
     def scores(self, criterion: str, drops: int) -> dict[BlockId, float]:
         """Scores on the first half. Only a search and a training depend on how many blocks are
@@ -143,7 +146,9 @@ class Experiment:
             return min(candidates, key=lambda positions: trial([self.blocks[position] for position in positions]))
 
         for name, label, trial in ((VERIFIED, "verified", self.joint), (REPAIRED, "repaired", self.joint_repaired)):
-            found[name] = [self.blocks[position] for position in self.kept(f"{label}-drop{drops}", partial(best, trial))]
+            found[name] = [
+                self.blocks[position] for position in self.kept(f"{label}-drop{drops}", partial(best, trial))
+            ]
         return found
 
     def _least(self, scores: dict[BlockId, float], drops: int) -> list[BlockId]:
@@ -164,7 +169,10 @@ class Experiment:
 
     def _evaluated(self, transformer: Any, reference: Tensor | None) -> Any:
         count = self.config.images
-        prompts = [self.prompts[i * len(self.prompts) // min(count, len(self.prompts))] for i in range(min(count, len(self.prompts)))]
+        prompts = [
+            self.prompts[i * len(self.prompts) // min(count, len(self.prompts))]
+            for i in range(min(count, len(self.prompts)))
+        ]
         sampling = dataclasses.replace(self.sampling, num_inference_steps=self.config.sampling_steps)
         with swapped(self.pipeline, transformer), patched(transformer):
             image_set = ImageSet(prompts=prompts, seeds=[self.seed], sampling=sampling, batch=self.config.batch)
@@ -187,7 +195,12 @@ class Experiment:
         student: Any = model.student.float().train()
         method = Recovery(model, RecoveryWeights(task=1.0, out=1.0, feat=0.1))
         train = TrainConfig(
-            steps=steps, learning_rate=1e-3, warmup_steps=min(20, steps), ema_decay=0.98, seed=self.seed, checkpoint_every=1_000_000
+            steps=steps,
+            learning_rate=1e-3,
+            warmup_steps=min(20, steps),
+            ema_decay=0.98,
+            seed=self.seed,
+            checkpoint_every=1_000_000,
         )
         trainer = Trainer(method, lambda step, rng: self.calibration.pool.batch(config.batch, rng), train, run)
         with patched(student), patched(self.teacher):
@@ -205,7 +218,10 @@ class Experiment:
         result["repaired"] = {"output_error": self.error(repaired.student), **self.measured(repaired.student)}
         for name, model in (*((("recovered", plain),) if ablate else ()), ("repaired_recovered", repaired)):
             student = self.recovered(model, self.config.recovery_steps)
-            result[name] = {"output_error": self.error(student), **(self.measured(student) if name == "repaired_recovered" else {})}
+            result[name] = {
+                "output_error": self.error(student),
+                **(self.measured(student) if name == "repaired_recovered" else {}),
+            }
         return result
 
     def head_start(self, dropped: Sequence[BlockId]) -> dict[str, dict[str, float]]:
@@ -221,7 +237,10 @@ class Experiment:
 
 
 def _least_sums(scores: Sequence[float], drops: int, count: int) -> list[list[int]]:
-    return [list(found) for found in sorted(combinations(range(len(scores)), drops), key=lambda s: sum(scores[i] for i in s))[:count]]
+    return [
+        list(found)
+        for found in sorted(combinations(range(len(scores)), drops), key=lambda s: sum(scores[i] for i in s))[:count]
+    ]
 
 
 def _name(experiment: Experiment, dropped: Sequence[BlockId]) -> str:
@@ -243,7 +262,12 @@ def repairs(experiment: Experiment) -> list[dict[str, Any]]:
                 **{name: experiment.error(experiment.repaired(dropped, name).student) for name in REPAIRS},
             }
 
-        rows.append({"dropped": spell(dropped, experiment.family), **experiment.kept(f"repairs-{_name(experiment, dropped)}", measure)})
+        rows.append(
+            {
+                "dropped": spell(dropped, experiment.family),
+                **experiment.kept(f"repairs-{_name(experiment, dropped)}", measure),
+            }
+        )
     return rows
 
 
@@ -266,12 +290,17 @@ def main(config: Config) -> None:
         for spelled, names in chosen_by.items():
             dropped = choices[names[0]]
             cell = experiment.kept(
-                f"set-{_name(experiment, dropped)}", partial(experiment.cell, dropped, ablate=(seed, fraction) in plan[: len(config.seeds)])
+                f"set-{_name(experiment, dropped)}",
+                partial(experiment.cell, dropped, ablate=(seed, fraction) in plan[: len(config.seeds)]),
             )
             sums = {name: sum(experiment.scores(name, drops)[block_id] for block_id in dropped) for name in CRITERIA}
-            results["sets"].append({"seed": seed, "drops": drops, "dropped": spelled, "chosen_by": names, "sums": sums, **cell})
+            results["sets"].append(
+                {"seed": seed, "drops": drops, "dropped": spelled, "chosen_by": names, "sums": sums, **cell}
+            )
         if fraction == 3:
-            results["head_start"][seed] = experiment.kept("head-start", partial(experiment.head_start, choices[REPAIRED]))
+            results["head_start"][seed] = experiment.kept(
+                "head-start", partial(experiment.head_start, choices[REPAIRED])
+            )
         if (seed, fraction) == plan[0]:
             results["repairs"] = repairs(experiment)
         write_json(config.output / "results.json", results)

@@ -1,4 +1,5 @@
-"""``results.json`` of the experiment as tables: ``python examples/compare_criteria/tables.py RESULTS > report.md``."""
+"""`results.json` of the experiment as tables: `python examples/compare_criteria/tables.py RESULTS >
+report.md`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Rows = list[list[str]]
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown of everything that ``results.json`` shows."""
+    """Markdown of everything that `results.json` shows."""
     sets = results["sets"]
     drops = sorted({row["drops"] for row in sets})
     third = sets[0]["drops"]
@@ -28,14 +29,18 @@ def tables(results: dict[str, Any]) -> str:
     for count in [third, *(count for count in drops if count != third)]:
         rows = [row for row in sets if row["drops"] == count]
         seeds = sorted({row["seed"] for row in rows})
-        parts += [f"### {count} of {results['blocks']} blocks dropped, seed{'s' if len(seeds) > 1 else ''} {_words(seeds)}", ""]
+        parts += [
+            f"### {count} of {results['blocks']} blocks dropped, seed{'s' if len(seeds) > 1 else ''} {_words(seeds)}",
+            "",
+        ]
         parts += [*_markdown(_heading(), by_criterion(rows)), ""]
         parts += ["Sets, by seed: " + "; ".join(_sets(rows, seed) for seed in seeds) + ".", ""]
     parts += ["### Does a score say what is left in the end?", ""]
     parts += [*_markdown(["predictor", "cut", "repaired", "recovered", "repaired, recovered"], correlations(sets)), ""]
     r2, count = additivity(sets)
     parts += [
-        f"Do errors add up? Over these {count} sets, R^2 of the sum of single errors as a prediction of the joint error: {r2:.2f}.",
+        f"Do errors add up? Over these {count} sets, R^2 of the sum of single errors as a prediction of the joint "
+        f"error: {r2:.2f}.",
         "",
     ]
     parts += ["### Repairs, output error of random sets", "", *repairs(results["repairs"])]
@@ -52,7 +57,11 @@ def by_criterion(rows: Sequence[dict[str, Any]]) -> Rows:
             chosen.setdefault(name, []).append(row)
 
     def cell(found: Sequence[dict[str, Any]], stage: str, metric: str) -> str:
-        return "" if any(stage not in row for row in found) else over_seeds([row[stage][metric] for row in found], FORMS[metric])
+        return (
+            ""
+            if any(stage not in row for row in found)
+            else over_seeds([row[stage][metric] for row in found], FORMS[metric])
+        )
 
     def final(name: str) -> float:
         return statistics.fmean(row[LAST][ERROR] for row in chosen[name])
@@ -79,7 +88,8 @@ LABELS = ["accuracy, cut", "accuracy, repaired, recovered", "PSNR, repaired, rec
 
 
 def correlations(sets: Sequence[dict[str, Any]]) -> Rows:
-    """Spearman's rank correlation of what each criterion predicts for a set with its output error at each stage; mean over seeds.
+    """Spearman's rank correlation of what each criterion predicts for a set with its output error
+    at each stage; mean over seeds.
 
     Every criterion predicts every set that any of them chose, at equal size and seed.
     """
@@ -97,14 +107,18 @@ def correlations(sets: Sequence[dict[str, Any]]) -> Rows:
     for name, predict in predictors.items():
         found = {}
         for stage in STAGES:
-            values = [spearman([predict(row) for row in rows], [row[stage][ERROR] for row in rows]) for rows in groups.values()]
+            values = [
+                spearman([predict(row) for row in rows], [row[stage][ERROR] for row in rows])
+                for rows in groups.values()
+            ]
             found[stage] = statistics.fmean(values)
         lines.append((found[LAST], [name, *(f"{value:.2f}" for value in found.values())]))
     return [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Pearson's correlation of the ranks; of equal values the mean rank. 0 where one side is constant."""
+    """Pearson's correlation of the ranks; of equal values the mean rank. 0 where one side is
+    constant."""
     ranks = [_ranks(first), _ranks(second)]
     if any(len(set(values)) == 1 for values in ranks):
         return 0.0

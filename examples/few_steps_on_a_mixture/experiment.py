@@ -1,9 +1,11 @@
-"""What do one, two and four steps of every method's student make of a mixture whose teacher is exact? About 45 minutes on one core.
+"""What do one, two and four steps of every method's student make of a mixture whose teacher is
+exact? About 45 minutes on one core.
 
     python examples/few_steps_on_a_mixture/experiment.py --output runs/mixture
 
-Every method starts from the same small flow-matching network, one per seed, and trains for equally many steps of equally many samples.
-An interrupted run continues; a finished one is only tabulated again: OUTPUT/results.json, OUTPUT/report.md and OUTPUT/mixture.png.
+Every method starts from the same small flow-matching network, one per seed, and trains for equally
+many steps of equally many samples. An interrupted run continues; a finished one is only tabulated
+again: OUTPUT/results.json, OUTPUT/report.md and OUTPUT/mixture.png.
 """
 
 from __future__ import annotations
@@ -82,7 +84,11 @@ TRAIN: dict[str, Any] = {"learning_rate": 3e-3, "ema_decay": 0.99}
 GAN = {"gan_weight": 0.05, "gan_critic_weight": 0.05}
 MATCHING = {"betas": (0.0, 0.99)}
 # A critic that keeps up with its student, in proportions as the command's.
-FOLLOWED = {"learning_rate": 1e-3, "roles": {"critic": RoleConfig(learning_rate=3e-3, ema_decay=None, betas=(0.0, 0.99))}, **MATCHING}
+FOLLOWED = {
+    "learning_rate": 1e-3,
+    "roles": {"critic": RoleConfig(learning_rate=3e-3, ema_decay=None, betas=(0.0, 0.99))},
+    **MATCHING,
+}
 ROWS: dict[str, Row] = {
     "dmd2": Row(method="dmd2", options=GAN, train=MATCHING),
     "dmd2 without GAN": Row(method="dmd2", options={"gan_weight": 0.0}, train=MATCHING),
@@ -93,15 +99,24 @@ ROWS: dict[str, Row] = {
     "dmd2 without GAN, critic told the step": Row(
         method="dmd2", options={"gan_weight": 0.0, "critic_knows_step": True}, steps=(2, 4), train=MATCHING
     ),
-    "dmd2 without GAN, with ISG": Row(method="dmd2", options={"gan_weight": 0.0, "isg_weight": 1.0}, steps=(2, 4), train=MATCHING),
+    "dmd2 without GAN, with ISG": Row(
+        method="dmd2", options={"gan_weight": 0.0, "isg_weight": 1.0}, steps=(2, 4), train=MATCHING
+    ),
     # Matching compares scores up to t = 0.3, where modes that far apart do not overlap yet.
     "dmd2 at little noise": Row(method="dmd2", options=GAN | {"time_high": 0.3}, steps=(1,), train=MATCHING),
-    "dmd2 without GAN at little noise": Row(method="dmd2", options={"gan_weight": 0.0, "time_high": 0.3}, steps=(1,), train=MATCHING),
+    "dmd2 without GAN at little noise": Row(
+        method="dmd2", options={"gan_weight": 0.0, "time_high": 0.3}, steps=(1,), train=MATCHING
+    ),
     "dmd2 without GAN, critic told the step, which keeps up": Row(
-        method="dmd2", options={"gan_weight": 0.0, "critic_updates": 2, "critic_knows_step": True}, steps=(2, 4), train=FOLLOWED
+        method="dmd2",
+        options={"gan_weight": 0.0, "critic_updates": 2, "critic_knows_step": True},
+        steps=(2, 4),
+        train=FOLLOWED,
     ),
     "tdm": Row(method="tdm", options={"critic_updates": 2}, steps=(2, 4), train=FOLLOWED),
-    "tdm, critic of the score": Row(method="tdm", options={"critic_updates": 2, "critic_target": "score"}, steps=(2, 4), train=FOLLOWED),
+    "tdm, critic of the score": Row(
+        method="tdm", options={"critic_updates": 2, "critic_target": "score"}, steps=(2, 4), train=FOLLOWED
+    ),
     "dmd": Row(method="dmd", steps=(1,), train=MATCHING),
     "progressive": Row(method="progressive"),
     "consistency": Row(method="consistency"),
@@ -129,7 +144,7 @@ class Experiment:
         return torch.Generator().manual_seed(1000 * self.seed + use)
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value ``name``: from the folder if it is there."""
+        """The JSON value `name`: from the folder if it is there."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.console.print(f"seed {self.seed}: {name}")
@@ -148,12 +163,15 @@ class Experiment:
     def sampled(self, student: Perceptron, times: Tensor, stochastic: bool) -> Tensor:
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
         scheduler.set_timesteps(sigmas=times.tolist())
-        predictor = Predictor(function=lambda x_t, t: student(x_t, t, self.labels), process=FLOW, prediction=Prediction.VELOCITY)
+        predictor = Predictor(
+            function=lambda x_t, t: student(x_t, t, self.labels), process=FLOW, prediction=Prediction.VELOCITY
+        )
         return schedulers.run(predictor, scheduler, self.noise, self._rng(4))
 
     @torch.no_grad()
     def seen_by_the_critic(self, student: Perceptron, times: Tensor) -> Tensor:
-        """What DMD2 matches: the student's ``x_0`` at all of its steps, here each sample's at one that is drawn."""
+        """What DMD2 matches: the student's `x_0` at all of its steps, here each sample's at one
+        that is drawn."""
         x_t, found = self.noise, []
         for t, s in pairwise([*times, torch.zeros(())]):
             velocity = student(x_t, t.expand(len(x_t)), self.labels)
@@ -163,7 +181,8 @@ class Experiment:
         return torch.stack(found)[chosen, torch.arange(len(x_t))]
 
     def scores(self, samples: Tensor) -> dict[str, Any]:
-        """Each label's samples against its own modes, and the mean over both; and how far they are from the flow's, from the same noise."""
+        """Each label's samples against its own modes, and the mean over both; and how far they are
+        from the flow's, from the same noise."""
         found: list[dict[str, Any]] = []
         for label in (0, 1):
             own = self.labels == label
@@ -186,7 +205,9 @@ class Experiment:
         folder = self.folder / "run"
         # An earlier run may have been stopped in the middle: these are short, and start again.
         shutil.rmtree(folder, ignore_errors=True)
-        config = TrainConfig(**{**TRAIN, "seed": self.seed, "checkpoint_every": 1_000_000, "log_every": 100, **settings})
+        config = TrainConfig(
+            **{**TRAIN, "seed": self.seed, "checkpoint_every": 1_000_000, "log_every": 100, **settings}
+        )
         trainer = Trainer(method, source, config, folder)
         trainer.fit(describe)
         trainer.take_best()
@@ -210,7 +231,12 @@ class Experiment:
     def method(self, name: str, steps: int) -> Distillation:
         row, total = ROWS[name], self.config.training_steps
         options: dict[str, Any] = dict(row.options)
-        setup: dict[str, Any] = {"student": self.start(), "teacher": self.teacher, "family": self.family, "steps": steps}
+        setup: dict[str, Any] = {
+            "student": self.start(),
+            "teacher": self.teacher,
+            "family": self.family,
+            "steps": steps,
+        }
         if row.method == "progressive":
             phases = 5 - STEPS.index(steps)
             options |= {"teacher_steps": steps << phases, "phase_length": total // phases}
@@ -228,10 +254,12 @@ class Experiment:
     def pairs(self, method: Distillation) -> PairPool:
         """As many as fit the flow closely; the same for every method that takes pairs."""
         options = PairOptions(count=65_536, steps=32, sampler="ode_heun", batch=8192)
-        return teacher_pairs(method, self.folder / "pairs", options, conditioning=Labels(torch.arange(2)), shape=(2,), seed=self.seed)
+        return teacher_pairs(
+            method, self.folder / "pairs", options, conditioning=Labels(torch.arange(2)), shape=(2,), seed=self.seed
+        )
 
     def cell(self, name: str, steps: int) -> dict[str, Any]:
-        """Train a student of ``steps`` steps, and measure it."""
+        """Train a student of `steps` steps, and measure it."""
         method = self.method(name, steps)
         pool = self.pairs(method) if ROWS[name].method in ("reflow", "dmd") else None
         source = self.batches if pool is None else lambda step, rng: pool.batch(self.config.batch, rng)
@@ -241,12 +269,19 @@ class Experiment:
         seconds = time.perf_counter() - began
         samples = self.sampled(student, method.times, method.stochastic_sampling)
         save_file({"samples": samples}, self._samples(name, steps))
-        pooled = {"pooled": self.scores(self.seen_by_the_critic(student, method.times))} if ROWS[name].method == "dmd2" else {}
+        pooled = (
+            {"pooled": self.scores(self.seen_by_the_critic(student, method.times))}
+            if ROWS[name].method == "dmd2"
+            else {}
+        )
         return {"seconds": seconds, **self.scores(samples), **pooled}
 
     def references(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """By row and steps: the exact teacher, the network that all start from, and a perfect sampler, whose scores are sampling noise."""
-        fresh = torch.cat([self.data.given(label).draw(len(self.drawn) // 2, self._rng(5 + label))[0] for label in (0, 1)])
+        """By row and steps: the exact teacher, the network that all start from, and a perfect
+        sampler, whose scores are sampling noise."""
+        fresh = torch.cat(
+            [self.data.given(label).draw(len(self.drawn) // 2, self._rng(5 + label))[0] for label in (0, 1)]
+        )
         network = self.start()
 
         def taught(steps: int) -> dict[str, Any]:
@@ -263,11 +298,17 @@ class Experiment:
 
     def cells(self, name: str) -> dict[str, dict[str, Any]]:
         """The scores of a row by the student's steps."""
-        return {str(steps): self.kept(f"{_file(name)}-{steps}", partial(self.cell, name, steps)) for steps in ROWS[name].steps}
+        return {
+            str(steps): self.kept(f"{_file(name)}-{steps}", partial(self.cell, name, steps))
+            for steps in ROWS[name].steps
+        }
 
     def columns(self) -> dict[str, dict[int, Tensor]]:
         """What the image shows: samples by row and steps."""
-        found = {name: {steps: load_file(self._samples(name, steps))["samples"] for steps in row.steps} for name, row in ROWS.items()}
+        found = {
+            name: {steps: load_file(self._samples(name, steps))["samples"] for steps in row.steps}
+            for name, row in ROWS.items()
+        }
         return {"teacher": {steps: self.taught(steps) for steps in STEPS}, **found}
 
     def _samples(self, name: str, steps: int) -> Path:

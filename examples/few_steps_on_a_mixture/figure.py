@@ -18,7 +18,8 @@ POINTS = 1500
 
 
 def figure(path: Path, data: Tensor, columns: Mapping[str, Mapping[int, Tensor]], labels: Tensor) -> None:
-    """A row for each number of steps, a column for each of ``columns``, of points (N, 2) with their ``labels`` (N,); the data first."""
+    """A row for each number of steps, a column for each of `columns`, of points (N, 2) with their
+    `labels` (N,); the data first."""
     steps = sorted({count for by_steps in columns.values() for count in by_steps})
     size = (1.2 * (len(columns) + 1), 1.2 * len(steps) + 0.3)
     figure, axes = plt.subplots(len(steps), len(columns) + 1, figsize=size, squeeze=False, dpi=100)

@@ -25,7 +25,8 @@ WEIGHTS = ((0.4, 0.1, 0.3, 0.2), (0.5, 0.15, 0.3, 0.05))
 
 
 def mixture() -> GaussianMixture:
-    """Eight modes on a circle, by turns of label 0 and of label 1: given the label, four of unequal weight, with nothing between them."""
+    """Eight modes on a circle, by turns of label 0 and of label 1: given the label, four of unequal
+    weight, with nothing between them."""
     angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
     means = RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)
     weights = torch.tensor(WEIGHTS, dtype=torch.float64).T.flatten()
@@ -40,7 +41,8 @@ def teacher() -> ExactTeacher:
 
 @dataclass(frozen=True)
 class Labels:
-    """The conditioning: labels (B,), and for a critic that is told it the time (B,) of the student's step, in place of guidance."""
+    """The conditioning: labels (B,), and for a critic that is told it the time (B,) of the
+    student's step, in place of guidance."""
 
     labels: Tensor
     guidance: Tensor | None = None
@@ -53,7 +55,8 @@ class Labels:
 
 
 class LabelFamily:
-    """Networks that are called with ``(x_t, t, labels)``, whose blocks are ``layers``: what methods ask of a family."""
+    """Networks that are called with `(x_t, t, labels)`, whose blocks are `layers`: what methods ask
+    of a family."""
 
     stacks = (Stack(attribute="layers", config_field="", short="layers", pass_through=one_stream),)
 
@@ -70,15 +73,17 @@ class LabelFamily:
 
 
 def features(t: Tensor) -> Tensor:
-    """(B, 8) of times (B,): they tell times apart where signal and noise are equally strong, and where one of them is weak."""
+    """(B, 8) of times (B,): they tell times apart where signal and noise are equally strong, and
+    where one of them is weak."""
     angle = torch.atan2(t, 1 - t)[:, None] * 2 ** torch.arange(4)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Perceptron(nn.Module):
-    """A velocity (B, 2) by ``x_t`` (B, 2), features of ``t`` (B,) and the label (B,); residual layers of width ``WIDTH``.
+    """A velocity (B, 2) by `x_t` (B, 2), features of `t` (B,) and the label (B,); residual layers
+    of width `WIDTH`.
 
-    ``told()`` is a copy that takes the time of a step, too, and does not yet heed it.
+    `told()` is a copy that takes the time of a step, too, and does not yet heed it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""What theory says about the few-step students of each method, as comparisons of two numbers of the experiment."""
+"""What theory says about the few-step students of each method, as comparisons of two numbers of the
+experiment."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Quantity:
-    """A score of a row's students of ``steps`` steps; None for a perfect sampler, which has none."""
+    """A score of a row's students of `steps` steps; None for a perfect sampler, which has none."""
 
     row: str
     steps: int | None
@@ -17,7 +18,7 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """``less < more``, or that both are equal within a tenth."""
+    """`less < more`, or that both are equal within a tenth."""
 
     about: str
     theory: str

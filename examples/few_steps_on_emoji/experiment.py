@@ -2,10 +2,12 @@
 
     python examples/few_steps_on_emoji/experiment.py --output runs/few-steps
 
-Every cell is one run of `python -m fastdistill.distill`, whose command its distill.json repeats: each method in 4 steps with three seeds,
-in 1 and 2 with one; a student that was cut by a third and recovered first; and a guidance-distilled sibling in the teacher's 28 steps. All
-get an equal budget, counted in passes of the transformer over a batch of 64 images, a backward pass as two; how many training steps
-that is depends on the method. OUTPUT/results.json and OUTPUT/tables.md hold what is finished; an interrupted experiment goes on from there.
+Every cell is one run of `python -m fastdistill.distill`, whose command its distill.json repeats:
+each method in 4 steps with three seeds, in 1 and 2 with one; a student that was cut by a third and
+recovered first; and a guidance-distilled sibling in the teacher's 28 steps. All get an equal
+budget, counted in passes of the transformer over a batch of 64 images, a backward pass as two; how
+many training steps that is depends on the method. OUTPUT/results.json and OUTPUT/tables.md hold
+what is finished; an interrupted experiment goes on from there.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def _students(steps: int, seed: int) -> Iterator[Cell]:
 
 
 def passes(cell: Cell) -> float:
-    """Passes over a batch that a training step takes on average, with the command's defaults and a teacher that is guided by two calls.
+    """Passes over a batch that a training step takes on average, with the command's defaults and a
+    teacher that is guided by two calls.
 
     A forward pass that leads to a gradient counts three: its backward pass is two more.
     """
@@ -102,7 +105,8 @@ def passes(cell: Cell) -> float:
             # The same, with heads that read half of the critic, of samples and of data.
             return (sampled + 1) + 3 + 2 * 1.5 + 2 * 0.5 + (sampled + 3 + guided + 1 + 1) / 2
         case "dmd":
-            # The student generates, is judged, and is held to a pair; for the critic it generates, and that denoises.
+            # The student generates, is judged, and is held to a pair; for the critic it generates,
+            # and that denoises.
             return (3 + guided + 1 + 3) + (1 + 3)
         case "progressive":
             # Two steps of the teacher, which is guided in the first phase only.
@@ -129,7 +133,8 @@ def command(config: Config, cell: Cell) -> list[str]:
 
 
 def drawn_for(cell: Cell) -> str:
-    """Which of the teacher's images: for guidance distillation each has a guidance scale of its own."""
+    """Which of the teacher's images: for guidance distillation each has a guidance scale of its
+    own."""
     return "images-of-every-guidance" if cell.method == "guidance" else "images"
 
 
@@ -138,7 +143,7 @@ def cut_model(config: Config, seed: int) -> Path:
 
 
 def run(config: Config, arguments: Sequence[str], result: str, console: Console) -> None:
-    """Run a command unless its folder has its ``result``; its output is kept beside the folder."""
+    """Run a command unless its folder has its `result`; its output is kept beside the folder."""
     folder = Path(arguments[-1])
     if (folder / result).exists():
         return
@@ -153,22 +158,35 @@ def run(config: Config, arguments: Sequence[str], result: str, console: Console)
 
 
 class Results:
-    """OUTPUT/results.json and OUTPUT/tables.md, which hold every cell that is finished; its folder may be gone."""
+    """OUTPUT/results.json and OUTPUT/tables.md, which hold every cell that is finished; its folder
+    may be gone."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.path, self.lock = config, config.output / "results.json", threading.Lock()
-        self.facts = {"budget": config.budget, "batch": 64, "images": config.images, "evaluated": config.evaluate_images}
+        self.facts = {
+            "budget": config.budget,
+            "batch": 64,
+            "images": config.images,
+            "evaluated": config.evaluate_images,
+        }
         earlier = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}, **self.facts}
         changed = [f"{name} {earlier[name]}" for name, value in self.facts.items() if earlier[name] != value]
         if changed:
-            raise UserError(f"{self.path} holds results with {', '.join(changed)}; repeat that, or choose another --output")
+            raise UserError(
+                f"{self.path} holds results with {', '.join(changed)}; repeat that, or choose another --output"
+            )
         self.runs: dict[str, dict[str, Any]] = earlier["runs"]
 
     def add(self, cell: Cell) -> None:
         record = json.loads((self.config.output / cell.name / "distill.json").read_text())
         with self.lock:
             self.runs[cell.name] = {
-                **{"method": cell.label, "seed": cell.seed, "steps": cell.steps, "training_steps": record["config"]["training_steps"]},
+                **{
+                    "method": cell.label,
+                    "seed": cell.seed,
+                    "steps": cell.steps,
+                    "training_steps": record["config"]["training_steps"],
+                },
                 **{key: record[key] for key in ("calls", "parameters", "evaluation", "chosen", "seconds")},
             }
             # In the order of the plan, whichever finished first.
@@ -185,8 +203,21 @@ def main(config: Config) -> None:
     left = [cell for cell in planned if cell.name not in results.runs]
 
     def cut(seed: int) -> None:
-        compress = [sys.executable, "-m", "fastdistill.compress", "--drop-blocks", str(CUT_BLOCKS), "--evaluate-images", "0"]
-        run(config, [*compress, "--seed", str(seed), "--output", str(cut_model(config, seed).parent)], "compress.json", console)
+        compress = [
+            sys.executable,
+            "-m",
+            "fastdistill.compress",
+            "--drop-blocks",
+            str(CUT_BLOCKS),
+            "--evaluate-images",
+            "0",
+        ]
+        run(
+            config,
+            [*compress, "--seed", str(seed), "--output", str(cut_model(config, seed).parent)],
+            "compress.json",
+            console,
+        )
 
     def distil(cell: Cell) -> None:
         run(config, command(config, cell), "distill.json", console)

@@ -20,7 +20,8 @@ SEED = 12
 
 
 def figure(students: Mapping[str, Path], steps: int) -> Image.Image:
-    """A row each for the teacher, the teacher in ``steps`` steps, and ``students``, folders by label, which were trained for them."""
+    """A row each for the teacher, the teacher in `steps` steps, and `students`, folders by label,
+    which were trained for them."""
     teacher = load("emoji", "cpu")
     briefly = dataclasses.replace(teacher.sampling, num_inference_steps=steps)
     rows = {f"teacher, {teacher.sampling.num_inference_steps}": _row(teacher.pipeline, teacher.sampling)}

@@ -44,7 +44,11 @@ def tables(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
             for name, measured in run["evaluation"].items():
                 student = name == "student"
                 extra = {"training_steps": run["training_steps"]} if student else {}
-                by_name[run["method"] if student else name][run["seed"]] = {**measured, "calls": run["calls"][name], **extra}
+                by_name[run["method"] if student else name][run["seed"]] = {
+                    **measured,
+                    "calls": run["calls"][name],
+                    **extra,
+                }
         groups.append((steps, [_row(name, found) for name, found in by_name.items()]))
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(TABLES)
     return template.render(facts=facts, groups=groups, metrics=[title for title, _ in METRICS.values()])

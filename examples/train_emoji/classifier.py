@@ -56,16 +56,24 @@ def main(config: Config) -> None:
     data = Emoji()
     torch.manual_seed(config.train.seed)
     network = Classifier(len(data))
-    trainer = Trainer(Classification(network), lambda step, rng: data.random(config.batch, rng), config.train, config.run)
+    trainer = Trainer(
+        Classification(network), lambda step, rng: data.random(config.batch, rng), config.train, config.run
+    )
     trainer.fit("classifier")
     trainer.emas["student"].copy_to(network)
     with atomic_write(assets() / FILE) as partial:
         save_file({name: value.half() for name, value in network.state_dict().items()}, partial)
     generator = torch.Generator().manual_seed(6)
     judge = Classifier.load(len(data))
-    right = [(predict(judge, draws.pixels) == draws.captions).float() for draws in (data.random(1000, generator) for _ in range(20))]
+    right = [
+        (predict(judge, draws.pixels) == draws.captions).float()
+        for draws in (data.random(1000, generator) for _ in range(20))
+    ]
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {torch.cat(right).mean():.2%} of 20,000 fresh draws right; wrote {assets() / FILE}")
+    print(
+        f"{parameters / 1e6:.2f} M parameters, {torch.cat(right).mean():.2%} of 20,000 fresh draws right; wrote "
+        f"{assets() / FILE}"
+    )
 
 
 if __name__ == "__main__":

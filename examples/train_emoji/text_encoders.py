@@ -37,11 +37,17 @@ def words(captions: list[str]) -> list[str]:
 def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """CLIP's byte-level BPE, trained until the captions' words are whole tokens."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     special = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=1200,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator(words(captions) * 2, trainer)
     model = json.loads(tokenizer.to_str())["model"]
@@ -61,7 +67,14 @@ def t5_tokenizer(captions: list[str]) -> T5TokenizerFast:
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789-'"]
     # Hyphenated captions are one run without spaces: their parts must exist without the word mark,
     # too.
-    inner = {part for caption in captions for word in caption.split() if "-" in word for part in word.split("-")[1:] if len(part) > 1}
+    inner = {
+        part
+        for caption in captions
+        for word in caption.split()
+        if "-" in word
+        for part in word.split("-")[1:]
+        if len(part) > 1
+    }
     pieces += [(part, -6.0) for part in sorted(inner)]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
 
@@ -82,7 +95,13 @@ def build(clip_vocab: CLIPTokenizer, t5_vocab: T5TokenizerFast) -> tuple[CLIPTex
     )
     t5 = T5EncoderModel(
         T5Config(
-            vocab_size=len(t5_vocab), d_model=WIDTH, d_kv=24, d_ff=2 * WIDTH, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+            vocab_size=len(t5_vocab),
+            d_model=WIDTH,
+            d_kv=24,
+            d_ff=2 * WIDTH,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
         )
     )
     return clip, t5
@@ -115,7 +134,9 @@ def main(run: Path, steps: int = 1200, seed: int = 0) -> None:
     clip_vocab, t5_vocab = clip_tokenizer(data.captions), t5_tokenizer(data.captions)
     clip, t5 = build(clip_vocab, t5_vocab)
     clip_ids, t5_ids = ids(clip_vocab, captions, CLIP_TOKENS), ids(t5_vocab, captions, T5_TOKENS)
-    assert len({tuple(row) for row in t5_ids.tolist()}) == len({tuple(row) for row in clip_ids.tolist()}) == len(captions)
+    assert (
+        len({tuple(row) for row in t5_ids.tolist()}) == len({tuple(row) for row in clip_ids.tolist()}) == len(captions)
+    )
     heads = nn.ModuleList([nn.Linear(WIDTH, target.shape[1]), nn.Linear(WIDTH * T5_TOKENS, target.shape[1])])
     parameters = [*clip.parameters(), *t5.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
@@ -131,9 +152,17 @@ def main(run: Path, steps: int = 1200, seed: int = 0) -> None:
         optimizer.zero_grad()
         schedule.step()
         if step % 200 == 0 or step == steps - 1:
-            print(f"step {step}: unexplained part of the mean latents: CLIP {losses[0]:.4f}, T5 {losses[1]:.4f}", flush=True)
+            print(
+                f"step {step}: unexplained part of the mean latents: CLIP {losses[0]:.4f}, T5 {losses[1]:.4f}",
+                flush=True,
+            )
     out = run / "text"
-    for name, part in {"tokenizer": clip_vocab, "tokenizer_2": t5_vocab, "text_encoder": clip, "text_encoder_2": t5}.items():
+    for name, part in {
+        "tokenizer": clip_vocab,
+        "tokenizer_2": t5_vocab,
+        "text_encoder": clip,
+        "text_encoder_2": t5,
+    }.items():
         part.save_pretrained(out / name)
     print(f"wrote {out}")
 

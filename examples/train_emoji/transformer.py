@@ -46,7 +46,13 @@ class Config:
     assemble_only: bool = False
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=14000, learning_rate=1e-3, schedule="wsd", warmup_steps=200, ema_decay=0.999, checkpoint_every=250, log_every=50
+            steps=14000,
+            learning_rate=1e-3,
+            schedule="wsd",
+            warmup_steps=200,
+            ema_decay=0.999,
+            checkpoint_every=250,
+            log_every=50,
         )
     )
 
@@ -100,7 +106,9 @@ def cached_latents(path: Path, vae: AutoencoderKL, data: Emoji, draws: int) -> t
     if not path.exists():
         generator = torch.Generator().manual_seed(3)
         captions = torch.arange(len(data)).repeat(draws)
-        latents = torch.cat([vae.encode(data.draw(chunk, generator).pixels).latent_dist.mean.half() for chunk in captions.split(100)])
+        latents = torch.cat(
+            [vae.encode(data.draw(chunk, generator).pixels).latent_dist.mean.half() for chunk in captions.split(100)]
+        )
         with atomic_write(path) as partial:
             save_file({"latents": latents.contiguous(), "captions": captions}, partial)
     cached = load_file(path)
@@ -132,12 +140,16 @@ def main(config: Config) -> None:
         newest = checkpoint.latest(run)
         if newest is None:
             raise SystemExit(f"{run} has no checkpoint yet")
-        transformer.load_state_dict(load_file(newest / "student.safetensors") | load_file(newest / "student.ema.safetensors"))
+        transformer.load_state_dict(
+            load_file(newest / "student.safetensors") | load_file(newest / "student.ema.safetensors")
+        )
     else:
         assert config.draws >= len(BACKGROUNDS)
         latents, captions = cached_latents(config.run / "latents.safetensors", parts.vae, data, config.draws)
         pool = LatentPool(latents=latents, prompts=captions, conditioning=parts.encode([*data.captions, ""]))
-        method = Denoising(transformer, Flux(), RectifiedFlow(), Prediction.VELOCITY, LogitNormal(mean=config.time_mean))
+        method = Denoising(
+            transformer, Flux(), RectifiedFlow(), Prediction.VELOCITY, LogitNormal(mean=config.time_mean)
+        )
         trainer = Trainer(method, lambda step, rng: pool.batch(config.batch, rng), config.train, run)
         trainer.fit("transformer")
         trainer.emas["student"].copy_to(transformer)

@@ -1,4 +1,5 @@
-"""`python -m fastdistill.compress`: a FLUX pipeline in, a smaller stock diffusers pipeline and a report out."""
+"""`python -m fastdistill.compress`: a FLUX pipeline in, a smaller stock diffusers pipeline and a
+report out."""
 
 from fastdistill.compress.config import CompressConfig
 from fastdistill.run.cli import run_job

@@ -72,7 +72,9 @@ def calibrate(
     """
     network = getattr(pipeline, "transformer", None)
     if network is None:
-        raise UserError(f"calibration needs the pipeline, which samples and encodes prompts, and got a {type(pipeline).__name__}")
+        raise UserError(
+            f"calibration needs the pipeline, which samples and encodes prompts, and got a {type(pipeline).__name__}"
+        )
     family_of(network)
     check_computable(network, type(network).__name__)
     check_finite(network, type(network).__name__)
@@ -96,7 +98,9 @@ def calibrate(
     return calibrated(source, amount, console=console or Console(quiet=True))
 
 
-def score(calibration: Calibration, criterion: str = "output", *, drop_blocks: int | None = None) -> dict[BlockId, float]:
+def score(
+    calibration: Calibration, criterion: str = "output", *, drop_blocks: int | None = None
+) -> dict[BlockId, float]:
     """Worth of each block of the calibrated transformer, in the order of the forward pass; the
     lowest goes first.
 
@@ -151,7 +155,10 @@ def select(
     if verify < 1:
         raise UserError(f"verify must be at least 1, got {verify}")
     if scores.keys() != set(blocks):
-        raise UserError(f"these are the scores of {len(scores)} blocks, and not of the {len(blocks)} of this {type(transformer).__name__}")
+        raise UserError(
+            f"these are the scores of {len(scores)} blocks, and not of the {len(blocks)} of this "
+            f"{type(transformer).__name__}"
+        )
     if any(math.isnan(value) for value in scores.values()):
         raise UserError("a score is not a number; score again with sound weights")
     request = Request(count=drop_blocks, budget=parse_budget(budget) if budget else None)
@@ -163,7 +170,9 @@ def select(
     elif request.budget and (quantity := request.budget.quantity) not in costs:
         size = SamplingOptions(height=height, width=width, max_sequence_length=max_sequence_length)
         load = workload(SamplingDefaults().replaced(size), anatomy.vae_scale_factor)
-        costs[quantity] = flops(transformer, anatomy, load) if quantity == "flops" else latency(transformer, anatomy, load, dtype)
+        costs[quantity] = (
+            flops(transformer, anatomy, load) if quantity == "flops" else latency(transformer, anatomy, load, dtype)
+        )
     evidence = Evidence(scores={block_id: scores[block_id] for block_id in blocks}, tied=tied(transformer, anatomy))
     return choose(request, costs, evidence, _trial(calibration, blocks, verify)).dropped
 
@@ -172,7 +181,9 @@ def _trial(calibration: Calibration | None, blocks: Sequence[BlockId], sets: int
     if calibration is None:
         return None
     if calibration.blocks != blocks:
-        raise UserError(f"the calibration is of a transformer of {len(calibration.blocks)} blocks, and this one has {len(blocks)}")
+        raise UserError(
+            f"the calibration is of a transformer of {len(calibration.blocks)} blocks, and this one has {len(blocks)}"
+        )
     return Trial(joint=lambda positions: calibration.joint_error(blocks[position] for position in positions), sets=sets)
 
 
@@ -207,7 +218,8 @@ def repair(
     boundaries = boundary_map(calibration.blocks, dropped)
     if len(block_ids(smaller, family)) != len(boundaries):
         raise UserError(
-            f"the smaller model has {len(block_ids(smaller, family))} blocks, and without these {len(boundaries)} would be left"
+            f"the smaller model has {len(block_ids(smaller, family))} blocks, and without these {len(boundaries)} "
+            "would be left"
         )
     model = CutModel(student=smaller, teacher=teacher, family=family, boundaries=boundaries)
     mend(Damage.of(model, calibration, points), kind, calibration.console)

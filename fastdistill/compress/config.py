@@ -73,7 +73,9 @@ class ChoiceOptions:
 class RepairOptions:
     """Repair of the cut model before any training."""
 
-    repair: Annotated[RepairName, tyro.conf.arg(help=f"A repair in closed form, or none. {REPAIRS.explained()}.")] = "ridge"
+    repair: Annotated[RepairName, tyro.conf.arg(help=f"A repair in closed form, or none. {REPAIRS.explained()}.")] = (
+        "ridge"
+    )
     repair_points: int = 1024
     """Noised images that the repair is fitted to. They should have some thirty tokens for each
     input of the layer: 1024 images for the emoji model, 256 for FLUX.1-dev at 512 pixels."""
@@ -127,7 +129,9 @@ class CompressConfig(JobConfig):
 
     def __post_init__(self) -> None:
         if bool(self.drop_blocks) == bool(self.budget):
-            raise UserError("give either --drop-blocks, such as 4 or double:1,2 single:0, or --budget, such as params=0.66")
+            raise UserError(
+                "give either --drop-blocks, such as 4 or double:1,2 single:0, or --budget, such as params=0.66"
+            )
         self.parsed_budget()
 
     @property

@@ -108,7 +108,9 @@ class Compression(Job[CompressConfig]):
         if budget is None or budget.quantity in self.costs:
             evidence = Evidence(scores=self.costs["params"].blocks, tied=tied(self.teacher, self.family))
             dropped = choose(self.request, self.costs, evidence).dropped
-        return cut_model(skeleton_of(type(self.teacher), self.teacher.config).to(self.teacher.dtype), self.family, dropped)
+        return cut_model(
+            skeleton_of(type(self.teacher), self.teacher.config).to(self.teacher.dtype), self.family, dropped
+        )
 
     def require_resources(self, model: CutModel) -> None:
         """Raise `UserError` if the disk or the memory does not suffice for a student of the size of
@@ -116,7 +118,11 @@ class Compression(Job[CompressConfig]):
         parameters = sum(parameter.numel() for parameter in model.student.parameters())
         # The student as it is repaired and as it is saved, and what is saved with it.
         disk = parameters * (self.teacher.dtype.itemsize + self.save_dtype.itemsize)
-        components = (part for name, part in self.pipeline.components.items() if name != "transformer" and isinstance(part, nn.Module))
+        components = (
+            part
+            for name, part in self.pipeline.components.items()
+            if name != "transformer" and isinstance(part, nn.Module)
+        )
         disk += sum(parameter.nbytes for part in components for parameter in part.parameters())
         memory = 0
         if self.config.recovery.recovery_steps:
@@ -125,7 +131,9 @@ class Compression(Job[CompressConfig]):
             disk += checkpoints
         require_disk(self.output, disk)
         remedy = "drop more blocks, or give --optimizer adamw8bit, or --recovery-steps 0 to cut without recovery"
-        require_memory(self.pipeline.device, memory, "recovery, in addition to the full model and without activations,", remedy)
+        require_memory(
+            self.pipeline.device, memory, "recovery, in addition to the full model and without activations,", remedy
+        )
 
     def measure_costs(self) -> None:
         """Add operations to `costs`, and the latency if a budget is in it.
@@ -135,7 +143,9 @@ class Compression(Job[CompressConfig]):
         """
         budget = self.request.budget
         with self.clock("costs"):
-            self.costs["flops"] = flops(self.teacher, self.family, workload(self.sampling, self.pipeline.vae_scale_factor))
+            self.costs["flops"] = flops(
+                self.teacher, self.family, workload(self.sampling, self.pipeline.vae_scale_factor)
+            )
             if budget and budget.quantity == "latency":
                 # Kept: another measurement would be another problem, and the continued run would
                 # choose other blocks.
@@ -160,7 +170,9 @@ class Compression(Job[CompressConfig]):
         )
         source = Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images)
         with self.clock("calibrate"):
-            return calibrated(source, amount, cache=self.workspace.work / "calibration.safetensors", console=self.console)
+            return calibrated(
+                source, amount, cache=self.workspace.work / "calibration.safetensors", console=self.console
+            )
 
     def score(self, calibration: Calibration) -> Scores:
         """Scores by `output` and `bi`, which every report has, by the criterion that chooses, and
@@ -238,7 +250,9 @@ class Compression(Job[CompressConfig]):
         if self.config.training.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         batch, folder = self.config.training.batch, self.workspace.work / "recovery"
-        trainer = Trainer(self.recovery(model), lambda step, rng: calibration.pool.batch(batch, rng), self.train_config, folder)
+        trainer = Trainer(
+            self.recovery(model), lambda step, rng: calibration.pool.batch(batch, rng), self.train_config, folder
+        )
         with self.clock("recover"), patched(student), patched(model.teacher):
             trainer.fit("recover")
         trainer.take_best()

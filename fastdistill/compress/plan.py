@@ -43,7 +43,8 @@ def plan(config: CompressConfig) -> str:
     costs["flops"] = flops(network, anatomy, workload(sampling, vae_scale_factor))
     groups = kinds(network, anatomy)
     text = [
-        f"{type(network).__name__}, weights in {config.run.save_dtype}, one forward pass at {sampling.width} x {sampling.height} pixels "
+        f"{type(network).__name__}, weights in {config.run.save_dtype}, one forward pass at {sampling.width} x "
+        f"{sampling.height} pixels "
         f"and {sampling.max_sequence_length} text tokens.",
         *([anatomy.remark] if anatomy.remark else []),
         "",
@@ -60,15 +61,21 @@ def plan(config: CompressConfig) -> str:
     if request.budget:
         found = _within(request.budget, drops, costs)
         closing = (
-            f"What meets --budget {config.budget} and would not with one block more; whatever leaves less of each does too. Which blocks "
+            f"What meets --budget {config.budget} and would not with one block more; whatever leaves less of each "
+            "does too. Which blocks "
             "go is chosen by scores, for which the weights are needed."
         )
     else:
         found = [drop for drop in drops if len(drop.blocks) == request.count]
-        closing = f"Every way to drop {request.count}; which blocks go is chosen by scores, for which the weights are needed."
+        closing = (
+            f"Every way to drop {request.count}; which blocks go is chosen by scores, for which the weights are needed."
+        )
     if not found:
         raise UserError(nothing_meets(request, shared))
-    rows = [_row([len(group) - count for group, count in zip(groups, drop.counts, strict=True)], drop.blocks, costs) for drop in found]
+    rows = [
+        _row([len(group) - count for group, count in zip(groups, drop.counts, strict=True)], drop.blocks, costs)
+        for drop in found
+    ]
     return "\n".join([*text, *rows, "", closing])
 
 
@@ -89,7 +96,9 @@ class Drop:
 
     def covers(self, other: Drop) -> bool:
         """Whether this drop takes as many of each kind as `other`, and more of some."""
-        return self.counts != other.counts and all(mine >= its for mine, its in zip(self.counts, other.counts, strict=True))
+        return self.counts != other.counts and all(
+            mine >= its for mine, its in zip(self.counts, other.counts, strict=True)
+        )
 
 
 def _drops(groups: Sequence[Sequence[BlockId]]) -> Iterator[Drop]:

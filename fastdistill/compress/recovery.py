@@ -63,8 +63,12 @@ class Recovery(StudentMethod):
         data_velocity = Prediction.VELOCITY.target(self.process, batch.latents, noise, t)
         student, teacher = self.networks["student"], self.networks["teacher"]
         with ExitStack() as stack:
-            student_features = stack.enter_context(captured(student, self.family, self.student_blocks if self.weights.feat else []))
-            teacher_features = stack.enter_context(captured(teacher, self.family, self.teacher_blocks if self.weights.feat else []))
+            student_features = stack.enter_context(
+                captured(student, self.family, self.student_blocks if self.weights.feat else [])
+            )
+            teacher_features = stack.enter_context(
+                captured(teacher, self.family, self.teacher_blocks if self.weights.feat else [])
+            )
             with torch.no_grad():
                 teacher_velocity = self.family.predict(teacher, x_t, t, batch.conditioning).float()
             velocity = self.family.predict(student, x_t, t, batch.conditioning).float()

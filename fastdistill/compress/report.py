@@ -99,7 +99,13 @@ Curves: `metrics.jsonl`; everything else: `compress.json`.
 FRONT_ROWS = 12
 """Rows of the Pareto front that report.md shows; for a model of FLUX.1-dev's size the front has
 hundreds."""
-SIZES = {"blocks": "blocks", "params": "parameters", "memory": "weights as saved", "flops": "operations", "latency": "time, sum of blocks"}
+SIZES = {
+    "blocks": "blocks",
+    "params": "parameters",
+    "memory": "weights as saved",
+    "flops": "operations",
+    "latency": "time, sum of blocks",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,9 @@ def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefault
         "dropped": _by_stack(outcome, keep=False),
         "kept": _by_stack(outcome, keep=True),
         "boundaries": {spelled[student]: spelled[teacher] for student, teacher in outcome.model.boundaries.items()},
-        "scores": {name: {spelled[block_id]: value for block_id, value in values.items()} for name, values in scores.items()},
+        "scores": {
+            name: {spelled[block_id]: value for block_id, value in values.items()} for name, values in scores.items()
+        },
         "choice": _choice(config, outcome),
         "costs": _costs(outcome),
         "at": {"height": sampling.height, "width": sampling.width, "max_sequence_length": sampling.max_sequence_length},
@@ -166,7 +174,9 @@ def report(record: Mapping[str, Any]) -> str:
         for name in scores["output"]
     ]
     dropped = " ".join(f"{name}" for name in scores["output"] if name not in kept)
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT + CLOSING)
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
+        REPORT + CLOSING
+    )
     choice = record["choice"]
     quantity = choice["quantity"]
     verified = [
@@ -190,7 +200,8 @@ def report(record: Mapping[str, Any]) -> str:
             "sizes": _size_rows(record["costs"]),
             "verified": verified,
             "front": [
-                [row["dropped"] or "nothing", show(quantity, row["left"]), f"{row['score']:.5f}"] for row in _thinned(choice["front"])
+                [row["dropped"] or "nothing", show(quantity, row["left"]), f"{row['score']:.5f}"]
+                for row in _thinned(choice["front"])
             ],
             "adding_up": _adding_up(choice["additivity"]),
         }
@@ -210,7 +221,8 @@ def _choice(config: CompressConfig, outcome: Outcome) -> dict[str, Any]:
         "limit": selection.limit,
         "dropped": outcome.spelled(selection.dropped),
         "front": [
-            {"dropped": spelled(choice.dropped), "left": selection.full - choice.saved, "score": choice.error} for choice in selection.front
+            {"dropped": spelled(choice.dropped), "left": selection.full - choice.saved, "score": choice.error}
+            for choice in selection.front
         ],
         "verified": [
             {
@@ -264,7 +276,11 @@ def _adding_up(additivity: Mapping[str, Any]) -> str:
     sets = additivity["sets"]
     if additivity["r2"] is None:
         return f"Whether errors add up cannot be said from {sets} set{'s' if sets > 1 else ''}; it takes three of different errors."
-    line = "" if additivity["r2_linear"] is None else f", of the best straight line through them {additivity['r2_linear']:.3f}"
+    line = (
+        ""
+        if additivity["r2_linear"] is None
+        else f", of the best straight line through them {additivity['r2_linear']:.3f}"
+    )
     return f"Do errors add up? Over these {sets} sets, R^2 of the sums as a prediction of the joint errors is {additivity['r2']:.3f}{line}."
 
 
@@ -275,6 +291,8 @@ def _by_stack(outcome: Outcome, *, keep: bool) -> dict[str, list[int]]:
         return (block_id not in gone) == keep
 
     return {
-        stack.attribute: [block_id.index for block_id in outcome.blocks if block_id.stack == stack.attribute and wanted(block_id)]
+        stack.attribute: [
+            block_id.index for block_id in outcome.blocks if block_id.stack == stack.attribute and wanted(block_id)
+        ]
         for stack in outcome.model.family.stacks
     }

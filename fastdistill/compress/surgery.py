@@ -64,7 +64,9 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
     stacks = [stack for stack in anatomy.stacks if blocks_of(transformer, stack)]
     kept = {
         stack.attribute: [
-            index for index in range(len(blocks_of(transformer, stack))) if BlockId(stack=stack.attribute, index=index) not in dropped
+            index
+            for index in range(len(blocks_of(transformer, stack)))
+            if BlockId(stack=stack.attribute, index=index) not in dropped
         ]
         for stack in stacks
     }
@@ -85,7 +87,8 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
     strangers = sorted(state.keys() ^ result.state_dict().keys())
     if strangers:
         raise UserError(
-            f"the config of this {type(transformer).__name__} does not account for {strangers[0]} and {len(strangers) - 1} more; "
+            f"the config of this {type(transformer).__name__} does not account for {strangers[0]} and "
+            f"{len(strangers) - 1} more; "
             "load it again, or unload adapters and unfuse projections before cutting"
         )
     result.load_state_dict(state, assign=True)
@@ -103,14 +106,19 @@ def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) 
         if block_id not in existing:
             ends = {stack.short: len(blocks_of(transformer, stack)) - 1 for stack in anatomy.stacks}
             counts = ", ".join(f"{name}: 0-{end}" for name, end in ends.items() if end >= 0)
-            raise UserError(f"there is no block {short.get(block_id.stack, block_id.stack)}:{block_id.index}; this model has {counts}")
+            raise UserError(
+                f"there is no block {short.get(block_id.stack, block_id.stack)}:{block_id.index}; this model has "
+                f"{counts}"
+            )
     check_count(len(dropped), len(existing))
     kept = Counter(block_id.stack for block_id in existing if block_id not in dropped)
     for field, stacks in tied(transformer, anatomy).items():
         left = {stack.short: kept[stack.attribute] for stack in stacks}
         if len(set(left.values())) > 1:
             counts = ", ".join(f"{name}: {count}" for name, count in left.items())
-            raise UserError(f"{' and '.join(left)} have one count, {field}; drop equally many of each (left would be {counts})")
+            raise UserError(
+                f"{' and '.join(left)} have one count, {field}; drop equally many of each (left would be {counts})"
+            )
 
 
 def check_count(drops: int, blocks: int) -> None:
@@ -137,7 +145,11 @@ def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: 
     """Blocks that `cut` is told to drop, in either way."""
     if isinstance(drop, Mapping):
         attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
-        return {BlockId(stack=attributes.get(name, name), index=index) for name, indices in drop.items() for index in indices}
+        return {
+            BlockId(stack=attributes.get(name, name), index=index)
+            for name, indices in drop.items()
+            for index in indices
+        }
     return set(drop)
 
 

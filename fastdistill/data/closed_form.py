@@ -48,9 +48,14 @@ class GaussianMixture(nn.Module):
         super().__init__()
         components, dimensions = means.shape
         labels = torch.arange(components) if labels is None else labels
-        if weights.shape != (components,) or covariances.shape != (components, dimensions, dimensions) or labels.shape != (components,):
+        if (
+            weights.shape != (components,)
+            or covariances.shape != (components, dimensions, dimensions)
+            or labels.shape != (components,)
+        ):
             raise ValueError(
-                f"{components} components of {dimensions} dimensions need as many weights, labels and covariances, got shapes "
+                f"{components} components of {dimensions} dimensions need as many weights, labels and covariances, "
+                "got shapes "
                 f"{tuple(weights.shape)}, {tuple(labels.shape)} and {tuple(covariances.shape)}"
             )
         variances, axes = torch.linalg.eigh(covariances)
@@ -97,7 +102,9 @@ class GaussianMixture(nn.Module):
     def covariance(self) -> Tensor:
         """Covariance of the mixture (D, D), within the components and between them."""
         weights, centred = self.log_weights.exp(), self.means - self.mean()
-        return torch.einsum("k,kij->ij", weights, self.covariances) + torch.einsum("k,ki,kj->ij", weights, centred, centred)
+        return torch.einsum("k,kij->ij", weights, self.covariances) + torch.einsum(
+            "k,ki,kj->ij", weights, centred, centred
+        )
 
     def draw(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw `count` points (count, D) and their labels (count,)."""
@@ -108,7 +115,9 @@ class GaussianMixture(nn.Module):
 
     def responsibilities(self, x_0: Tensor) -> Tensor:
         """Posterior weight of each component (B, K) at points of the data (B, D)."""
-        return self._posterior(x_0, torch.ones_like(x_0[:, :1]), torch.zeros_like(x_0[:, :1]), None).responsibilities.to(x_0.dtype)
+        return self._posterior(
+            x_0, torch.ones_like(x_0[:, :1]), torch.zeros_like(x_0[:, :1]), None
+        ).responsibilities.to(x_0.dtype)
 
     def log_density(self, x_t: Tensor, t: Tensor, process: Process, labels: Tensor | None = None) -> Tensor:
         """Log density `log p_t(x_t | label)` (B,) in nats, for `x_t` (B, D) and `t` (B,).
@@ -119,7 +128,9 @@ class GaussianMixture(nn.Module):
         alpha, sigma = self._schedule(process, t, x_t)
         return self._posterior(x_t, alpha, sigma, labels).log_density.to(x_t.dtype)
 
-    def predict(self, x_t: Tensor, t: Tensor, process: Process, prediction: Prediction, labels: Tensor | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, process: Process, prediction: Prediction, labels: Tensor | None = None
+    ) -> Tensor:
         """Exact conditional mean of any `prediction` (B, D).
 
         A network that is trained to the end returns this mean. It is defined wherever `process` and
@@ -173,7 +184,9 @@ class GaussianMixture(nn.Module):
             return self.log_weights[None]
         left = (labels[:, None] == self.labels) | (labels[:, None] == self.null_label)
         if not bool(left.any(dim=1).all()):
-            raise ValueError(f"labels go from 0 to {self.null_label}, the null label, got {labels.min()} to {labels.max()}")
+            raise ValueError(
+                f"labels go from 0 to {self.null_label}, the null label, got {labels.min()} to {labels.max()}"
+            )
         return torch.log_softmax(self.log_weights.masked_fill(~left, -math.inf), dim=1)
 
 
@@ -205,7 +218,9 @@ class ExactTeacher(nn.Module):
         """
 
         def of(condition: Tensor | None) -> Predictor:
-            return Predictor(function=lambda x_t, t: self(x_t, t, condition), process=self.process, prediction=self.prediction)
+            return Predictor(
+                function=lambda x_t, t: self(x_t, t, condition), process=self.process, prediction=self.prediction
+            )
 
         if isinstance(scale, float) and scale == 1:
             return of(labels)

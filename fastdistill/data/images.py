@@ -35,7 +35,8 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, and their captions as .txt files of the same names"
+            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, and their captions as .txt "
+            "files of the same names"
         )
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
@@ -43,7 +44,8 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
     bare = [path for path in paths if not path.with_suffix(".txt").is_file()]
     if 0 < len(bare) < len(paths):
         raise UserError(
-            f"{bare[0]} and {len(bare) - 1} more of {len(paths)} images have no caption; write it to {bare[0].with_suffix('.txt').name}, "
+            f"{bare[0]} and {len(bare) - 1} more of {len(paths)} images have no caption; write it to "
+            f"{bare[0].with_suffix('.txt').name}, "
             "or remove all captions to use the empty prompt"
         )
     count = min(at_most, len(paths))
@@ -68,7 +70,12 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as image:
             # A camera says which side is up in a tag.
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise on damaged files
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:  # what Pillow's readers raise on damaged files
         raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
 
 

@@ -19,8 +19,8 @@ class LatentBatch:
     conditioning: Any
     """`Conditioning` of text-to-image models; class labels (B,) of toy networks, or None."""
     shared: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Values that the roles of a step leave for each other, such as the sample that they judge. They
-    go with the batch."""
+    """Values that the roles of a step leave for each other, such as the sample that they judge.
+    They go with the batch."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -46,7 +46,10 @@ class LatentPool:
 
     def __post_init__(self) -> None:
         if self.latents.shape[0] != self.prompts.shape[0] or self.latents.shape[0] == 0:
-            raise ValueError(f"a pool needs one prompt per latent and at least one: {self.latents.shape[0]} and {self.prompts.shape[0]}")
+            raise ValueError(
+                f"a pool needs one prompt per latent and at least one: {self.latents.shape[0]} and "
+                f"{self.prompts.shape[0]}"
+            )
 
     def batch(self, size: int, generator: torch.Generator) -> LatentBatch:
         """Draw `size` latents with replacement."""
@@ -54,4 +57,6 @@ class LatentPool:
         dropped = torch.rand(size, generator=generator) < self.dropout
         prompts = torch.where(dropped, len(self.conditioning) - 1, self.prompts[rows])
         device = self.conditioning.prompt_embeds.device
-        return LatentBatch(latents=self.latents[rows].float().to(device), conditioning=self.conditioning[prompts.to(device)])
+        return LatentBatch(
+            latents=self.latents[rows].float().to(device), conditioning=self.conditioning[prompts.to(device)]
+        )

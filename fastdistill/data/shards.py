@@ -40,7 +40,9 @@ def cached_shards(
         earlier = json.loads(recorded.read_text())
         changed = sorted(name for name in current.keys() | earlier.keys() if current.get(name) != earlier.get(name))
         if changed:
-            raise UserError(f"{folder} holds pairs of another {', '.join(changed)}: use the recorded values, or another folder")
+            raise UserError(
+                f"{folder} holds pairs of another {', '.join(changed)}: use the recorded values, or another folder"
+            )
     else:
         write_json(recorded, current)
     parts = []

@@ -132,9 +132,15 @@ class _Maker:
         times = self._run(torch.zeros(1, dtype=torch.long))[1].float().cpu() if images else None
         parts = []
         for rows in torch.arange(len(self.prompts)).split(batch):
-            parts.append(self._sampled(rows) if times is None else self._encoded([images[row] for row in rows.tolist()], rows, times))
+            parts.append(
+                self._sampled(rows)
+                if times is None
+                else self._encoded([images[row] for row in rows.tolist()], rows, times)
+            )
             tick(len(rows))
-        return {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {"times": parts[0]["times"]}
+        return {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {
+            "times": parts[0]["times"]
+        }
 
     def _run(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         conditioning, device = self.conditioning, self.conditioning.prompt_embeds.device
@@ -156,13 +162,21 @@ class _Maker:
     def _encoded(self, images: Sequence[Captioned], rows: Tensor, times: Tensor) -> dict[str, Tensor]:
         dtype, noise = self.conditioning.prompt_embeds.dtype, self.choices.noise[rows]
         height, width = (side * self.pipeline.vae_scale_factor for side in noise.shape[2:])
-        x_0 = self.family.encode_images(self.pipeline, torch.stack([pixels(image, height, width) for image in images])).float().cpu()
+        x_0 = (
+            self.family.encode_images(self.pipeline, torch.stack([pixels(image, height, width) for image in images]))
+            .float()
+            .cpu()
+        )
         x_t = RectifiedFlow().add_noise(x_0, noise, times[self.choices.steps[rows]])
         return {"x_t": x_t.to(dtype), "latents": x_0.to(dtype), "times": times}
 
 
 def trajectories(
-    source: Source, options: TrajectoryOptions, *, cache: Path | None = None, tick: Callable[[int], None] = lambda _: None
+    source: Source,
+    options: TrajectoryOptions,
+    *,
+    cache: Path | None = None,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> Trajectories:
     """Sample `count` images in `steps` steps, or read the images from `cache` if it is there.
 
@@ -203,14 +217,18 @@ def trajectories(
     )
 
 
-def encode_prompts(prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int) -> Conditioning:
+def encode_prompts(
+    prompts: Sequence[str], pipeline: Any, family: Family, sampling: SamplingDefaults, batch: int
+) -> Conditioning:
     """Conditioning of `prompts`, in batches.
 
     At FLUX.1-dev's size the text encoder's activations of hundreds of prompts do not fit in memory.
     """
     return Conditioning.cat(
         [
-            family.encode_prompts(pipeline, list(prompts[start : start + batch]), sampling.guidance_scale, sampling.max_sequence_length)
+            family.encode_prompts(
+                pipeline, list(prompts[start : start + batch]), sampling.guidance_scale, sampling.max_sequence_length
+            )
             for start in range(0, len(prompts), batch)
         ]
     )

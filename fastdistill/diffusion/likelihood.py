@@ -39,7 +39,9 @@ def log_likelihood(
         raise ValueError(f"times must rise, from data to noise, got {times.tolist()}")
     dimensions = x[0].numel()
     if probes is None:
-        directions = torch.eye(dimensions, device=x.device, dtype=x.dtype).view(dimensions, 1, *x.shape[1:]).expand(-1, *x.shape)
+        directions = (
+            torch.eye(dimensions, device=x.device, dtype=x.dtype).view(dimensions, 1, *x.shape[1:]).expand(-1, *x.shape)
+        )
     else:
         rng = rng if rng is not None else torch.Generator().manual_seed(0)
         signs = torch.randint(2, (probes, *x.shape), generator=rng, device=rng.device)

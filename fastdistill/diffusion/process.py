@@ -202,7 +202,11 @@ class LinearVariancePreserving(VariancePreserving):
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         integral = softplus(-log_snr)
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral))
+        return (
+            2
+            * integral
+            / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral))
+        )
 
     def _integral(self, t: Tensor) -> Tensor:
         return t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)

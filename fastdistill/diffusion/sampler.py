@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from torch import Tensor
 
 from fastdistill.diffusion import schedulers, solvers
@@ -50,7 +56,9 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def sample(predictor: Predictor, noise: Tensor, times: Tensor, *, sampler: str, rng: torch.Generator | None = None) -> Tensor:
+def sample(
+    predictor: Predictor, noise: Tensor, times: Tensor, *, sampler: str, rng: torch.Generator | None = None
+) -> Tensor:
     """Samples (B, ...) of the data from standard normal `noise` (B, ...), by one of `SAMPLERS`.
 
     Args:

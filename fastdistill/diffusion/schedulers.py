@@ -103,7 +103,8 @@ def _time(process: Process, alpha: Tensor, sigma: Tensor) -> Tensor:
     t = process.time_of_log_snr(2 * (alpha.log() - sigma.log()))
     if not -TIME_SLACK <= float(t) <= 1 + TIME_SLACK:
         raise ValueError(
-            f"the scheduler visits alpha = {float(alpha):g}, sigma = {float(sigma):g}, which {type(process).__name__} does not reach: "
+            f"the scheduler visits alpha = {float(alpha):g}, sigma = {float(sigma):g}, which "
+            f"{type(process).__name__} does not reach: "
             "give it the sigmas or betas of the process"
         )
     return t.clamp(0, 1)
@@ -142,7 +143,9 @@ def betas(process: Process, times: Tensor) -> list[float]:
 def discrete(kind: type, process: Process, times: Tensor, **options: Any) -> Any:
     """Scheduler of discrete betas that visits exactly `times` (steps,), ready to `run`."""
     # "trailing" visits every row of a table with as many rows as steps, in every kind.
-    scheduler = kind(num_train_timesteps=len(times), trained_betas=betas(process, times), timestep_spacing="trailing", **options)
+    scheduler = kind(
+        num_train_timesteps=len(times), trained_betas=betas(process, times), timestep_spacing="trailing", **options
+    )
     scheduler.set_timesteps(len(times))
     return scheduler
 

@@ -61,7 +61,10 @@ def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torc
     process = predictor.process
     drift, diffusion_squared = process.drift(times.double()), process.diffusion_squared(times.double())
     if not bool(drift[:-1].isfinite().all()):
-        raise ValueError(f"the SDE of {type(process).__name__} is infinite where alpha = 0: start it later than t = {float(times[0]):g}")
+        raise ValueError(
+            f"the SDE of {type(process).__name__} is infinite where alpha = 0: start it later than t = "
+            f"{float(times[0]):g}"
+        )
     x = _start(predictor, noise, times)
     for index, (t, t_next) in enumerate(pairwise(times)):
         f, g_squared, step = float(drift[index]), float(diffusion_squared[index]), float(t - t_next)
@@ -72,7 +75,13 @@ def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torc
 
 @torch.no_grad()
 def annealed_langevin(
-    predictor: Predictor, noise: Tensor, times: Tensor, rng: torch.Generator, *, corrections: int = 20, step_size: float = 0.4
+    predictor: Predictor,
+    noise: Tensor,
+    times: Tensor,
+    rng: torch.Generator,
+    *,
+    corrections: int = 20,
+    step_size: float = 0.4,
 ) -> Tensor:
     """Take `corrections` steps of Langevin dynamics at each time.
 
@@ -82,7 +91,10 @@ def annealed_langevin(
     which later levels forget.
     """
     process = predictor.process
-    sigmas, scales = process.sigma(times.double()), torch.hypot(process.alpha(times.double()), process.sigma(times.double()))
+    sigmas, scales = (
+        process.sigma(times.double()),
+        torch.hypot(process.alpha(times.double()), process.sigma(times.double())),
+    )
     x = _start(predictor, noise, times)
     for index, t in enumerate(times):
         if index:

@@ -73,7 +73,9 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def flux_shift(image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tuple[float, float] = (0.5, 1.15)) -> float:
+def flux_shift(
+    image_tokens: int, tokens: tuple[int, int] = (256, 4096), mu: tuple[float, float] = (0.5, 1.15)
+) -> float:
     """Shift that `FluxPipeline` gives an image of `image_tokens` tokens.
 
     It is `exp(mu)`, `mu` linear in the tokens. `mu` is 0.5 at 256 tokens (256 pixels squared) and

@@ -55,7 +55,9 @@ def build(config: DistillConfig, models: Models, *, shift: float = 1.0, uncondit
     """
     method, teacher, sampling = METHODS[config.method], models.teacher, models.sampling
     resolved = config.options.resolved(config.steps, config.training.training_steps)
-    options = dataclasses.replace(resolved, true_cfg_scale=sampling.true_cfg_scale, guidance_scale=sampling.guidance_scale)
+    options = dataclasses.replace(
+        resolved, true_cfg_scale=sampling.true_cfg_scale, guidance_scale=sampling.guidance_scale
+    )
     if models.student is not None:
         _check_interface(teacher, models.student)
     student = copy.deepcopy(teacher if models.student is None else models.student).float()
@@ -107,9 +109,13 @@ def plan(config: DistillConfig) -> str:
 def _check_interface(teacher: Any, student: Any) -> None:
     if type(teacher) is not type(student):
         raise UserError(
-            f"the teacher is a {type(teacher).__name__} and the student a {type(student).__name__}; give a --student of its class"
+            f"the teacher is a {type(teacher).__name__} and the student a {type(student).__name__}; give a --student "
+            "of its class"
         )
     for name in INTERFACE:
         wanted, found = teacher.config.get(name), student.config.get(name)
         if wanted != found:
-            raise UserError(f"the teacher has {name} {wanted} and the student {found}; give a --student that takes what the teacher does")
+            raise UserError(
+                f"the teacher has {name} {wanted} and the student {found}; give a --student that takes what the "
+                "teacher does"
+            )

@@ -99,7 +99,9 @@ class DistillConfig(JobConfig):
     scheduler, of a dynamic one at the size to sample at."""
 
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
-    training: Annotated[StudentTrainingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=StudentTrainingOptions)
+    training: Annotated[StudentTrainingOptions, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=StudentTrainingOptions
+    )
     watch: Annotated[WatchOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=WatchOptions)
     options: Annotated[MethodOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=MethodOptions)
 
@@ -109,9 +111,14 @@ class DistillConfig(JobConfig):
         check_known("method", self.method, METHODS)
         positive(self, "shift")
         if self.run.images and self.options.training_data == "pairs":
-            raise UserError(f"{self.method} trains on pairs of noise and what the teacher draws from it: leave out --images")
+            raise UserError(
+                f"{self.method} trains on pairs of noise and what the teacher draws from it: leave out --images"
+            )
         if self.run.images and self.options.training_data == "prompts":
-            raise UserError(f"{self.method} with these options trains on prompts and no images: leave out --images, or give --prompts")
+            raise UserError(
+                f"{self.method} with these options trains on prompts and no images: leave out --images, or give "
+                "--prompts"
+            )
         self.options.resolved(self.steps, self.training.training_steps)
 
     @property
@@ -132,12 +139,18 @@ def config_of(arguments: Sequence[str]) -> type[DistillConfig]:
     method = METHODS[name]
     groups: dict[str, type] = {"training": StudentTrainingOptions, "watch": WatchOptions, "options": method.Options}
     fields: list[tuple[str, Any, Any]] = [
-        (group, Annotated[options, tyro.conf.OmitArgPrefixes], field(default_factory=_with_defaults(options, method.command_defaults)))
+        (
+            group,
+            Annotated[options, tyro.conf.OmitArgPrefixes],
+            field(default_factory=_with_defaults(options, method.command_defaults)),
+        )
         for group, options in groups.items()
     ]
     described = f"{method.Options.__doc__}\n\n{inspect.cleandoc(DistillConfig.__doc__ or '')}"
     namespace = {"__module__": __name__, "__doc__": described}
-    return dataclasses.make_dataclass("DistillConfig", fields, bases=(DistillConfig,), namespace=namespace, frozen=True, kw_only=True)
+    return dataclasses.make_dataclass(
+        "DistillConfig", fields, bases=(DistillConfig,), namespace=namespace, frozen=True, kw_only=True
+    )
 
 
 def _with_defaults(options: Any, defaults: Any) -> Callable[[], Any]:

@@ -38,7 +38,13 @@ from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
 
-WATCHED = ("frechet_distance_to_reference", "frechet_distance", "background_total_variation", "background_purity", "caption_accuracy")
+WATCHED = (
+    "frechet_distance_to_reference",
+    "frechet_distance",
+    "background_total_variation",
+    "background_purity",
+    "caption_accuracy",
+)
 """Measurements while training. The first decides: every model has it, and images of the same
 prompts and noise differ less by chance than fresh ones."""
 WATCH_SEEDS = 1000
@@ -66,14 +72,21 @@ class FewStepStudent(Job[DistillConfig]):
         return plan(config)
 
     def check(self) -> None:
-        student = load(self.config.student, self.config.run.device).pipeline.transformer if self.config.student else None
+        student = (
+            load(self.config.student, self.config.run.device).pipeline.transformer if self.config.student else None
+        )
         self.models = Models(teacher=self.teacher, student=student, sampling=self.sampling)
         bare = build(self.config, self.models.without_weights())
         memory, checkpoints = training_bytes(bare, training(self.config, bare))
         shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
         require_disk(self.output, checkpoints + 2 * self.config.data.num_images * prod(shape) * torch.float32.itemsize)
         remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
-        require_memory(self.pipeline.device, memory, f"{self.config.method}, in addition to the teacher and without activations,", remedy)
+        require_memory(
+            self.pipeline.device,
+            memory,
+            f"{self.config.method}, in addition to the teacher and without activations,",
+            remedy,
+        )
 
     def run(self) -> None:
         self.method = self.build()
@@ -82,7 +95,9 @@ class FewStepStudent(Job[DistillConfig]):
         watched = self.watch_teachers()
         trainer = self.train(conditioning, batches)
         student = self.save()
-        evaluation["student"] = self.measured("student", student, scheduler=self.scheduler, sampling=self.student_sampling)
+        evaluation["student"] = self.measured(
+            "student", student, scheduler=self.scheduler, sampling=self.student_sampling
+        )
         self.hand_over(trainer.run)
         draw_curves(self.output / "metrics.jsonl", self.output / "curves.png", watched)
         self.write(
@@ -112,15 +127,23 @@ class FewStepStudent(Job[DistillConfig]):
     def student_sampling(self) -> SamplingDefaults:
         """Sampling of the student: guidance is in its weights, or an input."""
         sampling, scale = self.sampling, self.sampling.guidance_scale
-        if self.config.options.guidance_range is not None and embeds_guidance(self.method.student.network) and sampling.true_cfg_scale != 1:
+        if (
+            self.config.options.guidance_range is not None
+            and embeds_guidance(self.method.student.network)
+            and sampling.true_cfg_scale != 1
+        ):
             scale = sampling.true_cfg_scale
-        return dataclasses.replace(sampling, num_inference_steps=self.config.steps, true_cfg_scale=1.0, guidance_scale=scale)
+        return dataclasses.replace(
+            sampling, num_inference_steps=self.config.steps, true_cfg_scale=1.0, guidance_scale=scale
+        )
 
     @cached_property
     def teachers(self) -> dict[str, SamplingDefaults]:
         steps, found = self.config.steps, {"teacher": self.sampling}
         if steps != self.sampling.num_inference_steps:
-            found[f"teacher, {steps} step{'s' if steps > 1 else ''}"] = dataclasses.replace(self.sampling, num_inference_steps=steps)
+            found[f"teacher, {steps} step{'s' if steps > 1 else ''}"] = dataclasses.replace(
+                self.sampling, num_inference_steps=steps
+            )
         return found
 
     @cached_property
@@ -167,11 +190,15 @@ class FewStepStudent(Job[DistillConfig]):
         watching: dict[str, Any] = {}
         if watch.watch_every:
             watching = {
-                "evaluation": Evaluation(evaluate=self.measure, every=watch.watch_every, monitor=WATCHED[0], patience=watch.patience),
+                "evaluation": Evaluation(
+                    evaluate=self.measure, every=watch.watch_every, monitor=WATCHED[0], patience=watch.patience
+                ),
                 "observers": [SampleGrid(every=watch.watch_every, draw=self._sample_rows(conditioning))],
             }
         with self.clock("train"), ExitStack() as stack:
-            trainer = Trainer(method, batches, training(self.config, method), self.workspace.work / "training", **watching)
+            trainer = Trainer(
+                method, batches, training(self.config, method), self.workspace.work / "training", **watching
+            )
             for role, network in method.networks.items():
                 if role != "discriminator":
                     stack.enter_context(patched(network))
@@ -197,7 +224,10 @@ class FewStepStudent(Job[DistillConfig]):
     def calls(self) -> dict[str, int]:
         """Calls of a network for one image, by model."""
         guided = 2 if self.sampling.true_cfg_scale > 1 else 1
-        return {**{name: guided * how.num_inference_steps for name, how in self.teachers.items()}, "student": self.config.steps}
+        return {
+            **{name: guided * how.num_inference_steps for name, how in self.teachers.items()},
+            "student": self.config.steps,
+        }
 
     def write(self, outcome: Outcome) -> None:
         record = self.record(
@@ -209,7 +239,9 @@ class FewStepStudent(Job[DistillConfig]):
             }
         )
         text = report(record, example=self.prompts[0], output=self.output)
-        self.finish(record, text, f"{outcome.calls['teacher']} -> {outcome.calls['student']} calls of the network for an image")
+        self.finish(
+            record, text, f"{outcome.calls['teacher']} -> {outcome.calls['student']} calls of the network for an image"
+        )
 
     def _encode_images(self) -> tuple[Conditioning, BatchSource]:
         options = self.config.data
@@ -232,7 +264,9 @@ class FewStepStudent(Job[DistillConfig]):
     def _no_images(self, conditioning: Conditioning) -> BatchSource:
         shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
         blank = torch.zeros(()).expand(len(conditioning), *shape)
-        pool = LatentPool(latents=blank, prompts=torch.arange(len(conditioning)), conditioning=conditioning, dropout=0.0)
+        pool = LatentPool(
+            latents=blank, prompts=torch.arange(len(conditioning)), conditioning=conditioning, dropout=0.0
+        )
         return lambda step, rng: pool.batch(self.config.training.batch, rng)
 
     def _draw_pairs(self, conditioning: Conditioning) -> BatchSource:
@@ -241,7 +275,11 @@ class FewStepStudent(Job[DistillConfig]):
             pairs = teacher_pairs(
                 self.method,
                 options.teacher_cache or self.workspace.work / "pairs",
-                PairOptions(count=options.num_images, steps=options.image_steps or self.sampling.num_inference_steps, batch=batch),
+                PairOptions(
+                    count=options.num_images,
+                    steps=options.image_steps or self.sampling.num_inference_steps,
+                    batch=batch,
+                ),
                 conditioning=conditioning,
                 shape=self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width),
                 seed=self.config.run.seed,
@@ -257,7 +295,9 @@ class FewStepStudent(Job[DistillConfig]):
         count = min(GRID_IMAGES, len(conditioning))
         rows = torch.arange(count) * len(conditioning) // count
         shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
-        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.config.run.seed)).to(conditioning.prompt_embeds)
+        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.config.run.seed)).to(
+            conditioning.prompt_embeds
+        )
         start = Start(noise=noise, conditioning=conditioning[rows.to(noise.device)])
         grid = SampleRows(self.method, self.pipeline, self.scheduler, start)
 
@@ -270,4 +310,6 @@ class FewStepStudent(Job[DistillConfig]):
     def _mixed(self) -> torch.autocast:
         """Autocast for a student in float32 within a pipeline in bfloat16, which hands its dtype to
         the student."""
-        return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.teacher.dtype != torch.float32)
+        return torch.autocast(
+            self.teacher.device.type, dtype=torch.bfloat16, enabled=self.teacher.dtype != torch.float32
+        )

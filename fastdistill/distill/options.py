@@ -33,7 +33,9 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         if self.guidance_range is not None and not self.guidance_range[0] <= self.guidance_range[1]:
-            raise UserError(f"--guidance-range goes from low to high, got {self.guidance_range[0]:g} to {self.guidance_range[1]:g}")
+            raise UserError(
+                f"--guidance-range goes from low to high, got {self.guidance_range[0]:g} to {self.guidance_range[1]:g}"
+            )
 
     @property
     def training_data(self) -> TrainingData:
@@ -82,7 +84,9 @@ class MatchingOptions(MethodOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.time_low < self.time_high <= 1:
-            raise UserError(f"--time-low and --time-high: 0 <= low < high <= 1, got {self.time_low:g} and {self.time_high:g}")
+            raise UserError(
+                f"--time-low and --time-high: 0 <= low < high <= 1, got {self.time_low:g} and {self.time_high:g}"
+            )
         if self.critic_learning_rate is not None and self.critic_learning_rate <= 0:
             raise UserError(f"--critic-learning-rate must be positive, got {self.critic_learning_rate:g}")
 

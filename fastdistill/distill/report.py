@@ -84,6 +84,10 @@ def report(record: Mapping[str, Any], *, example: str, output: Path) -> str:
     }[record["training_data"]]
     if record["images"]:
         material = f"{record['images']} images of {config['images']}"
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(REPORT + CLOSING)
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
+        REPORT + CLOSING
+    )
     measured = rows(list(record["evaluation"].values()))
-    return template.render(**{**record, "measured": measured, "material": material, "example": example, "output": output})
+    return template.render(
+        **{**record, "measured": measured, "material": material, "example": example, "output": output}
+    )

@@ -65,7 +65,9 @@ class Gallery:
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
         reference = None if name == self.reference else self._images(self.reference)
-        image_set = ImageSet(prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch)
+        image_set = ImageSet(
+            prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch
+        )
         transformer = pipeline.transformer
         # A transformer in training may be patched already.
         patching = nullcontext() if is_patched(transformer) else patched(transformer)

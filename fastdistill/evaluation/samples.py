@@ -44,7 +44,8 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> 
     """
     if first.shape != second.shape:
         raise ValueError(
-            f"sorted points are paired one to one: the sets need one shape, got {tuple(first.shape)} and {tuple(second.shape)}"
+            f"sorted points are paired one to one: the sets need one shape, got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}"
         )
     onto = directions(projections, first.shape[1])
     a, b = ((onto @ points.double().T).sort(dim=1).values for points in (first, second))
@@ -72,7 +73,10 @@ def energy_distance(first: Tensor, second: Tensor) -> float:
 def _sum_of_distances(first: Tensor, second: Tensor) -> float:
     # By differences: the product form, which is cdist's for large sets, cancels where points are
     # close.
-    return sum(float(torch.cdist(rows, second, compute_mode="donot_use_mm_for_euclid_dist").sum()) for rows in first.split(ROWS))
+    return sum(
+        float(torch.cdist(rows, second, compute_mode="donot_use_mm_for_euclid_dist").sum())
+        for rows in first.split(ROWS)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,4 +38,7 @@ def summarise(evaluation: Mapping[str, Mapping[str, Any]], output: Path, console
         if headline and all(value is not None for value in values.values()):
             line = f"{label}: " + "; ".join(f"{name} {form.format(value)}" for name, value in values.items())
             console.print(line, soft_wrap=True)
-    console.print(f"model:    {output / 'model'}\nimages:   {output / 'grid.png'}\nreport:   {output / 'report.md'}", soft_wrap=True)
+    console.print(
+        f"model:    {output / 'model'}\nimages:   {output / 'grid.png'}\nreport:   {output / 'report.md'}",
+        soft_wrap=True,
+    )

@@ -16,7 +16,11 @@ def blocks_of(network: nn.Module, stack: Stack) -> list[nn.Module]:
 
 def block_ids(network: nn.Module, anatomy: HasStacks) -> list[BlockId]:
     """Names of all blocks in the order of the forward pass."""
-    return [BlockId(stack=stack.attribute, index=index) for stack in anatomy.stacks for index in range(len(blocks_of(network, stack)))]
+    return [
+        BlockId(stack=stack.attribute, index=index)
+        for stack in anatomy.stacks
+        for index in range(len(blocks_of(network, stack)))
+    ]
 
 
 def block(network: nn.Module, block_id: BlockId) -> nn.Module:

@@ -42,7 +42,9 @@ def with_guidance_embedder(transformer: Any) -> Any:
     if embeds_guidance(transformer):
         raise UserError("this transformer embeds guidance already; train it as it is")
     if "guidance_embeds" not in transformer.config or not hasattr(transformer, "time_text_embed"):
-        raise UserError(f"{type(transformer).__name__} has no variant that embeds guidance; give a FluxTransformer2DModel")
+        raise UserError(
+            f"{type(transformer).__name__} has no variant that embeds guidance; give a FluxTransformer2DModel"
+        )
     # Built without memory, and filled below: at FLUX.1's size random weights of a second model
     # would be 24 GB for nothing.
     with init_empty_weights():
@@ -50,7 +52,9 @@ def with_guidance_embedder(transformer: Any) -> Any:
     state = dict(transformer.state_dict())
     for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"):
         time = state[f"time_text_embed.timestep_embedder.{name}"]
-        state[f"time_text_embed.guidance_embedder.{name}"] = time if name.startswith("linear_1") else torch.zeros_like(time)
+        state[f"time_text_embed.guidance_embedder.{name}"] = (
+            time if name.startswith("linear_1") else torch.zeros_like(time)
+        )
     # Cloned, as the owner of the source may go on to train it.
     sibling.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return sibling.train(transformer.training)

@@ -81,7 +81,9 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = earlier
 
 
-def one_out(network: nn.Module, family: Family, blocks: Sequence[BlockId], run: Callable[[], Result], first: int = 0) -> Iterator[Result]:
+def one_out(
+    network: nn.Module, family: Family, blocks: Sequence[BlockId], run: Callable[[], Result], first: int = 0
+) -> Iterator[Result]:
     """Yield `run()` without each one of `blocks[first:]` in turn.
 
     A run without block i differs from a run of the whole network only after block i, and starts

@@ -86,13 +86,17 @@ def load(model: str, device: str | None = None) -> Loaded:
     if local:
         _check_folder(folder)
     elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"there is no folder {model}; give a FLUX pipeline's folder, a hub id such as owner/name, or {EMBEDDED!r}")
+        raise UserError(
+            f"there is no folder {model}; give a FLUX pipeline's folder, a hub id such as owner/name, or {EMBEDDED!r}"
+        )
     quiet()
     from diffusers import DiffusionPipeline
 
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder if local else model, dtype=dtype_on(device))
-    except Exception as error:  # diffusers, transformers, tokenizers and safetensors each raise their own on a damaged file
+    except (
+        Exception
+    ) as error:  # diffusers, transformers, tokenizers and safetensors each raise their own on a damaged file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
     _check_class(type(pipeline).__name__, type(getattr(pipeline, "transformer", None)).__name__, model)
@@ -138,20 +142,25 @@ def quiet() -> None:
 def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that save_pretrained wrote")
+        raise UserError(
+            f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that save_pretrained wrote"
+        )
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON; get a sound copy of the pipeline") from error
     transformer = entries.get("transformer")
     _check_class(
-        entries.get("_class_name", "a pipeline without a class"), transformer[1] if isinstance(transformer, list) else None, str(folder)
+        entries.get("_class_name", "a pipeline without a class"),
+        transformer[1] if isinstance(transformer, list) else None,
+        str(folder),
     )
     parts = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0]]
     missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise UserError(
-            f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of the pipeline"
+            f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of "
+            "the pipeline"
         )
     if not (folder / "transformer" / "config.json").is_file():
         raise UserError(f"{folder}: transformer has no config.json; get a complete copy of the pipeline")
@@ -173,7 +182,9 @@ def _check_weight_files(part: Path) -> None:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not the index of a model's weights; get a sound copy of the pipeline") from error
+            raise UserError(
+                f"{index} is not the index of a model's weights; get a sound copy of the pipeline"
+            ) from error
         if shards <= files:
             return
         lost += sorted(shards - files)
@@ -184,7 +195,11 @@ def _check_weight_files(part: Path) -> None:
 
 def _check_class(name: str, transformer: str | None, model: str) -> None:
     if name not in PIPELINES:
-        from_python = f". Its {transformer} can be cut from Python, with fastdistill.compress.cut" if transformer in FAMILIES else ""
+        from_python = (
+            f". Its {transformer} can be cut from Python, with fastdistill.compress.cut"
+            if transformer in FAMILIES
+            else ""
+        )
         raise UserError(f"{model} is a {name}; supported: {', '.join(PIPELINES)}{from_python}")
 
 

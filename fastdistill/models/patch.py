@@ -47,7 +47,9 @@ class Patches:
         device, dtype = parameter.device, parameter.dtype
         request = fusions.backend or requested()
         self.operators = {name: choose(name, request, device.type, dtype) for name in FUSED_OPERATORS}
-        self.attention = choose_attention(device, dtype, needs_grad=True) if fusions.attention == "auto" else fusions.attention
+        self.attention = (
+            choose_attention(device, dtype, needs_grad=True) if fusions.attention == "auto" else fusions.attention
+        )
 
     def _replace(self, module: nn.Module, patch: Patch) -> None:
         stock = type(module).forward
@@ -86,7 +88,9 @@ class Patches:
     def __enter__(self) -> Patches:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.undo()
 
     def __str__(self) -> str:
@@ -100,9 +104,9 @@ class Patches:
 def patched(model: nn.Module, *, backend: Request | None = None, attention: str = "auto") -> Patches:
     """Run the blocks of a diffusers transformer on fused operators, in inference and training.
 
-    `with patched(transformer) as report: ...` undoes it at the end of the block.
-    `report = patched(transformer)` keeps it until `report.undo()`. `print(report)` says what runs on
-    which backend.
+    `with patched(transformer) as report: ...` undoes it at the end of the block. `report =
+    patched(transformer)` keeps it until `report.undo()`. `print(report)` says what runs on which
+    backend.
 
     Gradient checkpointing, torch.compile, LoRA, fused projections, masks, ControlNet and IP-Adapter
     work as on the stock model. A call that cannot be fused runs as the module's class does, and the

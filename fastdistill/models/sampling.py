@@ -53,7 +53,9 @@ class SamplingDefaults:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             names = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise UserError(f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted") from error
+            raise UserError(
+                f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted"
+            ) from error
 
     def replaced(self, options: Any) -> SamplingDefaults:
         """Defaults with the values of equally named attributes of `options` that are not None."""

@@ -26,7 +26,9 @@ def swapped(pipeline: Any, transformer: nn.Module, scheduler: Any = None) -> Ite
         pipeline.transformer, pipeline.scheduler = earlier
 
 
-def save(pipeline: Any, transformer: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]) -> None:
+def save(
+    pipeline: Any, transformer: nn.Module, folder: Path, sampling: SamplingDefaults, prompts: Sequence[str]
+) -> None:
     """Write the pipeline with `transformer`, sampling defaults and prompts, whole or not at all.
 
     An existing `folder` stays as it is.

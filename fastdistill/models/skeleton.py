@@ -37,7 +37,8 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
     if path is None:
         if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
             raise UserError(
-                f"there is no config.json in {model} or its folder transformer; give a pipeline's folder, its transformer's config.json, "
+                f"there is no config.json in {model} or its folder transformer; give a pipeline's folder, its "
+                "transformer's config.json, "
                 "or a hub id such as owner/name"
             )
         path = _from_hub(model)
@@ -65,4 +66,6 @@ def _from_hub(model: str) -> Path:
         return Path(hf_hub_download(model, "transformer/config.json"))
     except Exception as error:  # no network, no such repository, no permission: each library has its own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{model} is no folder here, and its config does not come from the hub: {first_line}") from error
+        raise UserError(
+            f"{model} is no folder here, and its config does not come from the hub: {first_line}"
+        ) from error

@@ -23,7 +23,9 @@ from fastdistill.ops.rows import check_contiguous, check_rows, contiguous_rows
 Activation = Literal["gelu_tanh", "swiglu"]
 
 
-def activation_concat(x: Tensor | None, y: Tensor, activation: Activation = "gelu_tanh", *, backend: Request | None = None) -> Tensor:
+def activation_concat(
+    x: Tensor | None, y: Tensor, activation: Activation = "gelu_tanh", *, backend: Request | None = None
+) -> Tensor:
     """`cat((x, act(y)), dim=-1)`, where nothing but the result is written.
 
     In the parallel blocks (ViT-22B, arXiv 2302.05442, section 2) that FLUX calls single blocks, one

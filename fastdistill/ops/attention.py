@@ -59,7 +59,9 @@ def attention_names() -> tuple[str, ...]:
     return tuple(member.value for member in AttentionBackendName)
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False) -> str:
+def choose_attention(
+    device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False
+) -> str:
     """Fastest attention backend of diffusers that can run here.
 
     `native`, PyTorch's own choice, where none is known to be faster. Each choice is logged once.
@@ -187,7 +189,9 @@ def _asked_of_diffusers() -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _resolved(attention: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int, masked: bool) -> Any:
+def _resolved(
+    attention: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int, masked: bool
+) -> Any:
     """Member of diffusers' enumeration, with its kernel downloaded if the kernel is on the hub."""
     from diffusers.models import attention_dispatch
     from diffusers.models.attention_dispatch import AttentionBackendName
@@ -198,7 +202,9 @@ def _resolved(attention: str, device: torch.device, dtype: torch.dtype, needs_gr
         raise ValueError(f"attention: expected auto or one of {', '.join(attention_names())}, got {attention!r}")
     reason = why_not_attention(attention, device, dtype, needs_grad, head_size, masked)
     if reason is not None:
-        able = [name for name in LIMITS if why_not_attention(name, device, dtype, needs_grad, head_size, masked) is None]
+        able = [
+            name for name in LIMITS if why_not_attention(name, device, dtype, needs_grad, head_size, masked) is None
+        ]
         raise RuntimeError(f"attention {attention!r} was asked for, but {reason}; here run {', '.join(able)}")
     backend = AttentionBackendName(attention)
     attention_dispatch._maybe_download_kernel_for_backend(backend)

@@ -163,12 +163,15 @@ class DmdLoss(Operator):
         "int normaliser, float eps, bool finite) -> (Tensor loss, Tensor factors)"
     )
     backward_schema = (
-        "(Tensor grad, Tensor cond, Tensor? uncond, Tensor critic, Tensor? mask, Tensor factors, float guidance, bool finite) -> Tensor"
+        "(Tensor grad, Tensor cond, Tensor? uncond, Tensor critic, Tensor? mask, Tensor factors, float guidance, "
+        "bool finite) -> Tensor"
     )
     # The normaliser is a constant of the gradient, and so is real - critic.
     is_derivative = False
 
-    def check(self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, *options: Any) -> None:
+    def check(
+        self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, *options: Any
+    ) -> None:
         if x.dim() < 1:
             raise ValueError(f"x: expected (B, ...), got {describe(x)}")
         for name, t in (("noise", noise), ("cond", cond), ("uncond", uncond), ("critic", critic)):
@@ -242,7 +245,9 @@ class DmdLoss(Operator):
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(grads[0], *ctx.saved_tensors, ctx.guidance, ctx.finite), *(None,) * 14
 
-    def bytes_moved(self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, *options: Any) -> tuple[int, int]:
+    def bytes_moved(
+        self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, *options: Any
+    ) -> tuple[int, int]:
         predictions = 2 if uncond is None else 3
         return (2 + predictions) * x.nbytes, (1 + predictions) * x.nbytes
 

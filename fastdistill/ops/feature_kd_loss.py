@@ -27,7 +27,9 @@ MIN_NORM = 1e-6
 MASK_SIGMAS = 2.0
 
 
-def feature_kd_loss(student: Tensor, teacher: Tensor, *, kind: FeatureKdKind = "relative_mse", backend: Request | None = None) -> Tensor:
+def feature_kd_loss(
+    student: Tensor, teacher: Tensor, *, kind: FeatureKdKind = "relative_mse", backend: Request | None = None
+) -> Tensor:
     """Distance of two sets of features, differentiable in the student's features.
 
     | `kind` | value | source |
@@ -110,7 +112,11 @@ class FeatureKdLoss(Operator):
         return 2 * student.nbytes, 3 * student.nbytes
 
     def cases(self) -> Sequence[Case]:
-        return tuple(Case(id=f"{kind}-{shapes.id}", make=partial(_arguments, shapes, kind)) for kind in KINDS for shapes in FEATURE_SHAPES)
+        return tuple(
+            Case(id=f"{kind}-{shapes.id}", make=partial(_arguments, shapes, kind))
+            for kind in KINDS
+            for shapes in FEATURE_SHAPES
+        )
 
     def workloads(self) -> Sequence[Case]:
         return tuple(Case(id=f"{kind}-{FLUX[-1].id}", make=partial(_arguments, FLUX[-1], kind)) for kind in KINDS)

@@ -69,7 +69,10 @@ def gated_residual_modulate(
 class GatedResidualModulate(Operator):
     name = "gated_residual_modulate"
     triton_module = "fastdistill.ops.triton.adaln"
-    schema = "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, float clip) -> (Tensor h, Tensor out, Tensor stats)"
+    schema = (
+        "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, float clip) "
+        "-> (Tensor h, Tensor out, Tensor stats)"
+    )
     backward_schema = (
         "(Tensor grad_h, Tensor grad_out, Tensor h, Tensor y, Tensor gate, Tensor scale, Tensor stats, float clip, "
         "bool modulation_grads) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)"
@@ -83,7 +86,9 @@ class GatedResidualModulate(Operator):
         check_same_modulation("scale", scale, "gate", gate)
         check_same_modulation("shift", shift, "gate", gate)
 
-    def reference(self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: float) -> tuple[Tensor, Tensor]:
+    def reference(
+        self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: float
+    ) -> tuple[Tensor, Tensor]:
         h = residual_sum(x, y, gate, clip)
         return h, MODULATE.reference(h, scale, shift, eps)
 
@@ -120,7 +125,9 @@ class GatedResidualModulate(Operator):
         dx, dy, *modulation = results
         return dx, dy, *(modulation if modulation_grads else (None,) * 3), None, None
 
-    def bytes_moved(self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: float) -> tuple[int, int]:
+    def bytes_moved(
+        self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: float
+    ) -> tuple[int, int]:
         modulation = gate.nbytes + scale.nbytes + shift.nbytes
         return 4 * x.nbytes + modulation, 6 * x.nbytes + modulation + gate.nbytes + scale.nbytes
 

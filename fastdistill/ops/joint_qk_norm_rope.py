@@ -78,7 +78,15 @@ def joint_qk_norm_rope(
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
     return JOINT_QK_NORM_ROPE(  # type: ignore[no-any-return]
-        *_three("text", text), *_three("image", image), *text_weights, *image_weights, cos, sin, eps, is_adjacent(pairing), backend=backend
+        *_three("text", text),
+        *_three("image", image),
+        *text_weights,
+        *image_weights,
+        cos,
+        sin,
+        eps,
+        is_adjacent(pairing),
+        backend=backend,
     )
 
 
@@ -117,7 +125,10 @@ class JointQkNormRope(Operator):
         for which, t, other in zip("qkv", text, image, strict=True):
             if (t.shape[0], *t.shape[2:]) != (other.shape[0], *other.shape[2:]) or t.device != other.device:
                 batch, _, H, d = other.shape
-                raise ValueError(f"text {which}: expected ({batch}, T, {H}, {d}) on {other.device} as image {which}, got {describe(t)}")
+                raise ValueError(
+                    f"text {which}: expected ({batch}, T, {H}, {d}) on {other.device} as image {which}, got "
+                    f"{describe(t)}"
+                )
             check_same_dtype(f"text {which}", t, "image q", q)
         names = ("text q", "text k", "image q", "image k")
         for name, weight in zip(names, weights, strict=True):
@@ -168,7 +179,10 @@ class JointQkNormRope(Operator):
         saved = ctx.saved_tensors
         weight_grads = any(ctx.needs_input_grad[6:10])
         results = backward_op(*(contiguous_rows(grad) for grad in grads), *saved, ctx.eps, ctx.adjacent, weight_grads)
-        text, image = ((grads[0], None, None) if k is None else grads for grads, k in ((results[:3], saved[1]), (results[3:6], saved[3])))
+        text, image = (
+            (grads[0], None, None) if k is None else grads
+            for grads, k in ((results[:3], saved[1]), (results[3:6], saved[3]))
+        )
         streams = (*text, *image)
         return *streams, *(results[6:] if weight_grads else (None,) * 4), *(None,) * 4
 
@@ -233,10 +247,18 @@ SHAPES = (
     JointShapes(id="B2-T3-I5-H3-d8", heads=(2, 3, 8), text=3, image=5),
     JointShapes(id="B2-T3-I5-H3-d8-packed", heads=(2, 3, 8), text=3, image=5, layout="packed"),
     JointShapes(
-        id="B2-T4-I7-H2-d64-mixed-half-compact", heads=(2, 2, 64), text=4, image=7, layout="mixed", adjacent=False, tables="compact"
+        id="B2-T4-I7-H2-d64-mixed-half-compact",
+        heads=(2, 2, 64),
+        text=4,
+        image=7,
+        layout="mixed",
+        adjacent=False,
+        tables="compact",
     ),
     JointShapes(id="B1-T2-I9-H4-k2-d96-transposed", heads=(1, 4, 96), text=2, image=9, k_heads=2, layout="transposed"),
-    JointShapes(id="B2-T5-I13-H2-d128-packed-none", heads=(2, 2, 128), text=5, image=13, layout="packed", tables="none"),
+    JointShapes(
+        id="B2-T5-I13-H2-d128-packed-none", heads=(2, 2, 128), text=5, image=13, layout="packed", tables="none"
+    ),
     JointShapes(id="B1-T3-I2-H1-d6-wide", heads=(1, 1, 6), text=3, image=2, wide=True),
     JointShapes(id="B1-T0-I4-H2-d8", heads=(1, 2, 8), text=0, image=4),
     JointShapes(id="B2-T3-I0-H2-d8-packed", heads=(2, 2, 8), text=3, image=0, layout="packed"),
@@ -252,14 +274,22 @@ def _arguments(shapes: JointShapes, dtype: torch.dtype, device: torch.device) ->
             return [torch.randn(B, tokens, 3, H, d, device=device).to(dtype).requires_grad_(), None, None]
         heads = (H, shapes.k_heads or H, shapes.k_heads or H)
         if shapes.layout == "transposed":
-            return [torch.randn(B, h, tokens, d, device=device).to(dtype).transpose(1, 2).requires_grad_() for h in heads]
+            return [
+                torch.randn(B, h, tokens, d, device=device).to(dtype).transpose(1, 2).requires_grad_() for h in heads
+            ]
         return [torch.randn(B, tokens, h, d, device=device).to(dtype).requires_grad_() for h in heads]
 
     kept = torch.float32 if shapes.wide and dtype != torch.float64 else dtype
     weights = [(1 + 0.3 * torch.randn(d, device=device)).to(kept).requires_grad_() for _ in range(4)]
     width = {"full": d, "compact": d // 2, "none": 0}[shapes.tables]
-    tables = [torch.randn(shapes.text + shapes.image, width, device=device).to(accumulator_of(dtype)) if width else None for _ in range(2)]
-    text, image = stream(shapes.text, shapes.layout in ("packed", "mixed")), stream(shapes.image, shapes.layout == "packed")
+    tables = [
+        torch.randn(shapes.text + shapes.image, width, device=device).to(accumulator_of(dtype)) if width else None
+        for _ in range(2)
+    ]
+    text, image = (
+        stream(shapes.text, shapes.layout in ("packed", "mixed")),
+        stream(shapes.image, shapes.layout == "packed"),
+    )
     return *text, *image, *weights, *tables, 1e-6, shapes.adjacent
 
 

@@ -75,7 +75,8 @@ class Modulate(Operator):
     triton_module = "fastdistill.ops.triton.adaln"
     schema = "(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor out, Tensor stats)"
     backward_schema = (
-        "(Tensor grad, Tensor x, Tensor scale, Tensor stats, bool modulation_grads) -> (Tensor dx, Tensor dscale, Tensor dshift)"
+        "(Tensor grad, Tensor x, Tensor scale, Tensor stats, bool modulation_grads) "
+        "-> (Tensor dx, Tensor dscale, Tensor dshift)"
     )
 
     def check(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
@@ -91,7 +92,9 @@ class Modulate(Operator):
         # stats is (2, ...): mean and 1 / sqrt(var + eps) of every row.
         return x.new_empty(x.shape), x.new_empty((2, *x.shape[:-1]), dtype=accumulator_of(x.dtype))
 
-    def fake_backward(self, grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_backward(
+        self, grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shape = scale.shape if modulation_grads else (0,)
         return x.new_empty(x.shape), scale.new_empty(shape), scale.new_empty(shape)
 
@@ -101,7 +104,9 @@ class Modulate(Operator):
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         modulation_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, dscale, dshift = backward_op(*(contiguous_rows(grad) for grad in grads), *ctx.saved_tensors, modulation_grads)
+        dx, dscale, dshift = backward_op(
+            *(contiguous_rows(grad) for grad in grads), *ctx.saved_tensors, modulation_grads
+        )
         return (dx, dscale, dshift, None) if modulation_grads else (dx, None, None, None)
 
     def bytes_moved(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[int, int]:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.backend import Request
-from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, check_tables, check_weight, is_adjacent, normed, rotated
+from fastdistill.ops.heads import (
+    Pairing,
+    check_heads,
+    check_same_dtype,
+    check_tables,
+    check_weight,
+    is_adjacent,
+    normed,
+    rotated,
+)
 from fastdistill.ops.op import Case, Operator, accumulator_of, describe
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
@@ -77,16 +86,26 @@ class QkNormRope(Operator):
     name = "qk_norm_rope"
     triton_module = "fastdistill.ops.triton.qk_norm_rope"
     schema = (
-        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool adjacent) -> (Tensor q, Tensor k)"
+        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool adjacent) "
+        "-> (Tensor q, Tensor k)"
     )
     backward_schema = (
-        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, "
+        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? "
+        "sin, float eps, "
         "bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
     )
     visible_results = 2
 
     def check(
-        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        adjacent: bool,
     ) -> None:
         check_heads("q", q)
         B, S, _, d = q.shape
@@ -100,9 +119,20 @@ class QkNormRope(Operator):
         check_tables(cos, sin, S, q)
 
     def reference(
-        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        adjacent: bool,
     ) -> tuple[Tensor, Tensor]:
-        return tuple(rotated(normed(x, weight, eps), cos, sin, adjacent).to(x.dtype) for x, weight in ((q, q_weight), (k, k_weight)))  # type: ignore[return-value]
+        return tuple(
+            rotated(normed(x, weight, eps), cos, sin, adjacent).to(x.dtype)
+            for x, weight in ((q, q_weight), (k, k_weight))
+        )  # type: ignore[return-value]
 
     def fake(self, q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape)
@@ -134,7 +164,9 @@ class QkNormRope(Operator):
         dq, dk, *dweights = backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
         return dq, dk, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
-    def bytes_moved(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any) -> tuple[int, int]:
+    def bytes_moved(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any
+    ) -> tuple[int, int]:
         heads, tables = q.nbytes + k.nbytes, 0 if cos is None else 2 * cos.nbytes
         return 2 * heads + tables, 3 * heads + tables
 
@@ -142,7 +174,10 @@ class QkNormRope(Operator):
         return tuple(Case(id=shapes.id, make=partial(_arguments, shapes)) for shapes in SHAPES)
 
     def workloads(self) -> Sequence[Case]:
-        return tuple(Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128)))) for S in (1152, 4608))
+        return tuple(
+            Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128))))
+            for S in (1152, 4608)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

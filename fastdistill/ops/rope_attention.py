@@ -96,12 +96,15 @@ class RopeAttention(Operator):
     name = "rope_attention"
     triton_module = "fastdistill.ops.triton.rope_attention"
     schema = (
-        "(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool adjacent) "
+        "(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool "
+        "adjacent) "
         "-> (Tensor out, Tensor lse)"
     )
     backward_schema = (
-        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, Tensor out, Tensor lse, "
-        "float eps, bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor dk_weight)"
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, "
+        "Tensor out, Tensor lse, "
+        "float eps, bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor "
+        "dk_weight)"
     )
 
     def check(
@@ -118,7 +121,9 @@ class RopeAttention(Operator):
     ) -> None:
         _check_k_and_v(q, k, v)
         if q.shape[-1] > MAX_HEAD_SIZE:
-            raise ValueError(f"q: expected a head size of at most {MAX_HEAD_SIZE} for attention='fused', got {describe(q)}")
+            raise ValueError(
+                f"q: expected a head size of at most {MAX_HEAD_SIZE} for attention='fused', got {describe(q)}"
+            )
         QK_NORM_ROPE.check(q, k, q_weight, k_weight, cos, sin, eps, adjacent)
 
     def reference(
@@ -165,7 +170,9 @@ class RopeAttention(Operator):
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight_grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        dq, dk, dv, *dweights = backward_op(contiguous_rows(grads[0]), *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
+        dq, dk, dv, *dweights = backward_op(
+            contiguous_rows(grads[0]), *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads
+        )
         return dq, dk, dv, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
     def bytes_moved(
@@ -180,7 +187,10 @@ class RopeAttention(Operator):
     def workloads(self) -> Sequence[Case]:
         # On a CPU, one row at the length of a 1024 x 1024 image takes minutes.
         lengths = (1152, 4608) if torch.cuda.is_available() else (1152,)
-        return tuple(Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128)))) for S in lengths)
+        return tuple(
+            Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128))))
+            for S in lengths
+        )
 
 
 def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -188,7 +198,9 @@ def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_heads("q", q)
     for name, t in (("k", k), ("v", v)):
         if t.shape != q.shape or t.device != q.device:
-            raise ValueError(f"{name}: expected the shape and device of q, {tuple(q.shape)} on {q.device}, got {describe(t)}")
+            raise ValueError(
+                f"{name}: expected the shape and device of q, {tuple(q.shape)} on {q.device}, got {describe(t)}"
+            )
     check_same_dtype("v", v, "q", q)
     check_contiguous("v", v)
 
@@ -196,7 +208,13 @@ def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:
 SHAPES = (
     HeadShapes(id="B2-S5-H2-d8", q=(2, 5, 2, 8)),
     HeadShapes(id="B1-S37-H2-d24-packed", q=(1, 37, 2, 24), layout="packed"),
-    HeadShapes(id="B1-S33-H1-d64-half-compact-transposed", q=(1, 33, 1, 64), adjacent=False, tables="compact", layout="transposed"),
+    HeadShapes(
+        id="B1-S33-H1-d64-half-compact-transposed",
+        q=(1, 33, 1, 64),
+        adjacent=False,
+        tables="compact",
+        layout="transposed",
+    ),
     HeadShapes(id="B2-S18-H1-d50-half-packed", q=(2, 18, 1, 50), adjacent=False, layout="packed", wide=True),
     HeadShapes(id="B1-S18-H1-d128-compact", q=(1, 18, 1, 128), tables="compact"),
     HeadShapes(id="B1-S5-H1-d256-transposed", q=(1, 5, 1, 256), layout="transposed"),
@@ -220,7 +238,10 @@ def _arguments(shapes: HeadShapes, dtype: torch.dtype, device: torch.device) -> 
     # Not the cosine and sine of one angle, so that every entry of a table counts. As large as
     # cosines, so that the scores are as large as in a model.
     width = {"full": d, "compact": d // 2, "none": 0}[shapes.tables]
-    tables = [torch.randn(S, width, device=device).mul(0.5**0.5).to(accumulator_of(dtype)) if width else None for _ in range(2)]
+    tables = [
+        torch.randn(S, width, device=device).mul(0.5**0.5).to(accumulator_of(dtype)) if width else None
+        for _ in range(2)
+    ]
     return *(t.detach().requires_grad_() for t in heads), *weights, *tables, 1e-6, shapes.adjacent
 
 

@@ -23,7 +23,9 @@ def check_rows(name: str, x: Tensor) -> None:
 def check_like(name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     """Raise unless t has the shape, dtype and device of x, and a contiguous D."""
     if t.shape != x.shape or t.device != x.device:
-        raise ValueError(f"{name}: expected the shape and device of {x_name}, {tuple(x.shape)} on {x.device}, got {describe(t)}")
+        raise ValueError(
+            f"{name}: expected the shape and device of {x_name}, {tuple(x.shape)} on {x.device}, got {describe(t)}"
+        )
     if t.dtype != x.dtype:
         raise TypeError(f"{name}: expected the dtype of {x_name}, {x.dtype}, got {describe(t)}")
     check_contiguous(name, t)

@@ -20,7 +20,10 @@ from fastdistill.run.options import JobConfig
 ConfigT = TypeVar("ConfigT")
 
 DISK_FULL = "error: the disk is full; free some space and give the same command again to continue"
-MEMORY_FULL = "error: the GPU's memory is full; lower --batch (and for training --gradient-checkpointing) and give the command again"
+MEMORY_FULL = (
+    "error: the GPU's memory is full; lower --batch (and for training --gradient-checkpointing) and give the "
+    "command again"
+)
 
 
 def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: str) -> None:
@@ -111,7 +114,8 @@ def _errors_in_a_line() -> Iterator[None]:
 
 
 def _as_called(prog: str) -> str:
-    """`fastdistill compress` for the program `python -m fastdistill.compress` where `fastdistill` has dispatched to it."""
+    """`fastdistill compress` for the program `python -m fastdistill.compress` where `fastdistill`
+    has dispatched to it."""
     module = prog.split()[-1]
     return prog if module in sys.orig_argv else module.replace(".", " ")
 

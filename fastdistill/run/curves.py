@@ -34,7 +34,9 @@ def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, An
                 series.setdefault(name, []).append((record["step"], value))
     measured = [name for name in series if name.startswith(PREFIX)]
     losses = [name for name in series if name not in measured and not name.endswith(NO_LOSSES)]
-    figure, panels = pyplot.subplots(len(measured) + 1, 1, figsize=(7, 2.6 * (len(measured) + 1)), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(
+        len(measured) + 1, 1, figsize=(7, 2.6 * (len(measured) + 1)), layout="constrained", squeeze=False
+    )
     axes: list[Axes] = list(panels[:, 0])
     for axis, name in zip(axes, measured, strict=False):
         label = name.removeprefix(PREFIX)

@@ -102,7 +102,9 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch", "micro_batches")
         if self.batch % self.micro_batches:
-            raise UserError(f"a batch of {self.batch} cannot be cut into {self.micro_batches} equal parts: change --micro-batches")
+            raise UserError(
+                f"a batch of {self.batch} cannot be cut into {self.micro_batches} equal parts: change --micro-batches"
+            )
         positive(self, "learning_rate")
         decay(self, "betas", "ema_decay")
 

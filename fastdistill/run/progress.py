@@ -15,7 +15,13 @@ PLAIN_EVERY_SECONDS = 10.0
 @contextmanager
 def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Iterator[Callable[..., None]]:
     """Yield `advance(count, note="")`."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     began = spoke = time.monotonic()
     done = start
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -29,7 +35,9 @@ def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Itera
             if not console.is_terminal and (now - spoke > PLAIN_EVERY_SECONDS or done >= total):
                 spoke = now
                 left = (now - began) / max(1, done - start) * (total - done)
-                console.print(f"{describe}: {done}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False)
+                console.print(
+                    f"{describe}: {done}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False
+                )
 
         yield advance
 

@@ -31,4 +31,6 @@ def require_memory(device: torch.device, needed_bytes: int, what: str, remedy: s
     """Raise `UserError`, with the `remedy`, if `device` has less than `needed_bytes` for `what`."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if free < needed_bytes:
-        raise UserError(f"{what} needs about {needed_bytes / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; {remedy}")
+        raise UserError(
+            f"{what} needs about {needed_bytes / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; {remedy}"
+        )

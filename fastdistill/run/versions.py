@@ -16,7 +16,8 @@ CLOSING = """\
 {% for stage, seconds in seconds.items() -%}
 | {{ stage }} | {{ "{:.0f}".format(seconds) }} |
 {% endfor %}
-fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, {{ versions.machine }}.
+fastdistill {{ versions.fastdistill }}, diffusers {{ versions.diffusers }}, torch {{ versions.torch }}, \
+{{ versions.machine }}.
 """
 """End of every report: a template of `seconds`, by stage, and `versions`."""
 

@@ -34,10 +34,15 @@ class Workspace:
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
         if recorded.exists():
             earlier = json.loads(recorded.read_text())
-            changed = sorted(name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name))
+            changed = sorted(
+                name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name)
+            )
             if changed:
                 names = ", ".join("--" + name.replace("_", "-") for name in changed)
-                raise UserError(f"{output} holds an interrupted run with another {names}; repeat its options, or choose another --output")
+                raise UserError(
+                    f"{output} holds an interrupted run with another {names}; repeat its options, or choose another "
+                    "--output"
+                )
             self.resumed = True
             timed = self.work / "seconds.json"
             self.seconds: dict[str, float] = json.loads(timed.read_text()) if timed.exists() else {}

@@ -121,9 +121,14 @@ def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
     with safe_open(file, "pt") as stored:
         names = set(stored.keys())
         differing = names ^ tensors.keys()
-        differing |= {name for name in names & tensors.keys() if stored.get_slice(name).get_shape() != list(tensors[name].shape)}
+        differing |= {
+            name for name in names & tensors.keys() if stored.get_slice(name).get_shape() != list(tensors[name].shape)
+        }
         if differing:
-            raise UserError(f"{file} is of another network: {', '.join(sorted(differing)[:3])} differ; choose another folder for this run")
+            raise UserError(
+                f"{file} is of another network: {', '.join(sorted(differing)[:3])} differ; choose another folder for "
+                "this run"
+            )
         for name, tensor in tensors.items():
             tensor.copy_(parallel.placed(stored.get_tensor(name), tensor))
 
@@ -159,7 +164,9 @@ def write(target: Path, files: Mapping[str, Mapping[str, Tensor]], records: Mapp
 
 
 def _complete(run: Path) -> list[Path]:
-    return [path for path in run.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit() and (path / "state.json").exists()]
+    return [
+        path for path in run.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit() and (path / "state.json").exists()
+    ]
 
 
 def _step(path: Path) -> int:
@@ -211,7 +218,9 @@ def _unflatten(optimizer: torch.optim.Optimizer, file: Path) -> None:
             if value.dtype == torch.int64:
                 slot[name] = int(value)  # bitsandbytes counts its steps in Python
             else:
-                slot[name] = parallel.placed(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+                slot[name] = (
+                    parallel.placed(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+                )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -82,7 +82,9 @@ class TrainConfig(RoleConfig):
         for role in self.roles:
             if role not in trained:
                 nearest = get_close_matches(role, trained, n=1, cutoff=0)[0]
-                raise UserError(f"the method trains no role {role!r}; did you mean {nearest!r}? It trains {', '.join(trained)}")
+                raise UserError(
+                    f"the method trains no role {role!r}; did you mean {nearest!r}? It trains {', '.join(trained)}"
+                )
 
     def free(self, trained: Collection[str]) -> set[str]:
         """Settings that may change when a run is resumed: no result so far depends on them."""

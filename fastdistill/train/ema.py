@@ -23,7 +23,9 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self.shadow: dict[str, Tensor] = {
-            name: parameter.detach().float().clone() for name, parameter in network.named_parameters() if parameter.requires_grad
+            name: parameter.detach().float().clone()
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad
         }
 
     @torch.no_grad()
@@ -45,7 +47,9 @@ class EMA:
     @contextmanager
     def applied(self, network: nn.Module) -> Iterator[None]:
         """Give `network` the averaged weights inside the block, and the trained weights after it."""
-        trained = {name: parameter.detach().clone() for name, parameter in network.named_parameters() if name in self.shadow}
+        trained = {
+            name: parameter.detach().clone() for name, parameter in network.named_parameters() if name in self.shadow
+        }
         self.copy_to(network)
         try:
             yield

@@ -71,7 +71,9 @@ def dry_run(method: Method, config: TrainConfig, processes: int = 1) -> str:
     rows.append(("in all", "", "", sum(item.bytes for item in items)))
     lines = [f"{role:14} {what:22} {dtype:10} {size / GIB:9.3f} GiB" for role, what, dtype, size in rows]
     share = f"in each of {processes} processes, " if processes > 1 else ""
-    return "\n".join([json.dumps(dataclasses.asdict(config), indent=1), "", f"memory {share}without activations:", *lines])
+    return "\n".join(
+        [json.dumps(dataclasses.asdict(config), indent=1), "", f"memory {share}without activations:", *lines]
+    )
 
 
 def _by_dtype(role: str, what: str, tensors: Iterable[Tensor], processes: int) -> list[Item]:
@@ -79,7 +81,10 @@ def _by_dtype(role: str, what: str, tensors: Iterable[Tensor], processes: int) -
         return str(tensor.dtype).removeprefix("torch.")
 
     groups = groupby(sorted(tensors, key=name), key=name)
-    return [Item(role=role, what=what, dtype=dtype, bytes=sum(tensor.nbytes for tensor in group) // processes) for dtype, group in groups]
+    return [
+        Item(role=role, what=what, dtype=dtype, bytes=sum(tensor.nbytes for tensor in group) // processes)
+        for dtype, group in groups
+    ]
 
 
 def _moments(role: str, parameters: list[nn.Parameter], config: RoleConfig, processes: int) -> list[Item]:

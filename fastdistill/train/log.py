@@ -32,7 +32,9 @@ class Log:
         UserError: `tensorboard` without the package.
     """
 
-    def __init__(self, run: Path, describe: str, *, start: int, total: int, tensorboard: bool = False, silent: bool = False) -> None:
+    def __init__(
+        self, run: Path, describe: str, *, start: int, total: int, tensorboard: bool = False, silent: bool = False
+    ) -> None:
         self.run, self.describe, self.start, self.total, self.silent = run, describe, start, total, silent
         self.writer: Any = _writer(run / "tensorboard", start) if tensorboard and not silent else None
 
@@ -47,13 +49,17 @@ class Log:
             write_text(path, "".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(path.open("a"))
-            self.advance_bar = stack.enter_context(bar(Console(file=sys.stderr), self.describe, self.total, start=self.start))
+            self.advance_bar = stack.enter_context(
+                bar(Console(file=sys.stderr), self.describe, self.total, start=self.start)
+            )
             if self.writer:
                 stack.callback(self.writer.close)
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self.silent:
             self.stack.close()
 
@@ -85,7 +91,9 @@ def _writer(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("tensorboard is not installed: pip install 'fastdistill[train]', or leave the option out") from error
+        raise UserError(
+            "tensorboard is not installed: pip install 'fastdistill[train]', or leave the option out"
+        ) from error
     return SummaryWriter(folder, purge_step=start + 1)  # hides what a killed run has written after its checkpoint
 
 

@@ -19,14 +19,20 @@ def build(parameters: Sequence[nn.Parameter], config: RoleConfig) -> torch.optim
         UserError: `adamw8bit` without bitsandbytes, or under torchrun.
     """
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
     if parallel.world_size() > 1:
         # Its blocks of 256 numbers with a common scale would be cut where a process's share ends,
         # and differently by other layouts.
-        raise UserError("optimizer adamw8bit runs in a single process; under torchrun the moments of adamw are shared out instead")
+        raise UserError(
+            "optimizer adamw8bit runs in a single process; under torchrun the moments of adamw are shared out instead"
+        )
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise UserError("optimizer adamw8bit needs bitsandbytes: pip install 'fastdistill[train]'") from error
-    eight_bit: torch.optim.Optimizer = AdamW8bit(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    eight_bit: torch.optim.Optimizer = AdamW8bit(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
     return eight_bit

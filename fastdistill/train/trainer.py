@@ -74,8 +74,12 @@ class Trainer:
         for role, network in method.networks.items():
             network.requires_grad_(role in method.trains)
             parallel.shard(network)
-        self.parameters = {role: [p for p in method.networks[role].parameters() if p.requires_grad] for role in method.trains}
-        self.optimizers = {role: optim.build(parameters, config.of(role)) for role, parameters in self.parameters.items()}
+        self.parameters = {
+            role: [p for p in method.networks[role].parameters() if p.requires_grad] for role in method.trains
+        }
+        self.optimizers = {
+            role: optim.build(parameters, config.of(role)) for role, parameters in self.parameters.items()
+        }
         decays = {role: config.of(role).ema_decay for role in method.trains}
         self.emas = {role: EMA(method.networks[role], decay) for role, decay in decays.items() if decay is not None}
         self.best = None if evaluation is None else Best(evaluation)
@@ -92,7 +96,9 @@ class Trainer:
         self._resume()
         config = self.config
         silent = parallel.rank() > 0
-        log = Log(self.run, describe, start=self.step, total=config.steps, tensorboard=config.tensorboard, silent=silent)
+        log = Log(
+            self.run, describe, start=self.step, total=config.steps, tensorboard=config.tensorboard, silent=silent
+        )
         with log:
             try:
                 while not self._finished():
@@ -112,7 +118,11 @@ class Trainer:
         self.save()
 
     def save(self) -> Path:
-        state = {"config": dataclasses.asdict(self.config), "best": self.best.record() if self.best else None, "logs": self.logs}
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "best": self.best.record() if self.best else None,
+            "logs": self.logs,
+        }
         return checkpoint.save(self.run, self.step, self._trained(), state, keep=self.config.keep_checkpoints)
 
     def take_best(self) -> None:
@@ -167,7 +177,8 @@ class Trainer:
         # all.
         if not torch.isfinite(norm):
             raise Diverged(
-                f"step {self.step}: the gradient of {role!r} is not finite. Lower the learning rate, or check the data; "
+                f"step {self.step}: the gradient of {role!r} is not finite. Lower the learning rate, or check the "
+                "data; "
                 f"{self.run} holds the last good checkpoint"
             )
         nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip_norm, norm)
@@ -191,10 +202,14 @@ class Trainer:
                 observer(self.step, log)
             if evaluation is None or self.best is None:
                 return {}
-            measured = parallel.averaged({name: torch.tensor(value, dtype=torch.float64) for name, value in evaluation.evaluate().items()})
+            measured = parallel.averaged(
+                {name: torch.tensor(value, dtype=torch.float64) for name, value in evaluation.evaluate().items()}
+            )
             if self.best.judge(self.step, measured):
                 record = {"step": self.step, **measured}
-                checkpoint.write(self.run / "best", {"student": self.method.networks["student"].state_dict()}, {"best": record})
+                checkpoint.write(
+                    self.run / "best", {"student": self.method.networks["student"].state_dict()}, {"best": record}
+                )
         return {f"evaluation/{name}": value for name, value in measured.items()}
 
     def _due(self, every: int) -> bool:
@@ -206,7 +221,9 @@ class Trainer:
     @contextmanager
     def _averaged_student(self) -> Iterator[None]:
         student = self.method.networks["student"]
-        training = {module: module.training for network in self.method.networks.values() for module in network.modules()}
+        training = {
+            module: module.training for network in self.method.networks.values() for module in network.modules()
+        }
         for network in self.method.networks.values():
             network.eval()
         try:
@@ -222,7 +239,9 @@ class Trainer:
         if count == 1:
             return {0: batch}
         if len(batch) % count:
-            raise UserError(f"a batch of {len(batch)} cannot be cut into {count} equal micro-batches: change one of them")
+            raise UserError(
+                f"a batch of {len(batch)} cannot be cut into {count} equal micro-batches: change one of them"
+            )
         size = len(batch) // count
         mine = range(parallel.rank(), count, parallel.world_size())
         return {part: batch[part * size : (part + 1) * size] for part in mine}
@@ -264,7 +283,8 @@ class Trainer:
         changed = {name for name in current if name not in free and recorded.get(name) != current[name]}
         if changed:
             raise UserError(
-                f"{path} was written with another {', '.join(sorted(changed))}: use the recorded values to continue it, "
+                f"{path} was written with another {', '.join(sorted(changed))}: use the recorded values to continue "
+                "it, "
                 "or another folder for a new run"
             )
         self.step = checkpoint.load(path, self._trained())["step"]

@@ -91,7 +91,9 @@ class Best:
         """
         monitor = self.evaluation.monitor
         if monitor not in measured:
-            raise UserError(f"the evaluation measures {', '.join(measured)}, and not {monitor!r}: choose one of these as monitor")
+            raise UserError(
+                f"the evaluation measures {', '.join(measured)}, and not {monitor!r}: choose one of these as monitor"
+            )
         value, sign = measured[monitor], 1 if self.evaluation.direction == "lower" else -1
         if not math.isnan(value) and (self.value is None or sign * value < sign * self.value):
             self.value, self.step, self.failures = value, step, 0
@@ -115,5 +117,7 @@ class Best:
             UserError: the record was made with another `monitor`.
         """
         if record["monitor"] != self.evaluation.monitor:
-            raise UserError(f"this run was monitored by {record['monitor']!r}: keep it, or choose another folder for a new run")
+            raise UserError(
+                f"this run was monitored by {record['monitor']!r}: keep it, or choose another folder for a new run"
+            )
         self.value, self.step, self.failures = record["value"], record["step"], record["failures"]

@@ -23,14 +23,27 @@ from fastdistill.data import trajectories
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import COMMANDS, interrupt
 
-QUICK = ["--recovery-steps", "4", "--batch", "4", "--calibration-images", "6", "--calibration-steps", "2", "--evaluate-images", "4"]
+QUICK = [
+    "--recovery-steps",
+    "4",
+    "--batch",
+    "4",
+    "--calibration-images",
+    "6",
+    "--calibration-steps",
+    "2",
+    "--evaluate-images",
+    "4",
+]
 QUICK += ["--repair-points", "8"]
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "info"])
 def test_help_answers_in_two_seconds(name):
     began = time.perf_counter()
-    result = subprocess.run([sys.executable, "-m", f"fastdistill.{name}", "--help"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", f"fastdistill.{name}", "--help"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout
     # A loaded machine may be twice as slow as a free one.
@@ -40,19 +53,33 @@ def test_help_answers_in_two_seconds(name):
 @pytest.mark.slow
 def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder, tmp_path):
     output = tmp_path / "out"
-    ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK)
+    ended = command(
+        "compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK
+    )
     assert ended.code == 0, ended.message
-    assert sorted(path.name for path in output.iterdir()) == ["compress.json", "grid.png", "metrics.jsonl", "model", "report.md"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "compress.json",
+        "grid.png",
+        "metrics.jsonl",
+        "model",
+        "report.md",
+    ]
     record = json.loads((output / "compress.json").read_text())
     assert record["dropped"] == {"transformer_blocks": [0], "single_transformer_blocks": [1]}
     assert record["kept"] == {"transformer_blocks": [1], "single_transformer_blocks": [0, 2]}
     assert record["boundaries"] == {"double:1": "double:1", "single:0": "single:1", "single:2": "single:2"}
     assert record["parameters"]["compressed"] < record["parameters"]["full"]
     assert record["choice"]["asked"] == "--drop-blocks double:0 single:1"
-    assert record["command"].startswith(f"python -m fastdistill.compress --model {pipeline_folder} --drop-blocks double:0 single:1")
+    assert record["command"].startswith(
+        f"python -m fastdistill.compress --model {pipeline_folder} --drop-blocks double:0 single:1"
+    )
     assert set(record["scores"]) == {"output", "bi"}
     assert all(len(values) == 5 for values in record["scores"].values())
-    assert (record["config"]["seed"], record["evaluation"]["full"]["seeds"], record["config"]["prompts"]) == (0, [0, 1, 2, 3], None)
+    assert (record["config"]["seed"], record["evaluation"]["full"]["seeds"], record["config"]["prompts"]) == (
+        0,
+        [0, 1, 2, 3],
+        None,
+    )
     assert set(record["versions"]) == {"fastdistill", "python", "torch", "diffusers", "transformers", "machine"}
     assert json.loads((output / "model" / "compress.json").read_text()) == record
     assert list(record["evaluation"]) == ["full", "cut", "repaired", "recovered"]
@@ -72,7 +99,9 @@ assert image.size == (64, 64)
 """
     stranger = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert stranger.returncode == 0, stranger.stderr
-    again = command("compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK)
+    again = command(
+        "compress", "--model", pipeline_folder, "--drop-blocks", "double:0", "single:1", "--output", output, *QUICK
+    )
     assert again.code == 2
     assert "finished run" in again.message
 
@@ -85,7 +114,9 @@ def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_
     assert command("compress", "--model", pipeline_folder, "--drop-blocks", "single:1", *quick).code == 0
     record = json.loads((output / "compress.json").read_text())
     assert list(record["evaluation"]) == ["full", "cut", *(["repaired"] if repair != "none" else [])]
-    full, saved = (FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (pipeline_folder, output / "model"))
+    full, saved = (
+        FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (pipeline_folder, output / "model")
+    )
     block, kept = saved.single_transformer_blocks[0], full.single_transformer_blocks[0]
     changed = {name for name, weight in block.state_dict().items() if not torch.equal(weight, kept.state_dict()[name])}
     if repair == "average":
@@ -116,11 +147,16 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     # What is finished is not done again.
     monkeypatch.setattr(ridge, "repair", lambda damage: pytest.fail("repaired again"))
     monkeypatch.setattr(
-        job, "calibrated", lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs)
+        job,
+        "calibrated",
+        lambda *args, **kwargs: pytest.fail("sampled again") if not kwargs["cache"].exists() else real(*args, **kwargs),
     )
     assert command("compress", *options, "--learning-rate", "0.5", "--output", tmp_path / "broken").code == 2
     assert command("compress", *options, "--output", tmp_path / "broken").code == 0
-    first, second = (load_file(tmp_path / name / "model/transformer/diffusion_pytorch_model.safetensors") for name in ("whole", "broken"))
+    first, second = (
+        load_file(tmp_path / name / "model/transformer/diffusion_pytorch_model.safetensors")
+        for name in ("whole", "broken")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -129,7 +165,9 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
 def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     output = tmp_path / "out"
     quick = ["--recovery-steps", "0", *QUICK[2:]]
-    ended = command("compress", "--model", pipeline_folder, "--budget", budget, "--verify", "3", "--output", output, *quick)
+    ended = command(
+        "compress", "--model", pipeline_folder, "--budget", budget, "--verify", "3", "--output", output, *quick
+    )
     assert ended.code == 0, ended.message
     record = json.loads((output / "compress.json").read_text())
     choice, cost = record["choice"], record["costs"][budget.split("=")[0]]
@@ -139,7 +177,9 @@ def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     assert cost["full"] == cost["outside"] + sum(cost["blocks"].values())
     assert record["costs"]["params"]["cut"] == record["parameters"]["compressed"]
     assert ("latency" in record["costs"]) == budget.startswith("latency")
-    assert [point["left"] for point in choice["front"]] == sorted((point["left"] for point in choice["front"]), reverse=True)
+    assert [point["left"] for point in choice["front"]] == sorted(
+        (point["left"] for point in choice["front"]), reverse=True
+    )
     eligible = [found for found in choice["verified"] if found["eligible"]]
     assert len(eligible) >= 3
     best = min(eligible, key=lambda found: found["joint"])
@@ -161,7 +201,17 @@ def test_a_budget_that_turns_out_impossible_leaves_the_folder_free(command, pipe
 
 @pytest.mark.slow
 def test_an_interrupted_choice_measures_nothing_twice(command, pipeline_folder, tmp_path, monkeypatch):
-    options = ["--model", pipeline_folder, "--budget", "latency=0.8", "--output", tmp_path / "out", "--recovery-steps", "0", *QUICK[2:]]
+    options = [
+        "--model",
+        pipeline_folder,
+        "--budget",
+        "latency=0.8",
+        "--output",
+        tmp_path / "out",
+        "--recovery-steps",
+        "0",
+        *QUICK[2:],
+    ]
     measured, whole = [], OutputError.without
 
     def stop_at_the_last(self, dropped):
@@ -198,7 +248,17 @@ def images(tmp_path):
 @pytest.mark.slow
 def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    options = ["--model", pipeline_folder, "--drop-blocks", "1", "--images", images, "--also-score", "trajectory", *QUICK]
+    options = [
+        "--model",
+        pipeline_folder,
+        "--drop-blocks",
+        "1",
+        "--images",
+        images,
+        "--also-score",
+        "trajectory",
+        *QUICK,
+    ]
     choose = Compression.choose
     monkeypatch.setattr(Compression, "choose", interrupt)
     assert command("compress", *options, "--output", output).code == 130
@@ -221,7 +281,17 @@ def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monke
 
 @pytest.mark.slow
 def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
-    options = ["--model", pipeline_folder, "--drop-blocks", "2", "--recovery-steps", "0", *QUICK[2:], "--output", tmp_path / "out"]
+    options = [
+        "--model",
+        pipeline_folder,
+        "--drop-blocks",
+        "2",
+        "--recovery-steps",
+        "0",
+        *QUICK[2:],
+        "--output",
+        tmp_path / "out",
+    ]
     assert command("compress", *options).code == 0
     record = json.loads((tmp_path / "out" / "compress.json").read_text())
     pipeline = FluxPipeline.from_pretrained(pipeline_folder)
@@ -250,7 +320,10 @@ real = job.calibrated
         (["--drop-blocks", "0"], "drops nothing"),
         (["--drop-blocks", "2", "--batch", "0"], "--batch"),
         (["--drop-blocks", "2", "--prompts", "nowhere.txt"], "no prompt file"),
-        (["--drop-blocks", "2", "--task-weight", "0", "--output-weight", "0", "--feature-weight", "0"], "nothing to recover by"),
+        (
+            ["--drop-blocks", "2", "--task-weight", "0", "--output-weight", "0", "--feature-weight", "0"],
+            "nothing to recover by",
+        ),
         (["--drop-blocks", "2", "--recovery-stepz", "3"], "--recovery-steps"),
         ([], "give either --drop-blocks"),
         (["--drop-blocks", "2", "--budget", "params=0.5"], "give either --drop-blocks"),
@@ -340,12 +413,18 @@ def cuttable_class(copy):
         (lambda copy: (copy / "transformer/config.json").unlink(), "transformer has no config.json"),
         (lambda copy: (copy / "text_encoder/config.json").write_text("{"), "does not load"),
         (lambda copy: (copy / "tokenizer_2/tokenizer.json").write_text("{"), "does not load"),
-        (lambda copy: (copy / "fastdistill.json").write_text('{"stepz": 3}'), "it is a JSON object of num_inference_steps"),
+        (
+            lambda copy: (copy / "fastdistill.json").write_text('{"stepz": 3}'),
+            "it is a JSON object of num_inference_steps",
+        ),
         (lambda copy: (copy / "prompts.txt").write_bytes(b"\xff\xfe\x00"), "is not UTF-8 text"),
         (truncate, "does not load"),
         (poison, "transformer weight proj_out.weight has NaN"),
         (overflow, "vae weight decoder.conv_in.bias has NaN or infinite"),
-        (lambda copy: (copy / "transformer/diffusion_pytorch_model.safetensors").unlink(), "transformer has no weights"),
+        (
+            lambda copy: (copy / "transformer/diffusion_pytorch_model.safetensors").unlink(),
+            "transformer has no weights",
+        ),
         (lambda copy: (copy / "text_encoder_2/model.safetensors").unlink(), "text_encoder_2 has no weights"),
         (lose_a_shard, "diffusion_pytorch_model-00002-of-"),
         (other_class, "is a StableDiffusionPipeline; supported: FluxPipeline"),
@@ -402,7 +481,11 @@ def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path
     [
         (FluxPipeline, "save_pretrained", OSError(28, "No space left on device")),
         # As it comes from safetensors on a disk that is full.
-        (trajectories, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+        (
+            trajectories,
+            "save_file",
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        ),
     ],
     ids=["system", "safetensors"],
 )
@@ -463,7 +546,17 @@ def test_evaluate_against_itself_is_identical(command, pipeline_folder, tmp_path
 def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("cat face\nrocket\n")
     output = tmp_path / "evaluation.json"
-    options = ["--model", pipeline_folder, "--prompts", tmp_path / "prompts.txt", "--per-prompt", "2", "--seeds", "0", "3"]
+    options = [
+        "--model",
+        pipeline_folder,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--per-prompt",
+        "2",
+        "--seeds",
+        "0",
+        "3",
+    ]
     ended = command("evaluate", *options, "--output", output)
     assert ended.code == 0, ended.message
     metrics = json.loads(output.read_text())
@@ -476,4 +569,6 @@ def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
     assert one.code == 2
     assert "--overwrite" in one.message
     (tmp_path / "prompts.txt").write_text("cat face\n")
-    assert command("evaluate", *options[:-5], "--per-prompt", "1", "--seeds", "0").code == 0, "a single image has no distance"
+    assert command("evaluate", *options[:-5], "--per-prompt", "1", "--seeds", "0").code == 0, (
+        "a single image has no distance"
+    )

@@ -1,4 +1,5 @@
-"""``python -m fastdistill.distill`` from the outside: what it writes, how it stops, and that it goes on."""
+"""`python -m fastdistill.distill` from the outside: what it writes, how it stops, and that it goes
+on."""
 
 import inspect
 import json
@@ -58,7 +59,18 @@ def test_every_method_can_be_named():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_folder, tmp_path, method):
     output, steps = tmp_path / "out", 1 if method == "dmd" else 2
-    options = ["--method", method, "--steps", steps, "--model", pipeline_folder, "--output", output, *QUICK, *EXTRA.get(method, [])]
+    options = [
+        "--method",
+        method,
+        "--steps",
+        steps,
+        "--model",
+        pipeline_folder,
+        "--output",
+        output,
+        *QUICK,
+        *EXTRA.get(method, []),
+    ]
     options += ["--num-inference-steps", "3"]
     ended = command("distill", *options)
     assert ended.code == 0, ended.message
@@ -85,7 +97,9 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
     assert [line["step"] for line in lines] == [3, 6]
     prefix = "student/" if len(lines[0]) and "critic/loss" in lines[0] else ""
     assert f"{prefix}loss" in lines[1]
-    teacher, student = (FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (pipeline_folder, output / "model"))
+    teacher, student = (
+        FluxTransformer2DModel.from_pretrained(folder / "transformer") for folder in (pipeline_folder, output / "model")
+    )
     assert student.config.guidance_embeds == guided
     assert not torch.equal(student.proj_out.weight, teacher.proj_out.weight.bfloat16().float())
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(output / "model" / "scheduler")
@@ -93,7 +107,8 @@ def test_a_student_is_a_stock_pipeline_that_knows_its_steps(command, pipeline_fo
 
 
 def test_few_calls_lead_from_the_command_to_the_loss(command, pipeline_folder, tmp_path, monkeypatch):
-    """A reader who follows the command comes to the formula: `run_job`, the job's `run` and `train`, three of the trainer, `loss`."""
+    """A reader who follows the command comes to the formula: `run_job`, the job's `run` and
+    `train`, three of the trainer, `loss`."""
     calls = []
 
     def loss(self, role, batch, rng):
@@ -109,9 +124,22 @@ def test_few_calls_lead_from_the_command_to_the_loss(command, pipeline_folder, t
 
 @pytest.mark.slow
 def test_the_report_says_what_diffusers_does_with_the_result(command, pipeline_folder, tmp_path):
-    """In a process that cannot import fastdistill: the times of the scheduler are those that were trained at."""
+    """In a process that cannot import fastdistill: the times of the scheduler are those that were
+    trained at."""
     output = tmp_path / "out"
-    options = ["--method", "output_kd", "--steps", "4", "--shift", "3", "--model", pipeline_folder, "--output", output, *QUICK]
+    options = [
+        "--method",
+        "output_kd",
+        "--steps",
+        "4",
+        "--shift",
+        "3",
+        "--model",
+        pipeline_folder,
+        "--output",
+        output,
+        *QUICK,
+    ]
     assert command("distill", *options).code == 0
     lines = (output / "report.md").read_text().splitlines()
     example = "\n".join(line.strip() for line in lines if line.startswith("    "))
@@ -187,7 +215,17 @@ def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp
     pipeline.register_modules(transformer=FluxTransformer2DModel.from_config(config))
     other = save_tiny(pipeline, tmp_path / "other")
     ended = command(
-        "distill", "--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--student", other, "--output", tmp_path / "out"
+        "distill",
+        "--method",
+        "dmd2",
+        "--steps",
+        "1",
+        "--model",
+        pipeline_folder,
+        "--student",
+        other,
+        "--output",
+        tmp_path / "out",
     )
     assert ended.code == 2
     assert "in_channels 64 and the student 16" in ended.message
@@ -197,7 +235,19 @@ def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp
 @pytest.mark.slow
 def test_without_gan_no_image_is_drawn(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "teacher_pairs", lambda *args, **kwargs: pytest.fail("the teacher has drawn"))
-    options = ["--method", "dmd2", "--steps", "2", "--gan-weight", "0", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
+    options = [
+        "--method",
+        "dmd2",
+        "--steps",
+        "2",
+        "--gan-weight",
+        "0",
+        "--model",
+        pipeline_folder,
+        "--output",
+        tmp_path / "out",
+        *QUICK,
+    ]
     assert command("distill", *options).code == 0
     assert "3 prompts and no images" in (tmp_path / "out" / "report.md").read_text()
 
@@ -210,7 +260,9 @@ def test_images_of_ones_own(command, pipeline_folder, tmp_path):
         Image.new("RGB", (80, 64), (80 * index, 0, 0)).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"a red {index}")
     options = ["--steps", "2", "--model", pipeline_folder, "--images", folder, *QUICK]
-    ended = command("distill", "--method", "progressive", "--teacher-steps", "4", "--output", tmp_path / "out", *options)
+    ended = command(
+        "distill", "--method", "progressive", "--teacher-steps", "4", "--output", tmp_path / "out", *options
+    )
     assert ended.code == 0, ended.message
     assert "3 images of" in (tmp_path / "out" / "report.md").read_text()
     for method, reason in (("reflow", "trains on pairs"), ("tdm", "trains on prompts")):
@@ -224,12 +276,27 @@ def test_images_of_ones_own(command, pipeline_folder, tmp_path):
 def test_patience_ends_a_run_early(command, pipeline_folder, tmp_path, monkeypatch):
     values = iter([10.0, 5.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(job.FewStepStudent, "measure", lambda self: {job.WATCHED[0]: next(values)})
-    options = ["--method", "output_kd", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
+    options = [
+        "--method",
+        "output_kd",
+        "--steps",
+        "2",
+        "--model",
+        pipeline_folder,
+        "--output",
+        tmp_path / "out",
+        *QUICK,
+    ]
     options += ["--training-steps", "12", "--watch-every", "2", "--patience", "2"]
     assert command("distill", *options).code == 0
     record = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert (record["chosen"]["step"], record["chosen"]["value"]) == (4, 5.0)
-    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6, 8]
+    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == [
+        2,
+        4,
+        6,
+        8,
+    ]
 
 
 @pytest.mark.slow
@@ -241,7 +308,17 @@ def test_a_student_of_the_teachers_steps_is_compared_with_it_once(command, pipel
 
 
 def test_without_watching_the_averaged_weights_are_the_result(command, pipeline_folder, tmp_path):
-    options = ["--method", "output_kd", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
+    options = [
+        "--method",
+        "output_kd",
+        "--steps",
+        "2",
+        "--model",
+        pipeline_folder,
+        "--output",
+        tmp_path / "out",
+        *QUICK,
+    ]
     assert command("distill", *options, "--watch-every", "0", "--evaluate-images", "0", "--tensorboard").code == 0
     assert (tmp_path / "out" / "tensorboard").is_dir()
     report = (tmp_path / "out" / "report.md").read_text()
@@ -250,12 +327,17 @@ def test_without_watching_the_averaged_weights_are_the_result(command, pipeline_
 
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
-    """FLUX.1-dev, 11.9 B parameters: 44 GiB of float32 weights for the student, and as many for each of its moments and its average."""
+    """FLUX.1-dev, 11.9 B parameters: 44 GiB of float32 weights for the student, and as many for
+    each of its moments and its average."""
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel", "guidance_embeds": true}')
     options = ["--method", "dmd2", "--steps", "4", "--dry-run", "--model", tmp_path / "config.json", "--device", "cuda"]
     ended = command("distill", *options)
     assert ended.code == 0, ended.message
-    rows = {tuple(line.split("  ")[0].split() + line.split()[1:2]): line for line in ended.message.splitlines() if "GiB" in line}
+    rows = {
+        tuple(line.split("  ")[0].split() + line.split()[1:2]): line
+        for line in ended.message.splitlines()
+        if "GiB" in line
+    }
     assert "44.3" in rows["student", "weights"]
     assert "22.1" in rows["teacher", "weights"]
     assert "bfloat16" in rows["teacher", "weights"]
@@ -298,7 +380,9 @@ def test_bad_requests_stop_before_any_work(command, pipeline_folder, tmp_path, o
 
 def test_too_small_a_memory_is_noticed_first(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
-    ended = command("distill", "--method", "dmd2", "--steps", "4", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK)
+    ended = command(
+        "distill", "--method", "dmd2", "--steps", "4", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK
+    )
     assert ended.code == 2
     assert "--optimizer adamw8bit" in ended.message
     assert not (tmp_path / "out").exists()
@@ -306,7 +390,9 @@ def test_too_small_a_memory_is_noticed_first(command, pipeline_folder, tmp_path,
 
 def test_a_diverging_training_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
-    ended = command("distill", "--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK)
+    ended = command(
+        "distill", "--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK
+    )
     assert ended.code == 2
     assert "Lower the learning rate" in ended.message
 
@@ -339,9 +425,21 @@ def test_runs_share_what_the_teacher_drew(command, pipeline_folder, tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_in_bfloat16(command, pipeline_folder, tmp_path, monkeypatch, precision):
-    """As a GPU loads it: the student trains in float32, and is sampled by a pipeline of the teacher's dtype."""
+    """As a GPU loads it: the student trains in float32, and is sampled by a pipeline of the
+    teacher's dtype."""
     monkeypatch.setattr(loading, "dtype_on", lambda device: torch.bfloat16)
-    options = ["--method", "dmd2", "--steps", "2", "--model", pipeline_folder, "--output", tmp_path / "out", "--precision", precision]
+    options = [
+        "--method",
+        "dmd2",
+        "--steps",
+        "2",
+        "--model",
+        pipeline_folder,
+        "--output",
+        tmp_path / "out",
+        "--precision",
+        precision,
+    ]
     ended = command("distill", *options, *QUICK)
     assert ended.code == 0, ended.message
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

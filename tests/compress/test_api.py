@@ -63,7 +63,10 @@ def test_the_readme(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_importing_the_names_loads_no_torch():
-    script = "import sys, fastdistill.compress as c; assert 'select' in dir(c) and 'torch' not in sys.modules; assert callable(c.select)"
+    script = (
+        "import sys, fastdistill.compress as c; assert 'select' in dir(c) and 'torch' not in sys.modules; "
+        "assert callable(c.select)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -161,7 +164,9 @@ def test_scores_of_another_model_are_refused():
     with pytest.raises(UserError, match="scores of 4 blocks, and not of the 3 of this SD3"):
         select(transformer, scores_of(tiny.tiny_sd3(4)), drop_blocks=1)
     with pytest.raises(UserError, match="not a number"):
-        select(transformer, scores_of(transformer) | dict.fromkeys(ids(transformer_blocks=[1]), math.nan), drop_blocks=1)
+        select(
+            transformer, scores_of(transformer) | dict.fromkeys(ids(transformer_blocks=[1]), math.nan), drop_blocks=1
+        )
 
 
 def test_what_cannot_be_scored_is_refused_before_any_work(pipeline, monkeypatch):

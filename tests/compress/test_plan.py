@@ -53,7 +53,9 @@ def flux_dev(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # The same every time, and three seconds of dispatching.
         of_others = plan_module.flops
-        patch.setattr(plan_module, "flops", lambda network, *args: counted() if is_flux(network) else of_others(network, *args))
+        patch.setattr(
+            plan_module, "flops", lambda network, *args: counted() if is_flux(network) else of_others(network, *args)
+        )
         yield str(path)
 
 
@@ -172,8 +174,14 @@ def test_the_plan_of_a_count_and_of_budgets(flux_dev):
         ("{", "no diffusers config"),
         ("[]", "no diffusers config"),
         ('{"num_layers": 3}', "no diffusers config"),
-        ('{"_class_name": "UNet2DConditionModel"}', "UNet2DConditionModel is not a supported transformer; supported: Flux"),
-        ('{"_class_name": "FluxTransformer2DModel", "num_layers": "many"}', "does not describe a FluxTransformer2DModel"),
+        (
+            '{"_class_name": "UNet2DConditionModel"}',
+            "UNet2DConditionModel is not a supported transformer; supported: Flux",
+        ),
+        (
+            '{"_class_name": "FluxTransformer2DModel", "num_layers": "many"}',
+            "does not describe a FluxTransformer2DModel",
+        ),
     ],
 )
 def test_a_config_that_is_none(tmp_path, content, message):
@@ -215,4 +223,7 @@ def test_latency_is_measured_and_leaves_the_model_alone(dtype):
     for kind in kinds(transformer, family):
         assert len({cost.blocks[block_id] for block_id in kind}) == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
-    assert all(torch.equal(value, weights[name]) and value.dtype == torch.float32 for name, value in transformer.state_dict().items())
+    assert all(
+        torch.equal(value, weights[name]) and value.dtype == torch.float32
+        for name, value in transformer.state_dict().items()
+    )

@@ -22,7 +22,9 @@ def transformer():
 
 
 def recovery(transformer, weights, drop=USELESS):
-    return Recovery(cut_model(copy.deepcopy(transformer).requires_grad_(False), family_of(transformer), [drop]), weights)
+    return Recovery(
+        cut_model(copy.deepcopy(transformer).requires_grad_(False), family_of(transformer), [drop]), weights
+    )
 
 
 def batch(transformer, count=4):
@@ -36,7 +38,9 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(transformer):
         "all": RecoveryWeights(task=0.5, out=2.0, feat=3.0),
         "no_feat": RecoveryWeights(task=0.5, out=2.0, feat=0.0),
     }.items():
-        values[name] = recovery(transformer, weights).loss("student", batch(transformer), torch.Generator().manual_seed(0))
+        values[name] = recovery(transformer, weights).loss(
+            "student", batch(transformer), torch.Generator().manual_seed(0)
+        )
     logs = values["all"].logs
     torch.testing.assert_close(values["all"].total, 0.5 * logs["task"] + 2 * logs["out"] + 3 * logs["feat"])
     assert "feat" not in values["no_feat"].logs
@@ -65,7 +69,10 @@ def test_nothing_to_recover_means_no_distillation_loss(transformer):
 def test_the_feature_loss_does_not_care_for_the_scale_of_a_pair():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
-        [{"image": torch.randn(2, 3, 4, generator=generator), "text": torch.randn(2, 5, 4, generator=generator)} for _ in range(2)]
+        [
+            {"image": torch.randn(2, 3, 4, generator=generator), "text": torch.randn(2, 5, 4, generator=generator)}
+            for _ in range(2)
+        ]
         for _ in range(2)
     )
     value = feature_loss(student, teacher)

@@ -50,7 +50,12 @@ def two_stacks(make: Callable[[], Any], inputs: Callable[[], dict[str, Any]]) ->
 
 
 def one_stack(make: Callable[[], Any], inputs: Callable[[], dict[str, Any]], **config: Any) -> Case:
-    return Case(make=make, inputs=inputs, cuts=({BLOCKS: [0]}, {BLOCKS: [1]}, {BLOCKS: [0, 2]}), config={"num_layers": 2, **config})
+    return Case(
+        make=make,
+        inputs=inputs,
+        cuts=({BLOCKS: [0]}, {BLOCKS: [1]}, {BLOCKS: [0, 2]}),
+        config={"num_layers": 2, **config},
+    )
 
 
 CASES = {
@@ -59,7 +64,11 @@ CASES = {
     "flux3": Case(
         make=tiny.tiny_flux3,
         inputs=tiny.flux3_inputs,
-        cuts=({TEXT: [0], IMAGE: [1], REFERENCE: [0], SINGLE: [1]}, {SINGLE: [2]}, {TEXT: [0, 1], IMAGE: [0, 1], REFERENCE: [0, 1]}),
+        cuts=(
+            {TEXT: [0], IMAGE: [1], REFERENCE: [0], SINGLE: [1]},
+            {SINGLE: [2]},
+            {TEXT: [0, 1], IMAGE: [0, 1], REFERENCE: [0, 1]},
+        ),
         config={"num_layers": 1, "num_single_layers": 2},
     ),
     "chroma": two_stacks(tiny.tiny_chroma, tiny.chroma_inputs),
@@ -131,7 +140,8 @@ def test_every_family_is_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "drop"), [pytest.param(case, drop, id=f"{name}-{drop}") for name, case in CASES.items() for drop in case.cuts]
+    ("case", "drop"),
+    [pytest.param(case, drop, id=f"{name}-{drop}") for name, case in CASES.items() for drop in case.cuts],
 )
 def test_cut_equals_skipped(case: Case, drop: Drop) -> None:
     transformer, inputs = tiny.seeded(case.make), case.inputs()
@@ -157,7 +167,11 @@ def test_cut_equals_skipped(case: Case, drop: Drop) -> None:
 def test_config_follows(case: Case) -> None:
     transformer = case.make()
     smaller = cut(transformer, case.cuts[0])
-    changed = {name: value for name, value in smaller.config.items() if value != transformer.config[name] and not name.startswith("_")}
+    changed = {
+        name: value
+        for name, value in smaller.config.items()
+        if value != transformer.config[name] and not name.startswith("_")
+    }
     changed.pop("approximator_num_channels", None)
     assert changed == case.config
 
@@ -170,7 +184,9 @@ def test_kept_weights_keep_every_bit_and_dtype(case: Case, tmp_path: Any) -> Non
     cut(transformer, drop).save_pretrained(tmp_path)
     old, new = transformer.state_dict(), load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert all(value.dtype == torch.bfloat16 for value in new.values())
-    assert all(torch.equal(value, old[old_name(name, drop, transformer)]) for name, value in new.items() if name != REFITTED)
+    assert all(
+        torch.equal(value, old[old_name(name, drop, transformer)]) for name, value in new.items() if name != REFITTED
+    )
 
 
 LOAD = """
@@ -200,9 +216,15 @@ def test_saved_cuts_load_where_fastdistill_cannot_be_imported(tmp_path: Any) -> 
     for name, case in CASES.items():
         transformer, inputs, drop = tiny.seeded(case.make), case.inputs(), case.cuts[0]
         cut(transformer, drop).save_pretrained(tmp_path / name)
-        saved = {"class": type(transformer).__name__, "inputs": inputs, "expected": run_skipped(transformer, drop, inputs)}
+        saved = {
+            "class": type(transformer).__name__,
+            "inputs": inputs,
+            "expected": run_skipped(transformer, drop, inputs),
+        }
         torch.save(saved, tmp_path / f"{name}.pt")
-    result = subprocess.run([sys.executable, "-c", LOAD, *CASES], capture_output=True, text=True, check=False, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *CASES], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["loaded", str(len(CASES))]
 
@@ -228,7 +250,12 @@ def test_buffers_follow_the_dtype(case: Case) -> None:
 def test_counts_that_were_defaults_are_cut_too() -> None:
     """diffusers keeps a record of the fields that nobody gave, and restores their defaults."""
     transformer = FluxTransformer2DModel(
-        in_channels=4, attention_head_dim=8, num_attention_heads=1, joint_attention_dim=4, pooled_projection_dim=4, axes_dims_rope=(2, 2, 4)
+        in_channels=4,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=4,
+        pooled_projection_dim=4,
+        axes_dims_rope=(2, 2, 4),
     )
     smaller = cut(transformer, {"double": range(1, 19), "single": range(38)})
     assert (smaller.config.num_layers, smaller.config.num_single_layers) == (1, 0)
@@ -237,7 +264,9 @@ def test_counts_that_were_defaults_are_cut_too() -> None:
 def test_an_empty_cut_is_a_copy() -> None:
     transformer = tiny.seeded(tiny.tiny_chroma)
     copied = cut(transformer, {})
-    assert {name: copied.config[name] for name in transformer.config if not name.startswith("_")}.items() <= transformer.config.items()
+    assert {
+        name: copied.config[name] for name in transformer.config if not name.startswith("_")
+    }.items() <= transformer.config.items()
     assert all(torch.equal(value, transformer.state_dict()[name]) for name, value in copied.state_dict().items())
 
 
@@ -261,7 +290,11 @@ def with_adapter() -> Any:
         (tiny.tiny_flux, {DOUBLE: [0, 1], SINGLE: [0, 1, 2]}, "leaves no model"),
         (tiny.tiny_sd3, {"block": [0, 1, 2]}, "leaves no model"),
         (tiny.tiny_z_image, {"siglip": [0]}, "no block siglip:0; this model has noise: 0-0, context: 0-0, layer: 0-1"),
-        (tiny.tiny_z_image, {"noise": [0]}, "noise and context have one count, n_refiner_layers; .*noise: 0, context: 1"),
+        (
+            tiny.tiny_z_image,
+            {"noise": [0]},
+            "noise and context have one count, n_refiner_layers; .*noise: 0, context: 1",
+        ),
         (tiny.tiny_flux3, {"text": [0], "image": [1]}, "text and image and reference have one count, num_layers"),
         (with_adapter, {SINGLE: [0]}, "does not account for transformer_blocks.0.attn.to_q.lora"),
         (
@@ -279,7 +312,9 @@ def test_impossible_cuts_are_refused(make: Callable[[], Any], drop: Drop, messag
 
 
 def test_a_family_that_can_only_be_cut_says_so() -> None:
-    with pytest.raises(UserError, match=r"SD3Transformer2DModel can only be cut, from Python: fastdistill\.compress\.cut"):
+    with pytest.raises(
+        UserError, match=r"SD3Transformer2DModel can only be cut, from Python: fastdistill\.compress\.cut"
+    ):
         family_of(tiny.tiny_sd3())
 
 

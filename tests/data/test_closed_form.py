@@ -101,7 +101,9 @@ def test_labels_choose_components() -> None:
 def test_responsibilities_are_those_of_bayes() -> None:
     data = mixture()
     x, _ = data.draw(20, generator())
-    densities = torch.stack([MultivariateNormal(m, c).log_prob(x) for m, c in zip(data.means, data.covariances, strict=True)], dim=1)
+    densities = torch.stack(
+        [MultivariateNormal(m, c).log_prob(x) for m, c in zip(data.means, data.covariances, strict=True)], dim=1
+    )
     torch.testing.assert_close(data.responsibilities(x), torch.softmax(densities + data.log_weights, dim=1))
 
 
@@ -124,7 +126,9 @@ def test_the_gradient_of_distribution_matching_on_gaussians() -> None:
     """
     mu, s, m, b, t = 1.3, 0.7, -0.4, 1.6, 0.5
     real, fake = (
-        GaussianMixture.gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([[sd**2]], dtype=torch.float64))
+        GaussianMixture.gaussian(
+            torch.tensor([mean], dtype=torch.float64), torch.tensor([[sd**2]], dtype=torch.float64)
+        )
         for mean, sd in ((mu, s), (m, b))
     )
     process, count = RectifiedFlow(), 400_000
@@ -135,7 +139,9 @@ def test_the_gradient_of_distribution_matching_on_gaussians() -> None:
     v_r, v_f = (1 - t) ** 2 * s**2 + t**2, (1 - t) ** 2 * b**2 + t**2
     # The difference has standard deviation 0.7: an error of 0.001 is one standard error.
     assert float(difference.mean()) == pytest.approx((m - mu) * t**2 / v_r, abs=0.004)
-    assert float((difference * z).mean()) == pytest.approx(b * (1 - t) ** 2 * t**2 * (b**2 - s**2) / (v_f * v_r), abs=0.006)
+    assert float((difference * z).mean()) == pytest.approx(
+        b * (1 - t) ** 2 * t**2 * (b**2 - s**2) / (v_f * v_r), abs=0.006
+    )
 
 
 def test_a_teacher_keeps_the_dtype_of_its_points_and_has_nothing_to_train() -> None:
@@ -171,7 +177,9 @@ IDENTITY = torch.eye(2).expand(2, 2, 2)
 )
 def test_what_is_no_mixture_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        GaussianMixture(**{"weights": torch.ones(2), "means": torch.zeros(2, 2), "covariances": IDENTITY, "labels": None} | change)
+        GaussianMixture(
+            **{"weights": torch.ones(2), "means": torch.zeros(2, 2), "covariances": IDENTITY, "labels": None} | change
+        )
 
 
 def test_unknown_labels_are_refused() -> None:

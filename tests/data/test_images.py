@@ -66,7 +66,10 @@ def truncate(path):
         (lambda folder: [path.unlink() for path in folder.iterdir()], "holds no image"),
         (lambda folder: (folder / "b.png").write_text("no image"), r"b\.png cannot be read as an image"),
         (lambda folder: truncate(folder / "b.png"), r"b\.png cannot be read as an image"),
-        (lambda folder: (folder / "a.txt").unlink(), r"a\.JPG and 0 more of 4 images have no caption; write it to a\.txt"),
+        (
+            lambda folder: (folder / "a.txt").unlink(),
+            r"a\.JPG and 0 more of 4 images have no caption; write it to a\.txt",
+        ),
         (lambda folder: (folder / "a.txt").write_bytes(b"\xff\xfe\x00"), r"a\.txt is not UTF-8 text"),
     ],
 )

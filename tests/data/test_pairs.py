@@ -56,7 +56,9 @@ def test_pairs_of_other_settings_are_refused(tmp_path: Path, changes: dict[str, 
 
 def test_a_batch_keeps_together_what_belongs_together() -> None:
     index = torch.arange(6)
-    pool = PairPool(noise=index[:, None].float(), latents=2 * index[:, None].float(), prompts=index.flip(0), conditioning=index * 10)
+    pool = PairPool(
+        noise=index[:, None].float(), latents=2 * index[:, None].float(), prompts=index.flip(0), conditioning=index * 10
+    )
     batch = pool.batch(50, generator())
     assert torch.equal(batch.latents, 2 * batch.noise)
     assert torch.equal(batch.conditioning, 10 * (5 - batch.noise[:, 0].long()))

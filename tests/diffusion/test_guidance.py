@@ -43,7 +43,11 @@ def test_the_guided_score_is_that_of_the_sharpened_posterior(process: Process) -
 def test_guidance_only_inside_its_interval() -> None:
     process = RectifiedFlow()
     conditional, unconditional = (
-        Predictor(function=lambda x, t, value=value: torch.full_like(x, value), process=process, prediction=Prediction.VELOCITY)
+        Predictor(
+            function=lambda x, t, value=value: torch.full_like(x, value),
+            process=process,
+            prediction=Prediction.VELOCITY,
+        )
         for value in (1.0, 0.0)
     )
     t = torch.tensor([0.1, 0.2, 0.5, 0.8, 0.9])
@@ -56,6 +60,9 @@ def test_guidance_only_inside_its_interval() -> None:
 def test_predictions_of_two_kinds_are_not_combined() -> None:
     data = mixture()
     velocity = ExactTeacher(data, RectifiedFlow(), Prediction.VELOCITY).predictor()
-    for other in (ExactTeacher(data, RectifiedFlow(), Prediction.X0), ExactTeacher(data, TrigFlow(), Prediction.VELOCITY)):
+    for other in (
+        ExactTeacher(data, RectifiedFlow(), Prediction.X0),
+        ExactTeacher(data, TrigFlow(), Prediction.VELOCITY),
+    ):
         with pytest.raises(ValueError, match="one kind and one process"):
             guided(velocity, other.predictor(), 2.0)

@@ -30,15 +30,21 @@ def test_it_is_the_density_of_what_the_flow_makes_of_noise(process: Process) -> 
     first, last = times[:1].expand(count), times[-1:].expand(count)
     x = torch.randn(count, 2, generator=generator(), dtype=torch.float64)
     value = log_likelihood(ExactTeacher(data, process, Prediction.EPSILON).predictor(), x, times)
-    jacobian = torch.autograd.functional.jacobian(lambda point: data.flow_map(point, first[:1], last[:1], process), x[:1])
-    prior = torch.distributions.Normal(0, process.sigma(last[0])).log_prob(data.flow_map(x, first, last, process)).sum(1)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda point: data.flow_map(point, first[:1], last[:1], process), x[:1]
+    )
+    prior = (
+        torch.distributions.Normal(0, process.sigma(last[0])).log_prob(data.flow_map(x, first, last, process)).sum(1)
+    )
     torch.testing.assert_close(value, prior + torch.linalg.slogdet(jacobian.view(2, 2)).logabsdet, rtol=0, atol=1e-4)
 
 
 def test_it_is_conditional_on_labels() -> None:
     data, process = mixture(), RectifiedFlow()
     x, labels = data.draw(20, generator())
-    value = log_likelihood(ExactTeacher(data, process, Prediction.VELOCITY).predictor(labels), x, torch.linspace(0, 1, 101))
+    value = log_likelihood(
+        ExactTeacher(data, process, Prediction.VELOCITY).predictor(labels), x, torch.linspace(0, 1, 101)
+    )
     torch.testing.assert_close(value, data.log_density(x, torch.zeros(20), process, labels), rtol=0, atol=1e-5)
 
 
@@ -48,14 +54,17 @@ def test_an_error_of_fourth_order() -> None:
     exact = data.log_density(x, torch.zeros(30, dtype=torch.float64), process)
     predictor = ExactTeacher(data, process, Prediction.VELOCITY).predictor()
     errors = [
-        float((log_likelihood(predictor, x, torch.linspace(0, 1, n + 1, dtype=torch.float64)) - exact).abs().mean()) for n in (16, 32)
+        float((log_likelihood(predictor, x, torch.linspace(0, 1, n + 1, dtype=torch.float64)) - exact).abs().mean())
+        for n in (16, 32)
     ]
     assert errors[0] / errors[1] > 10
 
 
 def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
     """A Gaussian with diagonal covariance: `z^T J z = tr J` for every `z` of signs."""
-    data = GaussianMixture.gaussian(torch.zeros(3, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).diag())
+    data = GaussianMixture.gaussian(
+        torch.zeros(3, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).diag()
+    )
     x, _ = data.draw(10, generator())
     predictor = ExactTeacher(data, RectifiedFlow(), Prediction.VELOCITY).predictor()
     times = torch.linspace(0, 1, 11, dtype=torch.float64)

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from fastdistill.diffusion.prediction import Prediction, Predictor, convert
-from fastdistill.diffusion.process import CosineVariancePreserving, LinearVariancePreserving, Process, RectifiedFlow, TrigFlow
+from fastdistill.diffusion.process import (
+    CosineVariancePreserving,
+    LinearVariancePreserving,
+    Process,
+    RectifiedFlow,
+    TrigFlow,
+)
 from tests.toy import PROCESSES, generator
 
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -66,7 +72,9 @@ def test_velocities_and_v_determine_data_and_noise_at_both_ends(process: Process
     x_t = process.add_noise(x_0, noise, time)
     given = source.target(process, x_0, noise, time)
     for target in (Prediction.X0, Prediction.EPSILON):
-        torch.testing.assert_close(convert(given, x_t, time, process, source, target), target.target(process, x_0, noise, time))
+        torch.testing.assert_close(
+            convert(given, x_t, time, process, source, target), target.target(process, x_0, noise, time)
+        )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,9 @@ def test_what_is_not_determined_is_an_error(process: Process, t: float, source: 
 
 
 def test_noise_and_score_tell_each_other_where_they_do_not_tell_the_data() -> None:
-    score = convert(torch.full((1, 3), 2.0), torch.ones(1, 3), torch.ones(1), RectifiedFlow(), Prediction.EPSILON, Prediction.SCORE)
+    score = convert(
+        torch.full((1, 3), 2.0), torch.ones(1, 3), torch.ones(1), RectifiedFlow(), Prediction.EPSILON, Prediction.SCORE
+    )
     torch.testing.assert_close(score, torch.full((1, 3), -2.0))
     epsilon = convert(score, torch.ones(1, 3), torch.ones(1), RectifiedFlow(), Prediction.SCORE, Prediction.EPSILON)
     torch.testing.assert_close(epsilon, torch.full((1, 3), 2.0))
@@ -106,8 +116,17 @@ def test_noise_and_score_tell_each_other_where_they_do_not_tell_the_data() -> No
     ],
 )
 @pytest.mark.parametrize("target", [Prediction.VELOCITY, Prediction.X0])
-def test_halves_are_computed_in_float32(p: torch.dtype, x_t: torch.dtype, expected: torch.dtype, target: Prediction) -> None:
-    converted = convert(torch.ones(2, 3, dtype=p), torch.ones(2, 3, dtype=x_t), torch.ones(2), RectifiedFlow(), Prediction.VELOCITY, target)
+def test_halves_are_computed_in_float32(
+    p: torch.dtype, x_t: torch.dtype, expected: torch.dtype, target: Prediction
+) -> None:
+    converted = convert(
+        torch.ones(2, 3, dtype=p),
+        torch.ones(2, 3, dtype=x_t),
+        torch.ones(2),
+        RectifiedFlow(),
+        Prediction.VELOCITY,
+        target,
+    )
     assert converted.dtype is expected
 
 

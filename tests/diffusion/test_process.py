@@ -52,7 +52,9 @@ def test_time_of_log_snr_is_the_inverse(process: Process) -> None:
     torch.testing.assert_close(process.time_of_log_snr(process.log_snr(INSIDE)), INSIDE, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("process", [LinearVariancePreserving(), CosineVariancePreserving(), TrigFlow()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [LinearVariancePreserving(), CosineVariancePreserving(), TrigFlow()], ids=lambda p: type(p).__name__
+)
 def test_variance_is_preserved_to_the_last_digit_near_data(process: VariancePreserving) -> None:
     t = torch.tensor([1e-9, 1e-6, 1e-3, 0.3, 0.9], dtype=torch.float64)
     torch.testing.assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t))
@@ -81,7 +83,9 @@ def test_the_sde_has_these_marginals(process: Process) -> None:
     [(LinearVariancePreserving(), "linear", 1e-3, 4e-3), (CosineVariancePreserving(), "squaredcos_cap_v2", 1e-6, 1e-5)],
     ids=["linear", "cosine"],
 )
-def test_agreement_with_the_tables_of_diffusers(process: Process, schedule: str, tolerance: float, time_tolerance: float) -> None:
+def test_agreement_with_the_tables_of_diffusers(
+    process: Process, schedule: str, tolerance: float, time_tolerance: float
+) -> None:
     table = DDPMScheduler(beta_schedule=schedule).alphas_cumprod.double()
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(process.alpha(t) ** 2, table, rtol=0, atol=tolerance)
@@ -106,12 +110,16 @@ def test_trig_flow_is_the_arc_from_data_to_noise() -> None:
 def test_add_noise_is_its_definition_in_the_dtype_of_the_data(process: Process) -> None:
     data, noise = torch.randn(2, 3, 2, 4, 5, generator=generator(), dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.7])
-    expected = torch.stack([process.alpha(u) * d + process.sigma(u) * n for d, n, u in zip(data, noise, t.double(), strict=True)])
+    expected = torch.stack(
+        [process.alpha(u) * d + process.sigma(u) * n for d, n, u in zip(data, noise, t.double(), strict=True)]
+    )
     torch.testing.assert_close(process.add_noise(data, noise, t), expected)
     assert process.add_noise(data.bfloat16(), noise.bfloat16(), t).dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("t", [torch.zeros(()), torch.zeros(2), torch.zeros(3, 1)], ids=["scalar", "wrong length", "two axes"])
+@pytest.mark.parametrize(
+    "t", [torch.zeros(()), torch.zeros(2), torch.zeros(3, 1)], ids=["scalar", "wrong length", "two axes"]
+)
 def test_one_time_per_sample_or_an_error(t: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="one time per sample"):
         RectifiedFlow().add_noise(torch.zeros(3, 4), torch.zeros(3, 4), t)

@@ -16,7 +16,15 @@ from fastdistill.diffusion.timesteps import few_step_times
 from tests.toy import PROCESSES, gaussian, generator, mixture, quasi_random_noise
 
 # The steps at which a sampler's own error is below the tolerances that follow.
-DETERMINISTIC = {"ddim": 200, "dpmsolver++": 40, "euler": 200, "heun": 40, "flow_euler": 200, "ode_euler": 400, "ode_heun": 60}
+DETERMINISTIC = {
+    "ddim": 200,
+    "dpmsolver++": 40,
+    "euler": 200,
+    "heun": 40,
+    "flow_euler": 200,
+    "ode_euler": 400,
+    "ode_heun": 60,
+}
 STOCHASTIC = {"ddpm": 200, "sde-dpmsolver++": 100, "euler_maruyama": 200, "annealed_langevin": 30}
 # The order of convergence. The last step, to x_0 from the last time's noise, is common to all and
 # part of the exact solution below.
@@ -57,7 +65,9 @@ def test_samples_have_the_moments_and_mode_weights_of_the_mixture(process: Proce
     torch.testing.assert_close(torch.cov(x.T), data.covariance(), rtol=0, atol=covariance)
     modes = responsibilities.argmax(1)
     volumes = torch.stack([torch.linalg.det(torch.cov(x[modes == k].T)) for k in range(4)]).sqrt()
-    torch.testing.assert_close(volumes / torch.linalg.det(data.covariances).sqrt(), torch.ones_like(volumes), rtol=0, atol=volume)
+    torch.testing.assert_close(
+        volumes / torch.linalg.det(data.covariances).sqrt(), torch.ones_like(volumes), rtol=0, atol=volume
+    )
 
 
 @pytest.mark.slow_but_first("sampler")
@@ -86,7 +96,13 @@ def test_it_converges_to_the_exact_flow_of_a_gaussian(process: Process, sampler:
 def test_what_the_network_predicts_makes_no_difference(sampler: str, prediction: Prediction) -> None:
     process, noise = LinearVariancePreserving(), torch.randn(8, 2, generator=generator(), dtype=torch.float64)
     results = [
-        sample(ExactTeacher(mixture(), process, p).predictor(), noise, process.log_snr_times(6), sampler=sampler, rng=generator())
+        sample(
+            ExactTeacher(mixture(), process, p).predictor(),
+            noise,
+            process.log_snr_times(6),
+            sampler=sampler,
+            rng=generator(),
+        )
         for p in (prediction, Prediction.VELOCITY)
     ]
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
@@ -114,7 +130,9 @@ def test_few_steps_are_those_of_a_flux_pipeline() -> None:
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4))
     latents = noise
     for timestep in scheduler.timesteps:
-        latents = scheduler.step(teacher(latents, (timestep / 1000).expand(32)), timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(teacher(latents, (timestep / 1000).expand(32)), timestep, latents, return_dict=False)[
+            0
+        ]
     for sampler in ("flow_euler", "ode_euler"):
         result = sample(teacher.predictor(), noise, few_step_times(4, shift), sampler=sampler)
         torch.testing.assert_close(result, latents, rtol=0, atol=2e-5)
@@ -168,9 +186,15 @@ def test_guidance_concentrates_samples_on_the_label() -> None:
     labels, teacher = torch.full((256,), 2), ExactTeacher(mixture(), RectifiedFlow(), Prediction.VELOCITY)
     shares = []
     for scale in (0.0, 1.0, 3.0):
-        x = sample(teacher.predictor(labels, scale=scale), quasi_random_noise(256), process.log_snr_times(40), sampler="heun")
+        x = sample(
+            teacher.predictor(labels, scale=scale), quasi_random_noise(256), process.log_snr_times(40), sampler="heun"
+        )
         t = torch.zeros(256, dtype=torch.float64)
-        shares.append(float((data.log_density(x, t, process, labels) + math.log(0.6) - data.log_density(x, t, process)).exp().mean()))
+        shares.append(
+            float(
+                (data.log_density(x, t, process, labels) + math.log(0.6) - data.log_density(x, t, process)).exp().mean()
+            )
+        )
     assert shares[0] == pytest.approx(0.6, abs=0.02)
     assert shares[1] > 0.97
     assert shares[2] > shares[1]

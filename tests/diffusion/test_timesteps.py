@@ -73,7 +73,9 @@ def test_the_shift_of_flux_depends_on_the_resolution(tokens: int) -> None:
 
 
 def test_the_times_of_few_step_flux() -> None:
-    torch.testing.assert_close(few_step_times(4, flux_shift(4096)), torch.tensor([1, 0.9045, 0.7595, 0.5128]), rtol=0, atol=5e-5)
+    torch.testing.assert_close(
+        few_step_times(4, flux_shift(4096)), torch.tensor([1, 0.9045, 0.7595, 0.5128]), rtol=0, atol=5e-5
+    )
 
 
 def test_bad_times_are_refused() -> None:

@@ -17,7 +17,10 @@ from fastdistill.evaluation.statistics import over_seeds, spread, wilson_interva
 
 def test_frechet_distance_of_gaussians_in_closed_form():
     generator = torch.Generator().manual_seed(0)
-    first = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) @ torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 0.5]]).double()
+    first = (
+        torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+        @ torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 0.5]]).double()
+    )
     second = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) + torch.tensor([1.0, 0, 2])
     # Diagonal covariances commute: sum of (s_1 - s_2)^2, plus the squared distance of the means.
     expected = (2 - 1) ** 2 + 0 + (0.5 - 1) ** 2 + 1 + 4
@@ -42,11 +45,15 @@ def test_frechet_distance_needs_two_samples():
         frechet_distance(torch.randn(1, 3), torch.randn(5, 3))
 
 
-@pytest.mark.parametrize(("successes", "trials", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)])
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)]
+)
 def test_wilson_interval(successes, trials, low, high):
     """The last is Newcombe 1998, table I."""
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
-    assert 0 <= wilson_interval(successes, trials)[0] <= successes / trials <= wilson_interval(successes, trials)[1] <= 1
+    assert (
+        0 <= wilson_interval(successes, trials)[0] <= successes / trials <= wilson_interval(successes, trials)[1] <= 1
+    )
 
 
 def test_spread_is_the_sample_standard_deviation():

@@ -31,7 +31,9 @@ def test_sliced_wasserstein_of_a_shift():
     """
     plane, space = normal(1000, 2), normal(1000, 3)
     assert sliced_wasserstein(plane, plane + torch.tensor([3.0, 4.0])) == pytest.approx(5 * 2 / math.pi, rel=1e-3)
-    assert sliced_wasserstein(space, space + torch.tensor([0.0, 3.0, 4.0]), projections=4096) == pytest.approx(5 / 2, rel=0.02)
+    assert sliced_wasserstein(space, space + torch.tensor([0.0, 3.0, 4.0]), projections=4096) == pytest.approx(
+        5 / 2, rel=0.02
+    )
 
 
 def test_sliced_wasserstein_of_shifted_and_of_scaled_gaussians():
@@ -80,7 +82,9 @@ def test_energy_distance_is_unbiased():
     """The mean over many pairs of small sets of one distribution is zero within its error; the
     V-statistic's would be 2 E|X - X'| / n.
     """
-    values = torch.tensor([energy_distance(normal(10, 2, seed=2 * i), normal(10, 2, seed=2 * i + 1)) for i in range(400)])
+    values = torch.tensor(
+        [energy_distance(normal(10, 2, seed=2 * i), normal(10, 2, seed=2 * i + 1)) for i in range(400)]
+    )
     assert float(values.min()) < 0
     assert abs(float(values.mean())) < 3 * float(values.std()) / 20
     assert 3 * float(values.std()) / 20 < 0.1 * 2 * math.sqrt(math.pi) / 10

@@ -9,11 +9,15 @@ from fastdistill.models.saving import save
 from tests.tiny import tiny_flux_pipeline
 
 
-def test_a_failed_save_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_nothing_and_the_next_one_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline, folder = tiny_flux_pipeline(), tmp_path / "model"
     arguments = (pipeline, pipeline.transformer, folder, SamplingDefaults(height=64, width=64), ["a cat"])
     with monkeypatch.context() as patch:
-        patch.setattr(SamplingDefaults, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            SamplingDefaults, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         with pytest.raises(OSError, match="No space"):
             save(*arguments)
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,10 @@ def test_sound_weights_pass(dtype):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.ones(3, dtype=torch.int8), r"model weight 1\.scale is int8, which can be neither scored nor trained; load"),
+        (
+            torch.ones(3, dtype=torch.int8),
+            r"model weight 1\.scale is int8, which can be neither scored nor trained; load",
+        ),
         (torch.ones(3).to(torch.float8_e4m3fn), r"1\.scale is float8_e4m3fn"),
         (torch.ones(3).as_subclass(Quantised), r"1\.scale is Quantised"),
         (torch.ones(3, device="meta"), r"1\.scale is not in memory"),

@@ -11,10 +11,15 @@ COMPILING = ("test_compiles_whole", "test_opcheck")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what compiles, is interpreted or is about the reference alone. One case of every operator stays fast."""
+    """Mark as slow what compiles, is interpreted or is about the reference alone. One case of every
+    operator stays fast."""
     seen = set()
     for item in items:
-        if not isinstance(item, pytest.Function) or item.path.name != "test_inherited.py" or not hasattr(item, "callspec"):
+        if (
+            not isinstance(item, pytest.Function)
+            or item.path.name != "test_inherited.py"
+            or not hasattr(item, "callspec")
+        ):
             continue
         operator, backend, device, *_ = item.callspec.id.split("-")
         first = (item.originalname, operator, backend, device) not in seen

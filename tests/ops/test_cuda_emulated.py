@@ -18,7 +18,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the sources")
 def test_the_cuda_kernels_pass_the_suite(tmp_path: Path) -> None:
     chosen = "native and cpu and (against_float64 and (float32 or bfloat16) or repeatable and bfloat16)"
-    command = [sys.executable, "-m", "tests.ops.emulated_cuda", str(tmp_path), "tests/ops/test_inherited.py", "-k", chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.ops.emulated_cuda",
+        str(tmp_path),
+        "tests/ops/test_inherited.py",
+        "-k",
+        chosen,
+    ]
     run = subprocess.run([*command, "-q", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
     passed = re.search(r"(\d+) passed", run.stdout)

@@ -90,7 +90,9 @@ def test_fastgen_and_fastvideo(backend: str) -> None:
         ({"normaliser": "batch"}, distance.mean()),
         ({"normaliser": "none"}, torch.ones(())),
     ):
-        actual = value_and_gradient(x, noise, cond, uncond, critic, guidance=2.0, prediction="x0", backend=backend, **options)
+        actual = value_and_gradient(
+            x, noise, cond, uncond, critic, guidance=2.0, prediction="x0", backend=backend, **options
+        )
         assert_same(actual, published(x, (Y - real) / mean))
 
 
@@ -138,13 +140,25 @@ def test_mask_and_weight(backend: str) -> None:
     x, noise, cond, uncond, critic = draw(5)
     whole = value_and_gradient(x, noise, cond, uncond, critic, guidance=2.0, backend=backend)
     everywhere = value_and_gradient(
-        x, noise, cond, uncond, critic, guidance=2.0, mask=torch.ones(1, dtype=torch.bool), weight=torch.ones(3), backend=backend
+        x,
+        noise,
+        cond,
+        uncond,
+        critic,
+        guidance=2.0,
+        mask=torch.ones(1, dtype=torch.bool),
+        weight=torch.ones(3),
+        backend=backend,
     )
     assert_same(everywhere, tuple(t.double() for t in whole))  # type: ignore[arg-type]
-    nowhere = value_and_gradient(x, noise, cond, uncond, critic, mask=torch.zeros(SHAPE, dtype=torch.bool), backend=backend)
+    nowhere = value_and_gradient(
+        x, noise, cond, uncond, critic, mask=torch.zeros(SHAPE, dtype=torch.bool), backend=backend
+    )
     assert nowhere[0] == 0
     assert not nowhere[1].any()
-    _, weighted = value_and_gradient(x, noise, cond, uncond, critic, guidance=2.0, weight=torch.tensor([0.0, 1.0, 3.0]), backend=backend)
+    _, weighted = value_and_gradient(
+        x, noise, cond, uncond, critic, guidance=2.0, weight=torch.tensor([0.0, 1.0, 3.0]), backend=backend
+    )
     torch.testing.assert_close(weighted, whole[1] * torch.tensor([0.0, 1.0, 3.0]).reshape(-1, 1, 1, 1))
 
 
@@ -162,8 +176,16 @@ def test_networks_receive_no_gradient(backend: str) -> None:
         ({"normaliser": "mean"}, ValueError, "normaliser: expected one of sample, batch, none, got 'mean'"),
         ({"guidance_form": "cfg"}, ValueError, "guidance_form: expected uncond or cond"),
         ({"prediction": "v"}, ValueError, "alpha, sigma: expected both with prediction='v'"),
-        ({"alpha": torch.ones(3), "sigma": torch.ones(3)}, ValueError, "alpha, sigma: expected both with prediction='v', and neither"),
-        ({"prediction": "v", "alpha": torch.ones(2), "sigma": torch.ones(3)}, ValueError, r"alpha: expected \(3,\).*got \(2,\)"),
+        (
+            {"alpha": torch.ones(3), "sigma": torch.ones(3)},
+            ValueError,
+            "alpha, sigma: expected both with prediction='v', and neither",
+        ),
+        (
+            {"prediction": "v", "alpha": torch.ones(2), "sigma": torch.ones(3)},
+            ValueError,
+            r"alpha: expected \(3,\).*got \(2,\)",
+        ),
         ({"weight": torch.ones(3, 1)}, ValueError, r"weight: expected \(3,\)"),
         ({"mask": torch.ones(3)}, TypeError, "mask: expected bool"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask: expected a shape that broadcasts to x"),
@@ -184,7 +206,13 @@ def test_the_op_itself_reads_nothing_out_of_bounds() -> None:
     op = torch.ops.fastdistill.dmd_loss.default
     x, noise, cond, uncond, critic = draw(5)
     options = (3.5, -1.0, 1.0, 1.0, 0, 0.0, True)
-    for change in ({"noise": noise[:, :2]}, {"critic": critic[:1]}, {"cond": cond.half()}, {"x": x.transpose(1, 2)}, {"uncond": uncond[0]}):
+    for change in (
+        {"noise": noise[:, :2]},
+        {"critic": critic[:1]},
+        {"cond": cond.half()},
+        {"x": x.transpose(1, 2)},
+        {"uncond": uncond[0]},
+    ):
         tensors = {"x": x, "noise": noise, "cond": cond, "uncond": uncond, "critic": critic, **change}
         with pytest.raises(RuntimeError, match="expected"):
             op(*tensors.values(), None, None, None, *options)

@@ -65,7 +65,9 @@ def test_cosine_is_exact_where_features_almost_agree(name: str) -> None:
     assert abs(value.item() / exact.item() - 1) < 3e-4
     assert (grad - exact_grad).abs().max() < 1e-3 * exact_grad.abs().max()
     cosine = ops.block_statistics(s, t, backend=name).cosine  # type: ignore[arg-type]
-    torch.testing.assert_close(cosine, F.cosine_similarity(s.double(), t.double(), dim=-1).mean(dim=-1).float(), rtol=0, atol=2e-7)
+    torch.testing.assert_close(
+        cosine, F.cosine_similarity(s.double(), t.double(), dim=-1).mean(dim=-1).float(), rtol=0, atol=2e-7
+    )
 
 
 def test_tokens_of_zeros(backend: str) -> None:
@@ -94,7 +96,11 @@ def test_block_statistics(backend: str) -> None:
     ("arguments", "error", "message"),
     [
         ((x[0, 0], x), ValueError, r": expected \(B, S, D\) or \(S, D\), got \(8,\)"),
-        ((x, x[:1]), ValueError, r": expected the shape and device of (student|before), \(2, 5, 8\) on cpu, got \(1, 5, 8\)"),
+        (
+            (x, x[:1]),
+            ValueError,
+            r": expected the shape and device of (student|before), \(2, 5, 8\) on cpu, got \(1, 5, 8\)",
+        ),
         ((x, x.half()), TypeError, ": expected the dtype of (student|before), torch.float32"),
         ((x, torch.zeros(2, 8, 5).transpose(1, 2)), ValueError, ": expected a contiguous last dimension"),
     ],

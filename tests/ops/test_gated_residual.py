@@ -77,7 +77,9 @@ def test_the_chain_is_its_two_operators() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("op", [ops.OPERATORS["gated_residual"], ops.OPERATORS["gated_residual_modulate"]], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [ops.OPERATORS["gated_residual"], ops.OPERATORS["gated_residual_modulate"]], ids=lambda op: op.name
+)
 @pytest.mark.parametrize("shape", [(3, 1031, 40), (1, 6000, 768)], ids=["many chunks", "larger than the cache"])
 def test_long(op: Operator, shape: tuple[int, int, int]) -> None:
     """Many chunks with a remainder in each, and results that only streaming stores write."""

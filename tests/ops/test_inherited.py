@@ -158,7 +158,9 @@ def test_compiles_whole(trial: Trial) -> None:
         pytest.skip("plain PyTorch, a second of compiling each")
     torch._dynamo.reset()
     compiler = "inductor" if trial.case.id == trial.op.cases()[0].id else "aot_eager"
-    compiled = torch.compile(lambda *a: trial.op(*a, backend=trial.backend), fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(
+        lambda *a: trial.op(*a, backend=trial.backend), fullgraph=True, dynamic=True, backend=compiler
+    )
     upstream = upstream_for(trial.run(detached(arguments)))
     expected = gradients(trial.run, arguments, upstream)
     actual = gradients(lambda a: as_tuple(compiled(*a)), arguments, upstream)

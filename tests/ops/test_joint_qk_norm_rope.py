@@ -42,7 +42,10 @@ def test_it_is_that_of_a_block_of_diffusers(backend: str, rotate: bool) -> None:
     for which in range(3):
         parts = [text[:, :, which], image[:, :, which]]
         if which < 2:
-            parts = [torch.nn.functional.rms_norm(x, (D,), w[which], 1e-6) for x, w in zip(parts, (of_text, of_image), strict=True)]
+            parts = [
+                torch.nn.functional.rms_norm(x, (D,), w[which], 1e-6)
+                for x, w in zip(parts, (of_text, of_image), strict=True)
+            ]
         joined = torch.cat(parts, dim=1)
         expected.append(apply_rotary_emb(joined, tables, sequence_dim=1) if rotate and which < 2 else joined)
     actual = ops.joint_qk_norm_rope(text, image, of_text, of_image, *tables, backend=backend)
@@ -74,7 +77,11 @@ c = torch.zeros(T + S, D)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (((t, t), (x, x, x), (w, w), (w, w), c, c), ValueError, r"text: expected \(q, k, v\) or one packed tensor, got 2 tensors"),
+        (
+            ((t, t), (x, x, x), (w, w), (w, w), c, c),
+            ValueError,
+            r"text: expected \(q, k, v\) or one packed tensor, got 2 tensors",
+        ),
         (
             (t, (x, x, x), (w, w), (w, w), c, c),
             ValueError,
@@ -82,7 +89,11 @@ c = torch.zeros(T + S, D)
         ),
         (((t, t, t), (x, x[:, 1:], x), (w, w), (w, w), c, c), ValueError, r"image k: expected \(2, 6, H, 16\)"),
         (((t, t, t), (x, x, x.half()), (w, w), (w, w), c, c), TypeError, "image v: expected the dtype of image q"),
-        (((t[:1], t[:1], t[:1]), (x, x, x), (w, w), (w, w), c, c), ValueError, r"text q: expected \(2, T, 2, 16\) on cpu as image q"),
+        (
+            ((t[:1], t[:1], t[:1]), (x, x, x), (w, w), (w, w), c, c),
+            ValueError,
+            r"text q: expected \(2, T, 2, 16\) on cpu as image q",
+        ),
         (((t, t, t), (x, x, x), (w, w[1:]), (w, w), c, c), ValueError, r"text k weight: expected \(16,\)"),
         (((t, t, t), (x, x, x), (w, w), (w, w), c[1:], c), ValueError, r"cos: expected \(9, 16\) or \(9, 8\)"),
         (((t, t, t), (x, x, x), (w, w), (w, w), c, None), ValueError, "cos, sin: expected both or neither"),

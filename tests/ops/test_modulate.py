@@ -98,7 +98,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 def test_frozen_modulation_costs_no_gradient() -> None:
     leaf = torch.randn(2, 5, 8, requires_grad=True)
     scale, shift = torch.randn(2, 8), torch.randn(2, 8)
-    results = [torch.autograd.grad(ops.modulate(leaf, scale, shift, backend=b).sum(), leaf)[0] for b in ("native", "eager")]
+    results = [
+        torch.autograd.grad(ops.modulate(leaf, scale, shift, backend=b).sum(), leaf)[0] for b in ("native", "eager")
+    ]
     torch.testing.assert_close(*results)
 
 

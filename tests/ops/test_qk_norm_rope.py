@@ -57,7 +57,10 @@ def test_compact_tables_are_full_ones(pairing: Any, backend: str) -> None:
     q, k, weight = torch.randn(1, 5, 2, 12), torch.randn(1, 5, 2, 12), torch.randn(12)
     angles = torch.randn(5, 6)
     full = angles.repeat_interleave(2, dim=1) if pairing == "adjacent" else torch.cat((angles, angles), dim=1)
-    results = [ops.qk_norm_rope(q, k, weight, weight, t.cos(), t.sin(), pairing=pairing, backend=backend) for t in (angles, full)]
+    results = [
+        ops.qk_norm_rope(q, k, weight, weight, t.cos(), t.sin(), pairing=pairing, backend=backend)
+        for t in (angles, full)
+    ]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -97,7 +100,11 @@ q, k, w, t = torch.zeros(2, 5, 3, 8), torch.zeros(2, 5, 1, 8), torch.zeros(8), t
         ((torch.zeros(1, 1, 1, 514), k, w, w, t, t), ValueError, "q: expected an even head size of at most 512"),
         ((q, k[:, :4], w, w, t, t), ValueError, r"k: expected \(2, 5, H, 8\) on cpu as q, got \(2, 4, 1, 8\)"),
         ((q, k.half(), w, w, t, t), TypeError, "k: expected the dtype of q, torch.float32"),
-        ((q.transpose(2, 3).contiguous().transpose(2, 3), k, w, w, t, t), ValueError, "q: expected a contiguous last dimension"),
+        (
+            (q.transpose(2, 3).contiguous().transpose(2, 3), k, w, w, t, t),
+            ValueError,
+            "q: expected a contiguous last dimension",
+        ),
         ((q, k, w[:4], w, t, t), ValueError, r"q_weight: expected \(8,\) on cpu, got \(4,\)"),
         ((q, k, w, w.half(), t, t), TypeError, "k_weight: expected the dtype of q, torch.float32"),
         ((q.half(), k.half(), w.half(), w, t, t), TypeError, "k_weight: expected the dtype of q_weight, torch.float16"),

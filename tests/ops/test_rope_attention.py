@@ -100,7 +100,13 @@ def test_fused_with_scores_beyond_the_exponents_of_float32(sign: float) -> None:
     """
     x, v = torch.randn(1, 1, 1, 64).expand(1, 18, 1, 64), torch.randn(1, 18, 1, 64)
     weight = torch.full((64,), 4.0)
-    inputs = [x.clone().requires_grad_(), (sign * x).clone().requires_grad_(), v.requires_grad_(), weight, weight.clone()]
+    inputs = [
+        x.clone().requires_grad_(),
+        (sign * x).clone().requires_grad_(),
+        v.requires_grad_(),
+        weight,
+        weight.clone(),
+    ]
     inputs = [t.detach().requires_grad_() for t in inputs] + [torch.ones(18, 32), torch.zeros(18, 32)]
     grad = torch.randn(1, 18, 1, 64)
     actual, expected = results(fused, inputs, grad), results(reference, inputs, grad)
@@ -174,7 +180,9 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def test_auto_respects_what_the_user_of_diffusers_set(dispatched: list[AttentionBackendName], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_respects_what_the_user_of_diffusers_set(
+    dispatched: list[AttentionBackendName], monkeypatch: pytest.MonkeyPatch
+) -> None:
     q = torch.randn(1, 4, 1, 8)
     attend(q, q, q)
     with attention_dispatch.attention_backend("_native_math"):
@@ -267,17 +275,24 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastdistill"):
         for _ in range(2):
             choose_attention(CPU, torch.bfloat16, True, 64)
-    assert [record.getMessage() for record in caplog.records] == ["attention on cpu torch.bfloat16, head size 64, with gradients: native"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention on cpu torch.bfloat16, head size 64, with gradients: native"
+    ]
 
 
 def test_a_name_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: False)
     inputs = arguments(1, 4, 1, 8)
-    with pytest.raises(RuntimeError, match="'flash' was asked for, but it runs on CUDA devices, not on cpu; here run native, _native_math"):
+    with pytest.raises(
+        RuntimeError,
+        match="'flash' was asked for, but it runs on CUDA devices, not on cpu; here run native, _native_math",
+    ):
         ops.rope_attention(*inputs, attention="flash")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"'flash_hub' was asked for, but .*kernels"):
         ops.rope_attention(*inputs, attention="flash_hub")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"'_native_flash' was asked for, but it takes bfloat16 and float16, not torch.float32"):
+    with pytest.raises(
+        RuntimeError, match=r"'_native_flash' was asked for, but it takes bfloat16 and float16, not torch.float32"
+    ):
         ops.rope_attention(*inputs, attention="_native_flash")  # type: ignore[arg-type]
 
 
@@ -292,7 +307,10 @@ def test_messages_offer_what_is_taken() -> None:
 @pytest.mark.slow
 def test_importing_the_operators_leaves_diffusers_alone() -> None:
     code = "import fastdistill.ops, sys; print('diffusers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,8 +325,16 @@ large, large_w, large_t = torch.zeros(1, 1, 1, 258), torch.zeros(258), torch.zer
     [
         ((q[0], q, q, w, w, t, t), ValueError, r"q: expected \(B, S, H, d\), got \(5, 3, 8\)"),
         ((q[..., :7], q, q, w, w, t, t), ValueError, "q: expected an even head size"),
-        ((q, q[:, :, :1], q, w, w, t, t), ValueError, r"k: expected the shape and device of q, \(2, 5, 3, 8\) on cpu, got \(2, 5, 1, 8\)"),
-        ((q, q, q[:, :4], w, w, t, t), ValueError, r"v: expected the shape and device of q, \(2, 5, 3, 8\) on cpu, got \(2, 4, 3, 8\)"),
+        (
+            (q, q[:, :, :1], q, w, w, t, t),
+            ValueError,
+            r"k: expected the shape and device of q, \(2, 5, 3, 8\) on cpu, got \(2, 5, 1, 8\)",
+        ),
+        (
+            (q, q, q[:, :4], w, w, t, t),
+            ValueError,
+            r"v: expected the shape and device of q, \(2, 5, 3, 8\) on cpu, got \(2, 4, 3, 8\)",
+        ),
         ((q, q.half(), q, w, w, t, t), TypeError, "k: expected the dtype of q, torch.float32"),
         ((q, q, q.half(), w, w, t, t), TypeError, "v: expected the dtype of q, torch.float32"),
         ((q, q, q.mT.contiguous().mT, w, w, t, t), ValueError, "v: expected a contiguous last dimension"),

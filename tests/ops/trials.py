@@ -89,7 +89,8 @@ def leaves(arguments: Sequence[Any]) -> list[Tensor]:
 def converted(arguments: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
     """Equal values in another dtype, as new leaves."""
     return tuple(
-        a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+        a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
     )
 
 

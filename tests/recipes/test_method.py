@@ -1,4 +1,5 @@
-"""What CONTRIBUTING says a new method costs, done: a file with its options, a line in the table, a case in the tests."""
+"""What CONTRIBUTING says a new method costs, done: a file with its options, a line in the table, a
+case in the tests."""
 
 import json
 import os
@@ -92,13 +93,17 @@ def test_a_method_by_the_recipe(tmp_path: Path) -> None:
 
     def python(*arguments: object) -> str:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        run = subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
     python("-m", "tests.distill.methods.cases")
     assert set(json.loads((tmp_path / "tests/distill/methods/golden_losses.json").read_text())) > {"pulled", "tdm"}
-    tested = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/distill/methods/test_methods.py", "-k", "pulled")
+    tested = python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/distill/methods/test_methods.py", "-k", "pulled"
+    )
     assert " passed" in tested
     assert "--pull " in python("-m", "fastdistill.distill", "--method", "pulled", "--help")
 
@@ -107,6 +112,8 @@ def test_a_method_by_the_recipe(tmp_path: Path) -> None:
     SamplingDefaults(num_inference_steps=2, height=64, width=64, max_sequence_length=8).save(tmp_path / "tiny")
     (tmp_path / "tiny" / "prompts.txt").write_text("a cat\na dog\n")
     quick = ("--training-steps", 2, "--batch", 2, "--num-images", 2, "--watch-every", 0, "--evaluate-images", 0)
-    python("-m", "fastdistill.distill", "--method", "pulled", "--steps", 1, "--model", "tiny", "--output", "out", *quick)
+    python(
+        "-m", "fastdistill.distill", "--method", "pulled", "--steps", 1, "--model", "tiny", "--output", "out", *quick
+    )
     record = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert (record["config"]["pull"], record["config"]["learning_rate"]) == (0.5, 2e-4)

@@ -9,7 +9,9 @@ from fastdistill.run import workspace
 from fastdistill.run.workspace import Workspace
 
 
-def test_a_run_that_ended_before_it_wrote_its_settings_leaves_the_folder_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ended_before_it_wrote_its_settings_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -39,7 +39,9 @@ def train(run: Path, at: Callable[[Trainer], None] = lambda trainer: None) -> No
     def evaluate() -> dict[str, float]:
         with torch.no_grad():
             probe = torch.linspace(-1, 1, 12).view(4, 3)
-            return {"error": float((method.networks["student"](probe) - method.networks["teacher"](probe)).square().mean())}
+            return {
+                "error": float((method.networks["student"](probe) - method.networks["teacher"](probe)).square().mean())
+            }
 
     evaluation = Evaluation(evaluate=evaluate, every=2, monitor="error", patience=5)
     trainer = Trainer(method, batches, rivals_config(), run, evaluation=evaluation)

@@ -23,7 +23,9 @@ from fastdistill.train.watch import Evaluation, SampleGrid
 from tests.tiny import mixing_transformer, tiny_inputs
 from tests.train.rivals import Rivals, batches, rivals_config, weights
 
-FLUX = TrainConfig(steps=3, learning_rate=1e-3, warmup_steps=1, clip_norm=0.5, micro_batches=2, checkpoint_every=2, log_every=1)
+FLUX = TrainConfig(
+    steps=3, learning_rate=1e-3, warmup_steps=1, clip_norm=0.5, micro_batches=2, checkpoint_every=2, log_every=1
+)
 
 
 def flux(run: Path) -> Trainer:

@@ -23,7 +23,9 @@ class Blocks(nn.Module):
     def __init__(self, width: int = 5, dropout: float = 0.2, blocks: int = 2) -> None:
         super().__init__()
         self.into = nn.Linear(3, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout)) for _ in range(blocks)
+        )
         self.out = nn.Linear(width, 3)
         self.register_buffer("scale", torch.ones(3))
 
@@ -39,18 +41,18 @@ class Rivals:
     it.
     """
 
-    trains = ("student", "fake")
+    trains = ("student", "critic")
 
     def __init__(self, width: int = 5) -> None:
         torch.manual_seed(0)
         student = Blocks(width)
-        fake, teacher = Blocks(width), Blocks(width, dropout=0)
-        self.networks = {"student": student, "fake": fake, "teacher": teacher, "target": copy.deepcopy(student)}
+        critic, teacher = Blocks(width), Blocks(width, dropout=0)
+        self.networks = {"student": student, "critic": critic, "teacher": teacher, "target": copy.deepcopy(student)}
         self.phase = 0
         self.draw = 0.0
 
     def turns(self, step: int) -> tuple[str, ...]:
-        return ("student", "fake") if step % 2 == 0 else ("fake",)
+        return ("student", "critic") if step % 2 == 0 else ("critic",)
 
     def before_step(self, step: int, rng: torch.Generator) -> None:
         self.draw = float(torch.rand(1, generator=rng))
@@ -60,12 +62,12 @@ class Rivals:
             self.networks[other].requires_grad_(other == role)
         noise = self.draw * torch.randn(batch.shape, generator=rng)
         student = self.networks["student"](batch + noise)
-        if role == "fake":
-            return Loss(total=(self.networks["fake"](batch) - student).square().mean())
+        if role == "critic":
+            return Loss(total=(self.networks["critic"](batch) - student).square().mean())
         with torch.no_grad():
             wanted = self.networks["teacher"](batch) + 0.1 * self.phase * self.networks["target"](batch)
         matched = (student - wanted).square().mean()
-        rival = (student - self.networks["fake"](batch)).square().mean()
+        rival = (student - self.networks["critic"](batch)).square().mean()
         return Loss(total=matched - 0.1 * rival, logs={"matched": matched})
 
     @torch.no_grad()
@@ -93,15 +95,20 @@ def batches(step: int, rng: torch.Generator) -> Tensor:
 
 def rivals_config(**changes: Any) -> TrainConfig:
     settings = {
-        "steps": 12, "learning_rate": 2e-2, "warmup_steps": 3, "clip_norm": 0.5, "micro_batches": 2, "checkpoint_every": 3,
-        "log_every": 1, "roles": {"fake": RoleConfig(learning_rate=5e-2, schedule="constant", ema_decay=0.9)},
+        "steps": 12, "learning_rate": 2e-2, "warmup_steps": 3, "clip_norm": 0.5, "micro_batches": 2,
+        "checkpoint_every": 3,
+        "log_every": 1, "roles": {"critic": RoleConfig(learning_rate=5e-2, schedule="constant", ema_decay=0.9)},
     }  # fmt: skip
     return TrainConfig(**(settings | changes))
 
 
 def weights(method: Any, emas: dict[str, EMA]) -> dict[str, Tensor]:
     """Everything that training has changed."""
-    networks = {f"{role}.{name}": value for role, network in method.networks.items() for name, value in network.state_dict().items()}
+    networks = {
+        f"{role}.{name}": value
+        for role, network in method.networks.items()
+        for name, value in network.state_dict().items()
+    }
     return networks | {f"{role}.ema.{name}": value for role, ema in emas.items() for name, value in ema.shadow.items()}
 
 

@@ -60,7 +60,9 @@ def test_a_trained_network_has_the_exact_score(
 
 
 @every_loss
-def test_the_loss_is_its_formula(process: Process, prediction: Prediction, error_in: Prediction | None, times: TimeDistribution) -> None:
+def test_the_loss_is_its_formula(
+    process: Process, prediction: Prediction, error_in: Prediction | None, times: TimeDistribution
+) -> None:
     torch.manual_seed(0)
     student, batch = network(process, prediction), mixture_batches(mixture(), 64)(0, generator())
     method = Denoising(student, ToyFamily(), process, prediction, times, error_in)
@@ -80,7 +82,11 @@ def test_the_loss_is_its_formula(process: Process, prediction: Prediction, error
 def test_an_error_in_the_data_weights_the_velocity_by_time_squared() -> None:
     process, times = RectifiedFlow(), LogitNormal()
     student, batch = network(process, Prediction.VELOCITY), mixture_batches(mixture(), 64)(0, generator())
-    loss = Denoising(student, ToyFamily(), process, Prediction.VELOCITY, times, Prediction.X0).loss("student", batch, generator(1)).total
+    loss = (
+        Denoising(student, ToyFamily(), process, Prediction.VELOCITY, times, Prediction.X0)
+        .loss("student", batch, generator(1))
+        .total
+    )
     x_t, t, noise = process.draw(batch.latents, times, generator(1))
     error = t[:, None] * (student(x_t, t, None) - (noise - batch.latents))
     torch.testing.assert_close(loss, error.square().mean())
@@ -99,7 +105,11 @@ def test_no_network_has_a_smaller_loss_than_the_exact_one() -> None:
             return exact(x_t, t, labels) + 0.5
 
     losses = [
-        float(Denoising(student, ToyFamily(), process, Prediction.VELOCITY, Uniform()).loss("student", batch, generator(1)).total)
+        float(
+            Denoising(student, ToyFamily(), process, Prediction.VELOCITY, Uniform())
+            .loss("student", batch, generator(1))
+            .total
+        )
         for student in (exact, Shifted())
     ]
     assert losses[1] - losses[0] == pytest.approx(0.25, abs=0.02)

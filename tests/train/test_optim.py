@@ -28,19 +28,27 @@ def test_schedules(schedule: str) -> None:
 
 
 def test_roles_have_their_own_settings(tmp_path) -> None:
-    fake = RoleConfig(learning_rate=5e-2, warmup_steps=1, betas=(0.0, 0.9), weight_decay=0.1, schedule="constant", ema_decay=None)
-    trainer = Trainer(Rivals(), batches, rivals_config(steps=2, roles={"fake": fake}), tmp_path)
+    critic = RoleConfig(
+        learning_rate=5e-2, warmup_steps=1, betas=(0.0, 0.9), weight_decay=0.1, schedule="constant", ema_decay=None
+    )
+    trainer = Trainer(Rivals(), batches, rivals_config(steps=2, roles={"critic": critic}), tmp_path)
     trainer.fit()
     groups = {role: optimizer.param_groups[0] for role, optimizer in trainer.optimizers.items()}
-    assert (groups["fake"]["lr"], groups["fake"]["betas"], groups["fake"]["weight_decay"]) == (5e-2, (0.0, 0.9), 0.1)
-    assert groups["student"]["lr"] == pytest.approx(2e-2 / 3)  # the student's only turn was in the first of three steps of warm-up
+    assert (groups["critic"]["lr"], groups["critic"]["betas"], groups["critic"]["weight_decay"]) == (
+        5e-2,
+        (0.0, 0.9),
+        0.1,
+    )
+    assert groups["student"]["lr"] == pytest.approx(
+        2e-2 / 3
+    )  # the student's only turn was in the first of three steps of warm-up
     assert (groups["student"]["betas"], groups["student"]["weight_decay"]) == ((0.9, 0.99), 0.0)
     assert list(trainer.emas) == ["student"]
 
 
 def test_a_role_that_is_not_trained_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match="no role 'fakes'; did you mean 'fake'"):
-        Trainer(Rivals(), batches, rivals_config(roles={"fakes": RoleConfig()}), tmp_path)
+    with pytest.raises(UserError, match="no role 'critics'; did you mean 'critic'"):
+        Trainer(Rivals(), batches, rivals_config(roles={"critics": RoleConfig()}), tmp_path)
 
 
 def test_fused_adamw_is_the_formula() -> None:
@@ -113,7 +121,14 @@ def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("micro_batches", 0), ("keep_checkpoints", 0), ("checkpoint_every", 0), ("learning_rate", 0.0), ("clip_norm", -1.0)],
+    [
+        ("steps", 0),
+        ("micro_batches", 0),
+        ("keep_checkpoints", 0),
+        ("checkpoint_every", 0),
+        ("learning_rate", 0.0),
+        ("clip_norm", -1.0),
+    ],
 )
 def test_bad_configuration_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):

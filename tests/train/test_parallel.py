@@ -35,7 +35,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     layouts.finish(layouts.rivals(one / "rivals"))
     layouts.finish(layouts.flux(one / "flux"))
     shutil.copytree(one / "rivals" / MIDDLE, two / "continued" / MIDDLE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.train.layouts"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.train.layouts",
+    ]
     done = subprocess.run([*torchrun, str(two)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shutil.copytree(two / "rivals" / MIDDLE, one / "continued" / MIDDLE)
@@ -68,7 +77,9 @@ def test_weights_averages_and_targets_agree(runs: tuple[Path, Path], name: str) 
         result = load_file(folder / name / "result.safetensors")
         assert result.keys() == reference.keys()
         for key, value in reference.items():
-            torch.testing.assert_close(result[key], value, rtol=1e-4, atol=2e-6, msg=lambda message, key=key: f"{key}: {message}")
+            torch.testing.assert_close(
+                result[key], value, rtol=1e-4, atol=2e-6, msg=lambda message, key=key: f"{key}: {message}"
+            )
 
 
 @pytest.mark.slow
@@ -76,7 +87,9 @@ def test_the_best_and_the_grids_agree(runs: tuple[Path, Path]) -> None:
     best, grids = [], []
     for folder in runs:
         best.append(load_file(folder / "rivals/best/student.safetensors"))
-        grids.append({path.name: np.asarray(Image.open(path), dtype=int) for path in (folder / "rivals/samples").iterdir()})
+        grids.append(
+            {path.name: np.asarray(Image.open(path), dtype=int) for path in (folder / "rivals/samples").iterdir()}
+        )
     assert best[0].keys() == best[1].keys() == Blocks().state_dict().keys()
     for name, value in best[0].items():
         torch.testing.assert_close(best[1][name], value, rtol=1e-4, atol=2e-6)

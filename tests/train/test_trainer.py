@@ -33,7 +33,9 @@ def batches(step, generator):
 
 
 def config(**changes):
-    return TrainConfig(**({"steps": 30, "learning_rate": 1e-2, "warmup_steps": 5, "checkpoint_every": 7, "log_every": 10} | changes))
+    return TrainConfig(
+        **({"steps": 30, "learning_rate": 1e-2, "warmup_steps": 5, "checkpoint_every": 7, "log_every": 10} | changes)
+    )
 
 
 def trained(run, source=batches, **changes):
@@ -43,7 +45,10 @@ def trained(run, source=batches, **changes):
 
 
 def weights(trainer):
-    return {**trainer.method.networks["student"].state_dict(), **{f"ema.{k}": v for k, v in trainer.emas["student"].shadow.items()}}
+    return {
+        **trainer.method.networks["student"].state_dict(),
+        **{f"ema.{k}": v for k, v in trainer.emas["student"].shadow.items()},
+    }
 
 
 def test_it_learns(tmp_path):
@@ -85,7 +90,9 @@ class OfBatch(Regression):
         return Loss(total=self.networks["student"](batch).std(dim=0).mean())
 
 
-@pytest.mark.parametrize(("method", "micro_batches", "equal"), [(Noiseless, 2, True), (Noiseless, 8, True), (OfBatch, 2, False)])
+@pytest.mark.parametrize(
+    ("method", "micro_batches", "equal"), [(Noiseless, 2, True), (Noiseless, 8, True), (OfBatch, 2, False)]
+)
 def test_the_parts_of_a_batch_make_the_gradient_of_all_of_it(tmp_path, method, micro_batches, equal):
     def seen(parts):
         Trainer(method(), batches, config(steps=8, log_every=1, micro_batches=parts), tmp_path / str(parts)).fit()
@@ -121,26 +128,31 @@ def test_parts_have_noise_of_their_own_and_agree_where_they_have_to(tmp_path):
     assert len({*cut.noise, *cut.careless, *cut.agreed}) == 16 + 16 + 4
 
 
-@pytest.mark.parametrize("order", [("student", "fake"), ("fake", "student")])
+@pytest.mark.parametrize("order", [("student", "critic"), ("critic", "student")])
 def test_what_a_loss_leaves_in_the_network_of_another_role_is_not_its_gradient(tmp_path, order):
     class Followed(Regression):
         trains = order
 
         def __init__(self, careful):
             super().__init__()
-            self.networks["fake"], self.careful = nn.Linear(4, 3), careful
+            self.networks["critic"], self.careful = nn.Linear(4, 3), careful
 
         def loss(self, role, batch, rng):
             if role == "student":
                 return super().loss(role, batch, rng)
             student = self.networks["student"](batch)
-            return Loss(total=100 * (self.networks["fake"](batch) - (student.detach() if self.careful else student)).square().mean())
+            return Loss(
+                total=100
+                * (self.networks["critic"](batch) - (student.detach() if self.careful else student)).square().mean()
+            )
 
     careful, careless = Followed(True), Followed(False)
     for name, method in {"careful": careful, "careless": careless}.items():
         Trainer(method, batches, config(), tmp_path / name).fit()
     for role in order:
-        for expected, parameter in zip(careful.networks[role].parameters(), careless.networks[role].parameters(), strict=True):
+        for expected, parameter in zip(
+            careful.networks[role].parameters(), careless.networks[role].parameters(), strict=True
+        ):
             assert torch.equal(parameter, expected)
 
 

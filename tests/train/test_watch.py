@@ -39,7 +39,10 @@ def counting(run: Path, quality: list[float], *, source=batches, **settings) -> 
     """Evaluated every 2 steps; `quality` is the measurement by number of evaluation."""
     method = Counter()
     evaluation = Evaluation(
-        **({"every": 2, "monitor": "error", "evaluate": lambda: {"error": quality[int(method.value) // 2 - 1]}} | settings)
+        **(
+            {"every": 2, "monitor": "error", "evaluate": lambda: {"error": quality[int(method.value) // 2 - 1]}}
+            | settings
+        )
     )
     config = rivals_config(steps=20, roles={}, ema_decay=None, micro_batches=1)
     trainer = Trainer(method, source, config, run, evaluation=evaluation)
@@ -108,7 +111,9 @@ def test_an_unknown_monitor_is_refused(tmp_path: Path) -> None:
 def test_the_evaluation_sees_averaged_weights_in_evaluation_mode_and_the_training_does_not(tmp_path: Path) -> None:
     def trained(run: Path, **watched) -> tuple[Rivals, Trainer]:
         method = Rivals()
-        trainer = Trainer(method, batches, rivals_config(), run, **{name: make(method) for name, make in watched.items()})
+        trainer = Trainer(
+            method, batches, rivals_config(), run, **{name: make(method) for name, make in watched.items()}
+        )
         seen["trainer"] = trainer
         trainer.fit()
         return method, trainer
@@ -143,7 +148,11 @@ def rows(pixels: int = 8) -> dict[str, torch.Tensor]:
 def test_sample_grids_are_drawn_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     grids = SampleGrid(every=5, draw=rows)
     Trainer(Rivals(), batches, rivals_config(), tmp_path, observers=[grids]).fit()
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["0000005.png", "0000010.png", "0000012.png"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "0000005.png",
+        "0000010.png",
+        "0000012.png",
+    ]
     image = Image.open(tmp_path / "samples/0000005.png").convert("RGB")
     # Three rows of two cells: black, grey, white at the right edge.
     heights = [round(image.height * share) for share in (1 / 6, 3 / 6, 5 / 6)]
@@ -159,7 +168,7 @@ def test_tensorboard_has_scalars_and_images(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for name in ("student/loss", "fake/gradient_norm", "learning_rate"):
+    for name in ("student/loss", "critic/gradient_norm", "learning_rate"):
         expected = {line["step"]: line[name] for line in lines if name in line}
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == pytest.approx(expected)

@@ -19,7 +19,9 @@ UNITS: dict[str, dict[str, int]] = {
 """Units of each quantity, in what costs are counted in: parameters, bytes, nanoseconds,
 floating-point operations."""
 
-EXAMPLES = "params=0.66 (of the full model's) or params=8B, memory=8GiB, latency=0.7 or latency=40ms, flops=0.8 or flops=60T"
+EXAMPLES = (
+    "params=0.66 (of the full model's) or params=8B, memory=8GiB, latency=0.7 or latency=40ms, flops=0.8 or flops=60T"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,10 @@ def parse_budget(text: str) -> Budget:
     number, unit = Fraction(found[1]), found[2].lower()
     if not unit and not 0 < number < 1:
         named = ", ".join(f"{found[1]}{unit}" for unit in UNITS[quantity])
-        raise UserError(f"--budget {text}: a number without a unit is a fraction of the full model, between 0 and 1; else give {named}")
+        raise UserError(
+            f"--budget {text}: a number without a unit is a fraction of the full model, between 0 and 1; else give "
+            f"{named}"
+        )
     if number == 0:
         raise UserError(f"--budget {text} leaves nothing; give {EXAMPLES}")
     return Budget(quantity=quantity, amount=number * units.get(unit, 1), relative=not unit)

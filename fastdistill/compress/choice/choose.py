@@ -68,7 +68,9 @@ def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
         if (count := int(words[0])) == 0:
             raise UserError(f"--drop-blocks 0 drops nothing; give {HELP}")
         return Request(count=count)
-    stacks = {stack.short: stack.attribute for stack in anatomy.stacks} | {stack.attribute: stack.attribute for stack in anatomy.stacks}
+    stacks = {stack.short: stack.attribute for stack in anatomy.stacks} | {
+        stack.attribute: stack.attribute for stack in anatomy.stacks
+    }
     blocks: list[BlockId] = []
     for word in words:
         name, colon, ranges = word.partition(":")
@@ -110,11 +112,15 @@ def limit_of(budget: Budget, cost: Cost) -> int:
     limit, least = budget.limit(cost.total), cost.outside + min(cost.blocks.values())
     full = f"the full model has {show(budget.quantity, cost.total)}"
     if limit >= cost.total:
-        raise UserError(f"--budget {budget.quantity}: {show(budget.quantity, limit)} drops nothing, {full}; ask for less")
+        raise UserError(
+            f"--budget {budget.quantity}: {show(budget.quantity, limit)} drops nothing, {full}; ask for less"
+        )
     if limit < least:
         raise UserError(
-            f"--budget {budget.quantity}: {show(budget.quantity, limit)} cannot be met by dropping blocks: {full}, and one block with what "
-            f"is outside the blocks takes {show(budget.quantity, least)} ({least / cost.total:.3f}); ask for no less than that"
+            f"--budget {budget.quantity}: {show(budget.quantity, limit)} cannot be met by dropping blocks: {full}, "
+            "and one block with what "
+            f"is outside the blocks takes {show(budget.quantity, least)} ({least / cost.total:.3f}); ask for no less "
+            "than that"
         )
     return limit
 
@@ -174,7 +180,9 @@ def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | No
 
     if request.blocks:
         positions = tuple(sorted(map(blocks.index, request.blocks)))
-        named = Choice(dropped=positions, saved=len(positions), error=sum(scores[blocks[position]] for position in positions))
+        named = Choice(
+            dropped=positions, saved=len(positions), error=sum(scores[blocks[position]] for position in positions)
+        )
         limit, front, sets = cost.total - named.saved, [], [named]
     else:
         limit = limit_of(request.budget, cost) if request.budget else cost.total - (request.count or 0)
@@ -207,11 +215,17 @@ def _range(blocks: Sequence[BlockId], stack: Stack) -> range:
 def nothing_meets(request: Request, tied: Mapping[str, Sequence[Stack]]) -> str:
     """Message for a request that no set of blocks meets: why, and what to do."""
     demand = "the budget cannot be met" if request.budget else f"no {request.count} blocks can go together"
-    shared = "; ".join(f"{' and '.join(stack.short for stack in stacks)} must lose equally many" for stacks in tied.values())
-    return f"{demand}: {shared or 'too many blocks have an infinite score, which keeps them'}; ask for another number, or for less"
+    shared = "; ".join(
+        f"{' and '.join(stack.short for stack in stacks)} must lose equally many" for stacks in tied.values()
+    )
+    reason = shared or "too many blocks have an infinite score, which keeps them"
+    return f"{demand}: {reason}; ask for another number, or for less"
 
 
 def spell(blocks: Sequence[BlockId], anatomy: Anatomy) -> str:
     """The blocks as the user would type them: `double:1,2 single:0`."""
-    indices = {stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute) for stack in anatomy.stacks}
+    indices = {
+        stack: sorted(block_id.index for block_id in blocks if block_id.stack == stack.attribute)
+        for stack in anatomy.stacks
+    }
     return " ".join(f"{stack.short}:{','.join(map(str, found))}" for stack, found in indices.items() if found)

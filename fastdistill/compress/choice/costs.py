@@ -65,7 +65,8 @@ def sizes(network: nn.Module, anatomy: Anatomy, bytes_each: int) -> Costs:
         "blocks": Cost(blocks=dict.fromkeys(ids, 1), outside=0),
         "params": parameters,
         "memory": Cost(
-            blocks={block_id: count * bytes_each for block_id, count in parameters.blocks.items()}, outside=parameters.outside * bytes_each
+            blocks={block_id: count * bytes_each for block_id, count in parameters.blocks.items()},
+            outside=parameters.outside * bytes_each,
         ),
     }
 
@@ -82,7 +83,8 @@ def flops(network: Any, anatomy: Anatomy, load: Workload) -> Cost:
     counts = counter.get_flop_counts()
     root = type(network).__name__
     blocks = {
-        block_id: sum(counts.get(f"{root}.{block_id.stack}.{block_id.index}", {}).values()) for block_id in block_ids(skeleton, anatomy)
+        block_id: sum(counts.get(f"{root}.{block_id.stack}.{block_id.index}", {}).values())
+        for block_id in block_ids(skeleton, anatomy)
     }
     return _cost(skeleton, anatomy, blocks, counter.get_total_flops())
 
@@ -112,10 +114,14 @@ def latency(network: Any, anatomy: Anatomy, load: Workload, dtype: torch.dtype |
                 # A block that this pass does not run takes no time.
                 own.append(of_blocks.get(block_id, 0))
             whole.append(_between(start, end))
-    outside = statistics.median(max(0, total - sum(own[round_] for own in times.values())) for round_, total in enumerate(whole))
+    outside = statistics.median(
+        max(0, total - sum(own[round_] for own in times.values())) for round_, total in enumerate(whole)
+    )
     medians: dict[BlockId, int] = {}
     for kind in _equal(network, anatomy):
-        medians |= dict.fromkeys(kind, round(statistics.median(duration for block_id in kind for duration in times[block_id])))
+        medians |= dict.fromkeys(
+            kind, round(statistics.median(duration for block_id in kind for duration in times[block_id]))
+        )
     blocks = {block_id: medians[block_id] for block_id in times}
     return _cost(network, anatomy, blocks, round(outside) + sum(blocks.values()))
 

@@ -87,10 +87,16 @@ def solve(problem: Problem, *, best: int = 1, exact_cost: bool = False) -> list[
         for end, following in _runs(start, count, joined=intervals is not None):
             error, saved, bits = price[start, end], saves[end + 1] - saves[start], (1 << (end + 1)) - (1 << start)
             if error < math.inf:
-                fronts[following] += [(minus_saved - saved, so_far + error, mask - bits) for minus_saved, so_far, mask in partials]
+                fronts[following] += [
+                    (minus_saved - saved, so_far + error, mask - bits) for minus_saved, so_far, mask in partials
+                ]
         fronts[start + 1] += partials
     return [
-        Choice(dropped=tuple(position for position in range(count) if -minus_mask >> position & 1), saved=-minus_saved, error=error)
+        Choice(
+            dropped=tuple(position for position in range(count) if -minus_mask >> position & 1),
+            saved=-minus_saved,
+            error=error,
+        )
         for minus_saved, error, minus_mask in _undominated(fronts[count], best, exact_cost, _open(tied, count))
     ]
 
@@ -98,7 +104,9 @@ def solve(problem: Problem, *, best: int = 1, exact_cost: bool = False) -> list[
 def within(choices: Sequence[Choice], needed: int) -> list[Choice]:
     """Choices that save at least `needed`, by rising error; of equal errors the one that saves more
     goes first."""
-    return sorted((choice for choice in choices if choice.saved >= needed), key=lambda choice: (choice.error, -choice.saved))
+    return sorted(
+        (choice for choice in choices if choice.saved >= needed), key=lambda choice: (choice.error, -choice.saved)
+    )
 
 
 def pareto(choices: Sequence[Choice]) -> list[Choice]:
@@ -110,7 +118,9 @@ def pareto(choices: Sequence[Choice]) -> list[Choice]:
     return front[::-1]
 
 
-def _undominated(partials: list[Partial], best: int, exact_cost: bool, account: Callable[[int], Hashable]) -> list[Partial]:
+def _undominated(
+    partials: list[Partial], best: int, exact_cost: bool, account: Callable[[int], Hashable]
+) -> list[Partial]:
     """Partial choices that fewer than `best` others with the same account equal or surpass, in
     order.
 
@@ -168,7 +178,11 @@ def _prices(errors: Sequence[float], intervals: Mapping[Interval, float] | None)
     """The error of dropping each run of blocks."""
     count = len(errors)
     if intervals is None:
-        return {(first, last): total for first in range(count) for last, total in enumerate(accumulate(errors[first:]), first)}
+        return {
+            (first, last): total
+            for first in range(count)
+            for last, total in enumerate(accumulate(errors[first:]), first)
+        }
     scored = {(position, position): error for position, error in enumerate(errors)} | dict(intervals)
     price: dict[Interval, float] = {}
     for start in range(count):

@@ -61,13 +61,20 @@ def to_verify(candidates: Sequence[Choice], front: Sequence[Choice], best: int) 
     """
     chosen = list(candidates[:best])
     size = chosen[0].saved
-    others = [choice for choice in front if len(choice.dropped) > 1 and size <= 2 * choice.saved <= 3 * size and choice not in chosen]
+    others = [
+        choice
+        for choice in front
+        if len(choice.dropped) > 1 and size <= 2 * choice.saved <= 3 * size and choice not in chosen
+    ]
     count = min(FRONT_SETS, len(others))
     return chosen + [others[(2 * i + 1) * len(others) // (2 * count)] for i in range(count)]
 
 
 def verify(
-    sets: Sequence[Choice], errors: Sequence[float], joint: Callable[[tuple[int, ...]], float], meets: Callable[[Choice], bool]
+    sets: Sequence[Choice],
+    errors: Sequence[float],
+    joint: Callable[[tuple[int, ...]], float],
+    meets: Callable[[Choice], bool],
 ) -> list[Verified]:
     """Measure every set by `joint`; `errors` are the output errors of the single blocks, `meets`
     says which sets may be taken."""
@@ -96,4 +103,6 @@ def additivity(verified: Sequence[Verified]) -> Additivity:
     mean = statistics.fmean(joint)
     missed = sum((measured - expected) ** 2 for measured, expected in zip(joint, predicted, strict=True))
     linear = statistics.correlation(predicted, joint) ** 2 if len(set(predicted)) > 1 else None
-    return Additivity(sets=len(verified), r2=1 - missed / sum((measured - mean) ** 2 for measured in joint), r2_linear=linear)
+    return Additivity(
+        sets=len(verified), r2=1 - missed / sum((measured - mean) ** 2 for measured in joint), r2_linear=linear
+    )

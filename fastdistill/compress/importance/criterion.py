@@ -79,7 +79,9 @@ The same seed gives the same scores, and so does a ledger that holds any number 
 """
 
 
-def sums_over_chunks(material: Material, ledger: Ledger, measure: Callable[[CalibrationPoints, int], Sequence[Sequence[float]]]) -> Tensor:
+def sums_over_chunks(
+    material: Material, ledger: Ledger, measure: Callable[[CalibrationPoints, int], Sequence[Sequence[float]]]
+) -> Tensor:
     """`measure(chunk, index of its first point)` summed over all chunks of the points, float64. A
     chunk is a piece of the ledger."""
     chunks = list(material.points.chunks(material.batch))

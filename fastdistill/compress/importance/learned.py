@@ -57,8 +57,12 @@ def partition(blocks: int, drops: int) -> list[tuple[int, int]]:
         return [count * (group + 1) // groups - count * group // groups for group in range(groups)]
 
     most = max(1, min(drops, blocks - drops))
-    choices = [list(zip(shares(blocks - drops, groups), shares(drops, groups), strict=True)) for groups in range(1, most + 1)]
-    few = (choice for choice in choices if max(math.comb(kept + dropped, dropped) for kept, dropped in choice) <= OPTIONS)
+    choices = [
+        list(zip(shares(blocks - drops, groups), shares(drops, groups), strict=True)) for groups in range(1, most + 1)
+    ]
+    few = (
+        choice for choice in choices if max(math.comb(kept + dropped, dropped) for kept, dropped in choice) <= OPTIONS
+    )
     return next(few, choices[-1])
 
 
@@ -66,7 +70,9 @@ def patterns(kept: int, dropped: int) -> Tensor:
     """All ways to lose `dropped` blocks: (C(kept + dropped, dropped), kept + dropped), 0 where a
     block goes."""
     size = kept + dropped
-    return torch.tensor([[float(index not in gone) for index in range(size)] for gone in combinations(range(size), dropped)])
+    return torch.tensor(
+        [[float(index not in gone) for index in range(size)] for gone in combinations(range(size), dropped)]
+    )
 
 
 class Masks(nn.Module):
@@ -92,7 +98,9 @@ class Masks(nn.Module):
     def kept(self) -> list[float]:
         """The probability of each block to stay."""
         groups = zip(self.logits, self.patterns, strict=True)
-        return torch.cat([logits.detach().cpu().double().softmax(dim=0) @ options.double() for logits, options in groups]).tolist()
+        return torch.cat(
+            [logits.detach().cpu().double().softmax(dim=0) @ options.double() for logits, options in groups]
+        ).tolist()
 
 
 class LowRank(nn.Module):
@@ -195,7 +203,9 @@ class Objective:
             chosen = rows[part].to(self.points.t.device)
             t = self.points.t[chosen]
             with search.applied(switches[part]):
-                velocity = self.family.predict(self.network, self.points.x_t[chosen], t, self.points.conditioning[chosen])
+                velocity = self.family.predict(
+                    self.network, self.points.x_t[chosen], t, self.points.conditioning[chosen]
+                )
                 squares = (velocity.float() - self.reference[chosen]).square().flatten(1).sum(dim=1)
                 error = (time_weight(t) * squares).sum() / norm
                 # Inside, as the blocks run again for it.
@@ -215,7 +225,9 @@ def learned(network: nn.Module, family: Family, material: Material, ledger: Ledg
     points, blocks = material.points, len(block_ids(network, family))
     reference = predictions(network, family, points, material.batch)
     objective = Objective(network=network, family=family, points=points, reference=reference, batch=material.batch)
-    search = Search(network, family, material.drops or blocks // 2, torch.Generator().manual_seed(material.seed)).to(points.x_t.device)
+    search = Search(network, family, material.drops or blocks // 2, torch.Generator().manual_seed(material.seed)).to(
+        points.x_t.device
+    )
     optimizer = search.optimizer()
     trained = checkpoint.Trained(networks={"search": search}, optimizers={"search": optimizer})
     first, folder = 0, ledger.folder
@@ -231,7 +243,9 @@ def learned(network: nn.Module, family: Family, material: Material, ledger: Ledg
         temperature = HOT * (COLD / HOT) ** (step / STEPS)
         loss = objective.backward(search, rows, search.masks.draw(len(rows), temperature, rng))
         if not math.isfinite(loss):
-            raise UserError(f"--criterion learned: the loss of step {step} is not finite; choose another criterion for this model")
+            raise UserError(
+                f"--criterion learned: the loss of step {step} is not finite; choose another criterion for this model"
+            )
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1

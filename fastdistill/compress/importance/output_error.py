@@ -37,7 +37,9 @@ def weighted_square(difference: Tensor, t: Tensor) -> float:
 @torch.no_grad()
 def predictions(network: nn.Module, family: Family, points: CalibrationPoints, batch: int) -> Tensor:
     """Velocity of the network at every point, (N, C, H, W)."""
-    return torch.cat([family.predict(network, part.x_t, part.t, part.conditioning).float() for part in points.chunks(batch)])
+    return torch.cat(
+        [family.predict(network, part.x_t, part.t, part.conditioning).float() for part in points.chunks(batch)]
+    )
 
 
 class OutputError:
@@ -82,7 +84,9 @@ class OutputError:
             def predict(part: CalibrationPoints = part) -> Tensor:
                 return self.family.predict(self.network, part.x_t, part.t, part.conditioning).float()
 
-            for name, without in zip(names[first:], one_out(self.network, self.family, blocks, predict, first), strict=True):
+            for name, without in zip(
+                names[first:], one_out(self.network, self.family, blocks, predict, first), strict=True
+            ):
                 ledger.keep(name, weighted_square(without - velocity, part.t))
             for block_id, name in zip(blocks, names, strict=True):
                 totals[block_id] += ledger[name]

@@ -91,7 +91,9 @@ class Fit:
         # A channel's own matrix is about the shared one times the share of its gate.
         self.scale = (self.gate_squares / self.gate_squares.mean()).clamp_min(torch.finfo(torch.float32).tiny)
         self.ridge = RIDGE * self.gram.diagonal().mean()
-        self.factor = torch.linalg.cholesky(self.gram + self.ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.device))
+        self.factor = torch.linalg.cholesky(
+            self.gram + self.ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.device)
+        )
         self.solution, self.residual = torch.zeros_like(self.right), self.right
         preconditioned = self._precondition(self.residual)
         self.direction, self.energy = preconditioned, (self.residual * preconditioned).sum(dim=1)

@@ -65,11 +65,25 @@ def watch(damage: Damage, span: Span, *, missing: bool = True) -> Iterator[list[
             for closing, tap in zip(closings, taps, strict=True):
                 # Tokens of a stream that nothing reads would only take from the fit of the others.
                 read = [stream for stream in closing.streams if stream != "text" or not span.at_end]
-                z = dict(zip(closing.streams, tap["z"].split([have[stream].shape[1] for stream in closing.streams], dim=1), strict=True))
+                z = dict(
+                    zip(
+                        closing.streams,
+                        tap["z"].split([have[stream].shape[1] for stream in closing.streams], dim=1),
+                        strict=True,
+                    )
+                )
                 lacks = None
                 if missing:
-                    lacks = torch.cat([full[span.target][stream].float() - have[stream].float() for stream in read], dim=1)
-                chunk.append(Rows(z=torch.cat([z[stream] for stream in read], dim=1).float(), gate=tap["gate"].float(), missing=lacks))
+                    lacks = torch.cat(
+                        [full[span.target][stream].float() - have[stream].float() for stream in read], dim=1
+                    )
+                chunk.append(
+                    Rows(
+                        z=torch.cat([z[stream] for stream in read], dim=1).float(),
+                        gate=tap["gate"].float(),
+                        missing=lacks,
+                    )
+                )
             yield chunk
 
 

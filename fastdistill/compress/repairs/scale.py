@@ -20,7 +20,9 @@ def repair(damage: Damage) -> None:
     spans = damage.spans()
     for index, span in enumerate(spans):
         layers = linears(damage, span)
-        sums: list[Tensor] = [torch.zeros(5, layer.out_features, dtype=torch.float64, device=layer.weight.device) for layer in layers]
+        sums: list[Tensor] = [
+            torch.zeros(5, layer.out_features, dtype=torch.float64, device=layer.weight.device) for layer in layers
+        ]
         for chunk in watch(damage, span):
             for layer, rows, total in zip(layers, chunk, sums, strict=True):
                 total += _products(rows, torch.nn.functional.linear(rows.z, layer.weight.float(), layer.bias.float()))

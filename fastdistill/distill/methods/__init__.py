@@ -19,7 +19,10 @@ METHODS: Table[type[Distillation]] = Table(
         "progressive": ("progressive:ProgressiveDistillation", "half as many steps, again and again"),
         "consistency": ("consistency:ConsistencyDistillation", "jumps to the end of a trajectory, as LCM"),
         "reflow": ("reflow:Reflow", "straight paths between noise and the teacher's images"),
-        "guidance": ("guidance:GuidanceDistillation", "not fewer steps but one call in each: guidance of any scale as an input"),
+        "guidance": (
+            "guidance:GuidanceDistillation",
+            "not fewer steps but one call in each: guidance of any scale as an input",
+        ),
         "output_kd": ("output_kd:OutputKD", "not fewer steps but one call in each: the guided teacher's output"),
     },
 )

@@ -53,7 +53,8 @@ class ConsistencyOptions(MethodOptions):
         super().check_steps(steps)
         if self.grid_steps % steps:
             raise UserError(
-                f"the times of {steps} steps are not among those of {self.grid_steps}: --grid-steps must be a multiple of the steps, "
+                f"the times of {steps} steps are not among those of {self.grid_steps}: --grid-steps must be a "
+                "multiple of the steps, "
                 f"such as {steps * max(1, round(self.grid_steps / steps))}"
             )
 
@@ -106,7 +107,9 @@ class ConsistencyDistillation(Distillation):
         x_0, conditioning = batch.latents, batch.conditioning
         noise = noise_like(x_0, rng)
         n = torch.randint(self.options.grid_steps, (len(x_0),), generator=rng, device=rng.device).cpu()
-        t, s = (self.grid[index].to(x_0.device) for index in (n, (n + self.options.skip).clamp(max=self.options.grid_steps)))
+        t, s = (
+            self.grid[index].to(x_0.device) for index in (n, (n + self.options.skip).clamp(max=self.options.grid_steps))
+        )
         scale = self.teacher.draw_scale(x_0, rng)
         x_t = self.process.add_noise(x_0, noise, t)
         with torch.no_grad():
@@ -135,7 +138,9 @@ class ConsistencyDistillation(Distillation):
         velocity = convert(x_0, x_t, t, self.process, Prediction.X0, Prediction.VELOCITY)
         step = (expand_time(s, x_t) - expand_time(t, x_t)).to(x_t.dtype)
         euler, s = x_t + step * velocity, torch.where(last, t, s)
-        corrected = x_t + step * (velocity + self.teacher.guided(euler, s, conditioning, Prediction.VELOCITY, scale)) / 2
+        corrected = (
+            x_t + step * (velocity + self.teacher.guided(euler, s, conditioning, Prediction.VELOCITY, scale)) / 2
+        )
         return _where(last, x_s, corrected)
 
 

@@ -70,7 +70,9 @@ class Critic(Denoiser):
     like (DMD2's main/sd_guidance.py)."""
 
     @classmethod
-    def of(cls, student: Denoiser, options: MatchingOptions, network: nn.Module | None, *, knows_step: bool = False) -> Critic:
+    def of(
+        cls, student: Denoiser, options: MatchingOptions, network: nn.Module | None, *, knows_step: bool = False
+    ) -> Critic:
         """Critic of `student`, by default a copy of it, which starts as a diffusion model;
         `network` must take what the student does.
 
@@ -81,7 +83,9 @@ class Critic(Denoiser):
         if knows_step and not embeds_guidance(network):
             network = with_guidance_embedder(network)
         if not knows_step and embeds_guidance(network) != embeds_guidance(student.network):
-            raise UserError("the critic takes guidance as the student does: give critic= of the student's kind, or leave it out")
+            raise UserError(
+                "the critic takes guidance as the student does: give critic= of the student's kind, or leave it out"
+            )
         return cls(
             role="critic",
             network=network,
@@ -114,7 +118,9 @@ class Critic(Denoiser):
         """`mean(g^2) / 2` with the gradient `g / numel` in `point.x_0`; the critic is given `told`
         (B,) as guidance."""
         with torch.no_grad():
-            real, unconditional, weight = teacher.apart(point.x_t, point.t, point.conditioning, self.compared, point.scale)
+            real, unconditional, weight = teacher.apart(
+                point.x_t, point.t, point.conditioning, self.compared, point.scale
+            )
             critic = self.predict(point.x_t, point.t, point.conditioning, self.compared, told)
             if unconditional is not None and isinstance(weight, Tensor):
                 # The operator takes one scale for all.
@@ -147,7 +153,10 @@ class Critic(Denoiser):
     def check_alignable(self, student: Denoiser) -> None:
         """Raise `UserError` if the student's weights cannot be mixed into the critic's."""
         if _shapes(student.network) != _shapes(self.network):
-            raise UserError("ida_decay mixes the student's weights into the critic's, which needs two equal networks: leave out critic=")
+            raise UserError(
+                "ida_decay mixes the student's weights into the critic's, which needs two equal networks: leave out "
+                "critic="
+            )
 
 
 FOLLOWING: Mapping[str, Any] = {"critic_learning_rate": 4e-4, "critic_updates": 2}

@@ -33,11 +33,15 @@ class Denoiser:
     guidance_scale: float
     """Embedded guidance of a network that takes it, where a call gives none."""
 
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None
+    ) -> Tensor:
         """Output at `x_t` (B, ...) and `t` (B,), converted to `prediction`; `scale` (B,) is the
         embedded guidance."""
         conditioning = self.with_guidance(conditioning, x_t, scale)
-        return convert(self.family.predict(self.network, x_t, t, conditioning), x_t, t, self.process, self.prediction, prediction)
+        return convert(
+            self.family.predict(self.network, x_t, t, conditioning), x_t, t, self.process, self.prediction, prediction
+        )
 
     def copy(self, role: str) -> Denoiser:
         """Frozen copy of the network in another role, as a target."""
@@ -55,8 +59,10 @@ class Denoiser:
         a, b = self.prediction.coefficients(self.process, times)
         if not bool((a * self.process.sigma(times) - b * self.process.alpha(times)).all()):
             raise UserError(
-                f"the {self.role} predicts {self.prediction.value}, which says nothing about the data where there is only noise, as at "
-                f"t = 1 of {type(self.process).__name__}; few-step sampling starts there, so it has to predict the velocity, v or x0"
+                f"the {self.role} predicts {self.prediction.value}, which says nothing about the data where there is "
+                "only noise, as at "
+                f"t = 1 of {type(self.process).__name__}; few-step sampling starts there, so it has to predict the "
+                "velocity, v or x0"
             )
 
 
@@ -75,7 +81,9 @@ class Teacher(Denoiser):
         """Whether guidance takes a second call of the network, for the empty prompt."""
         return self.true_cfg_scale != 1 or (self.guidance_range is not None and not embeds_guidance(self.network))
 
-    def guided(self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None) -> Tensor:
+    def guided(
+        self, x_t: Tensor, t: Tensor, conditioning: Any, prediction: Prediction, scale: Tensor | None = None
+    ) -> Tensor:
         """Guided `prediction` (B, ...) without a gradient, `u + w (c - u)`."""
         conditional, unconditional, weight = self.apart(x_t, t, conditioning, prediction, scale)
         return conditional if unconditional is None else guide(unconditional, conditional, weight)

@@ -73,7 +73,9 @@ class Discriminator:
 
     def __init__(self, body: Denoiser, depths: Sequence[float], loss: GanLoss, heads: nn.Module | None = None) -> None:
         if not isinstance(body.family, ReadsBlocks):
-            raise UserError("the discriminator reads blocks, and this family does not say what they return: set gan_weight to 0")
+            raise UserError(
+                "the discriminator reads blocks, and this family does not say what they return: set gan_weight to 0"
+            )
         self.body, self.family, self.kind = body, body.family, loss
         self.blocks = blocks_at(body.network, self.family, depths)
         if heads is None:
@@ -86,7 +88,9 @@ class Discriminator:
         of_generated = self.logits(generated, real.conditioning, scale, rng)
         return discriminator_loss(self.logits(real.latents, real.conditioning, scale, rng), of_generated, self.kind)
 
-    def generator_loss(self, generated: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator) -> Tensor:
+    def generator_loss(
+        self, generated: Tensor, conditioning: Any, scale: Tensor | None, rng: torch.Generator
+    ) -> Tensor:
         """Loss of the student that made `generated` (B, ...)."""
         return generator_loss(self.logits(generated, conditioning, scale, rng), self.kind)
 
@@ -98,7 +102,8 @@ class Discriminator:
         return logits
 
     def features(self, x_t: Tensor, t: Tensor, conditioning: Any) -> list[Tensor]:
-        """Image tokens (B, S, D) that each of the blocks with a head returns; later blocks are skipped."""
+        """Image tokens (B, S, D) that each of the blocks with a head returns; later blocks are
+        skipped."""
         network, family = self.body.network, self.family
         order = block_ids(network, family)
         later = order[1 + max(order.index(block) for block in self.blocks) :]

@@ -128,12 +128,18 @@ class Distillation(StudentMethod, ABC):
     def _check_guidance(self) -> None:
         if self.teacher.guided_by_rule and self.teacher.unconditional is None:
             raise UserError(
-                "classifier-free guidance needs what the teacher predicts for the empty prompt: give its conditioning as "
+                "classifier-free guidance needs what the teacher predicts for the empty prompt: give its "
+                "conditioning as "
                 "unconditional=, or set true_cfg_scale to 1 and no guidance_range"
             )
-        if self.options.guidance_range is not None and not embeds_guidance(self.student.network) and not self.may_average_guidance:
+        if (
+            self.options.guidance_range is not None
+            and not embeds_guidance(self.student.network)
+            and not self.may_average_guidance
+        ):
             raise UserError(
-                "a guidance_range needs a student that takes the scale: build one with fastdistill.models.guidance_embedder."
+                "a guidance_range needs a student that takes the scale: build one with "
+                "fastdistill.models.guidance_embedder."
                 "with_guidance_embedder, or give one scale as true_cfg_scale or guidance_scale"
             )
 

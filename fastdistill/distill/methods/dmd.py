@@ -82,10 +82,15 @@ class DMD(Distillation):
         point = self.critic.noised(generated, pairs.conditioning, pairs.scale, rng)
         matching = self.critic.difference(point, self.teacher, told=pairs.scale)
         regression = self._distance(self._generate(pairs.noise, pairs), pairs.latents)
-        return Loss(total=matching + self.options.regression_weight * regression, logs={"matching": matching, "regression": regression})
+        return Loss(
+            total=matching + self.options.regression_weight * regression,
+            logs={"matching": matching, "regression": regression},
+        )
 
     def _distance(self, found: Tensor, target: Tensor) -> Tensor:
-        return (found - target).square().mean() if self.options.regression_loss == "mse" else pseudo_huber(found, target)
+        return (
+            (found - target).square().mean() if self.options.regression_loss == "mse" else pseudo_huber(found, target)
+        )
 
     def _generate(self, noise: Tensor, pairs: PairBatch) -> Tensor:
         t = time_of_batch(self.times[0], noise)

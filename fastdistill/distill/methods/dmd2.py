@@ -50,7 +50,9 @@ class DMD2Options(RolloutOptions):
         super().__post_init__()
         at_least(self, 0, "gan_weight", "gan_critic_weight", "isg_weight")
         if self.critic_knows_step and self.guidance_range is not None:
-            raise UserError("--critic-knows-step uses the critic's input for guidance: give one scale, or --no-critic-knows-step")
+            raise UserError(
+                "--critic-knows-step uses the critic's input for guidance: give one scale, or --no-critic-knows-step"
+            )
         if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):
             raise UserError(f"--gan-depths are between 0, the first block, and 1, the last, got {self.gan_depths}")
 
@@ -85,7 +87,12 @@ class DMD2(Distillation):
     trains: Sequence[str] = ("student", "critic")
 
     def __init__(
-        self, options: DMD2Options, *, critic: nn.Module | None = None, heads: nn.Module | None = None, **setup: Unpack[Setup]
+        self,
+        options: DMD2Options,
+        *,
+        critic: nn.Module | None = None,
+        heads: nn.Module | None = None,
+        **setup: Unpack[Setup],
     ) -> None:
         super().__init__(options, **setup)
         self.critic = Critic.of(self.student, options, critic, knows_step=options.critic_knows_step and self.steps > 1)
@@ -123,11 +130,18 @@ class DMD2(Distillation):
         if not self.options.gan_weight:
             return denoising
         gan = self.discriminator.loss(batch, x_0, told, rng)
-        return Loss(total=denoising.total + self.options.gan_critic_weight * gan, logs={"denoising": denoising.total, "gan": gan})
+        return Loss(
+            total=denoising.total + self.options.gan_critic_weight * gan,
+            logs={"denoising": denoising.total, "gan": gan},
+        )
 
     def _student_loss(self, visit: Visit, x_0: Tensor, conditioning: Any, rng: torch.Generator) -> Loss:
         told = self.critic.told(visit)
-        terms = {"matching": self.critic.difference(self.critic.noised(x_0, conditioning, visit.scale, rng), self.teacher, told)}
+        terms = {
+            "matching": self.critic.difference(
+                self.critic.noised(x_0, conditioning, visit.scale, rng), self.teacher, told
+            )
+        }
         total = terms["matching"]
         if self.options.gan_weight:
             terms["gan"] = self.discriminator.generator_loss(x_0, conditioning, told, rng)
@@ -143,7 +157,9 @@ class DMD2(Distillation):
             # Narrow segments, of many steps or a strong shift, keep half of their width.
             margin = torch.minimum(torch.full_like(s, SEGMENT_MARGIN), (t - s) / 4)
             middle = s + margin + (t - s - 2 * margin) * torch.rand(len(t), generator=rng, device=rng.device).to(t)
-            x_middle = self.process.ddim_step(x_t, self.teacher.guided(x_t, t, conditioning, Prediction.X0, visit.scale), t, middle)
+            x_middle = self.process.ddim_step(
+                x_t, self.teacher.guided(x_t, t, conditioning, Prediction.X0, visit.scale), t, middle
+            )
             x_0_middle = self.student.predict(x_middle, middle, conditioning, Prediction.X0, visit.scale)
             target = self.process.ddim_step(x_middle, x_0_middle, middle, s)
         return pseudo_huber(self.process.ddim_step(x_t, x_0, t, s), target)

@@ -53,18 +53,17 @@ def softened_targets(student: Tensor, teacher: Tensor, temperature: float) -> Te
     return temperature**2 * kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
-def error_weight(process: Process, t: Tensor, weighting: Literal["x0", "truncated_snr", "snr_plus_one", "velocity"]) -> Tensor:
+def error_weight(
+    process: Process, t: Tensor, weighting: Literal["x0", "truncated_snr", "snr_plus_one", "velocity"]
+) -> Tensor:
     """The weight (B,) of the squared error of `x_0` at `t` (B,), in float64, for `weighted_mse`.
 
-    ==================  ==============================  ==================================================================
-    weighting           weight                          the same as the error of
-    ==================  ==============================  ==================================================================
-    `x0`              1                               `x_0`
-    `truncated_snr`   `max(alpha^2 / sigma^2, 1)`   `x_0` or `epsilon`, whichever is larger (Salimans & Ho, eq. 9)
-    `snr_plus_one`    `alpha^2 / sigma^2 + 1`       `v`, if `alpha^2 + sigma^2 = 1` (Salimans & Ho, eq. 10)
-    `velocity`        `(alpha' - sigma' alpha /      the velocity, for any process: `1 / t^2` on rectified flow
-                        sigma)^2`
-    ==================  ==============================  ==================================================================
+    | weighting | weight | equal to the error of |
+    |---|---|---|
+    | `x0` | 1 | `x_0` |
+    | `truncated_snr` | `max(alpha^2 / sigma^2, 1)` | `x_0` or `epsilon`, whichever is larger (Salimans & Ho, eq. 9) |
+    | `snr_plus_one` | `alpha^2 / sigma^2 + 1` | `v`, if `alpha^2 + sigma^2 = 1` (Salimans & Ho, eq. 10) |
+    | `velocity` | `(alpha' - sigma' alpha / sigma)^2` | the velocity, for any process: `1 / t^2` on rectified flow |
     """
     t = t.double()
     alpha, sigma = process.alpha(t), process.sigma(t)

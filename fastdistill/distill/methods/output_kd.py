@@ -44,4 +44,6 @@ class OutputKD(Distillation):
         x_t, t, _ = self.process.draw(batch.latents, self.distribution, rng)
         scale = self.teacher.draw_scale(x_t, rng)
         target = self.teacher.guided(x_t, t, batch.conditioning, self.error_in, scale)
-        return Loss(total=(self.student.predict(x_t, t, batch.conditioning, self.error_in, scale) - target).square().mean())
+        return Loss(
+            total=(self.student.predict(x_t, t, batch.conditioning, self.error_in, scale) - target).square().mean()
+        )

@@ -50,7 +50,8 @@ class ProgressiveOptions(MethodOptions):
         phases = max(1, round(self.teacher_steps / steps)).bit_length() - 1
         if phases < 1 or self.teacher_steps != steps << phases:
             raise UserError(
-                f"{self.teacher_steps} steps cannot be halved to {steps}: set --teacher-steps to {steps} times 2, 4, 8, ..., "
+                f"{self.teacher_steps} steps cannot be halved to {steps}: set --teacher-steps to {steps} times 2, 4, "
+                "8, ..., "
                 f"such as {steps << max(1, phases)}"
             )
         return phases
@@ -62,7 +63,9 @@ class ProgressiveOptions(MethodOptions):
     def resolved(self, steps: int, training_steps: int) -> Self:
         phases = self.phases(steps)
         if training_steps < phases:
-            raise UserError(f"{self.teacher_steps} steps are halved {phases} times: give at least as many --training-steps")
+            raise UserError(
+                f"{self.teacher_steps} steps are halved {phases} times: give at least as many --training-steps"
+            )
         return replace(self, phase_length=training_steps // phases)
 
 
@@ -70,7 +73,9 @@ class ProgressiveDistillation(Distillation):
     """`L = E w(t) |x_0 - x~|^2`, with `x~` the data by which one DDIM step equals two of the
     teacher (algorithm 2):
 
-        x_m = step(x_t, t -> m)      x_s = step(x_m, m -> s)      x~ = (x_s - (sigma_s/sigma_t) x_t) / (alpha_s - (sigma_s/sigma_t) alpha_t)
+        x_m = step(x_t, t -> m)
+        x_s = step(x_m, m -> s)
+        x~ = (x_s - (sigma_s/sigma_t) x_t) / (alpha_s - (sigma_s/sigma_t) alpha_t)
 
     On rectified flow the student's velocity is asked to be the mean of the teacher's two. In the
     first phase the teacher takes `teacher_steps`, guided, and the student half of them. After each

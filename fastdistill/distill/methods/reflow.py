@@ -67,7 +67,10 @@ class Reflow(Distillation):
     def __init__(self, options: ReflowOptions, **setup: Unpack[Setup]) -> None:
         super().__init__(options, **setup)
         if not isinstance(self.process, RectifiedFlow):
-            raise UserError(f"reflow straightens rectified flow, not {type(self.process).__name__}; choose progressive or consistency")
+            raise UserError(
+                f"reflow straightens rectified flow, not {type(self.process).__name__}; choose progressive or "
+                "consistency"
+            )
         self.distribution = time_distribution(options.times, self.shift)
         self.distilling = options.straighten == 0
 
@@ -89,4 +92,8 @@ class Reflow(Distillation):
         t = t.to(pairs.latents.device)
         x_t = self.process.add_noise(pairs.latents, pairs.noise, t)
         target = Prediction.VELOCITY.target(self.process, pairs.latents, pairs.noise, t)
-        return Loss(total=(self.student.predict(x_t, t, pairs.conditioning, Prediction.VELOCITY, pairs.scale) - target).square().mean())
+        return Loss(
+            total=(self.student.predict(x_t, t, pairs.conditioning, Prediction.VELOCITY, pairs.scale) - target)
+            .square()
+            .mean()
+        )

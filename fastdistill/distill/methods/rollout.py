@@ -73,11 +73,17 @@ class Rollout:
         scale, noise = self.teacher.draw_scale(batch.latents, rng), noise_like(batch.latents, rng)
         process, times = self.student.process, [time_of_batch(time, noise) for time in self.times[: stop.index + 1]]
         if not stop.simulated:
-            return Visit(x_t=process.add_noise(batch.latents, noise, times[-1]), t=times[-1], index=stop.index, scale=scale)
+            return Visit(
+                x_t=process.add_noise(batch.latents, noise, times[-1]), t=times[-1], index=stop.index, scale=scale
+            )
         x_t = process.add_noise(torch.zeros_like(noise), noise, times[0])
         for t, s in pairwise(times):
             x_0 = self.student.predict(x_t, t, batch.conditioning, Prediction.X0, scale)
-            x_t = process.add_noise(x_0, noise_like(x_0, rng), s) if self.stochastic else process.ddim_step(x_t, x_0, t, s)
+            x_t = (
+                process.add_noise(x_0, noise_like(x_0, rng), s)
+                if self.stochastic
+                else process.ddim_step(x_t, x_0, t, s)
+            )
         return Visit(x_t=x_t, t=times[-1], index=stop.index, scale=scale)
 
     def sample(self, batch: LatentBatch, rng: torch.Generator) -> tuple[Visit, Tensor]:

@@ -35,7 +35,10 @@ class TDMOptions(RolloutOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.time_low == 0:
-            raise UserError("scores are compared behind noise, of which the end of the last step has none: give a --time-low above 0")
+            raise UserError(
+                "scores are compared behind noise, of which the end of the last step has none: give a --time-low "
+                "above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,13 @@ class TDM(Distillation):
 
     Options = TDMOptions
     options: TDMOptions
-    command_defaults = {"learning_rate": 5e-5, "betas": (0.0, 0.99), "training_steps": 100, "watch_every": 20, **FOLLOWING}
+    command_defaults = {
+        "learning_rate": 5e-5,
+        "betas": (0.0, 0.99),
+        "training_steps": 100,
+        "watch_every": 20,
+        **FOLLOWING,
+    }
     may_average_guidance = True
     trains: Sequence[str] = ("student", "critic")
 

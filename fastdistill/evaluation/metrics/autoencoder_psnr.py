@@ -20,7 +20,8 @@ def measure(sampled: SampledImages) -> dict[str, Any]:
     vae = sampled.pipeline.vae
     pixels = sampled.truth.data.random(DRAWS, torch.Generator().manual_seed(SEED)).pixels
     decoded = [
-        vae.decode(vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist.mean).sample.float().cpu() for chunk in pixels.split(BATCH)
+        vae.decode(vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist.mean).sample.float().cpu()
+        for chunk in pixels.split(BATCH)
     ]
     return {"autoencoder_psnr": float(psnr(torch.cat(decoded), pixels).mean())}
 

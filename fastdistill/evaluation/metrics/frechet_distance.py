@@ -13,7 +13,9 @@ from fastdistill.evaluation.metrics.metric import Metric, SampledImages, Value, 
 
 
 def measure(sampled: SampledImages) -> dict[str, Any]:
-    found, real, other = (features(sampled.pipeline.vae, images) for images in (sampled.emoji_pixels, *sampled.truth.draws))
+    found, real, other = (
+        features(sampled.pipeline.vae, images) for images in (sampled.emoji_pixels, *sampled.truth.draws)
+    )
     parts = zip(found.chunk(sampled.seeds), real.chunk(sampled.seeds), strict=True)
     return {
         "frechet_distance": frechet_distance(found, real),

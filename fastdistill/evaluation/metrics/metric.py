@@ -67,7 +67,11 @@ class SampledImages:
     @cached_property
     def emoji_pixels(self) -> Tensor:
         """Images in the size of emoji, (S * N, 3, 64, 64)."""
-        return torch.nn.functional.interpolate(self.images, size=(SIZE, SIZE)) if self.images.shape[-1] != SIZE else self.images
+        return (
+            torch.nn.functional.interpolate(self.images, size=(SIZE, SIZE))
+            if self.images.shape[-1] != SIZE
+            else self.images
+        )
 
     def has(self, need: Need) -> bool:
         match need:

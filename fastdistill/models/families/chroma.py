@@ -28,7 +28,8 @@ class Chroma(Anatomy):
 
     name = "chroma"
     remark = (
-        "Chroma's approximator is counted as it is. In the cut model it works on fewer rows, and its first layer may have a few million "
+        "Chroma's approximator is counted as it is. In the cut model it works on fewer rows, and its first layer may "
+        "have a few million "
         "parameters more."
     )
     stacks = (
@@ -36,7 +37,9 @@ class Chroma(Anatomy):
         Stack(attribute=SINGLE, config_field="num_single_layers", short="single", pass_through=one_stream),
     )
 
-    def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def adapt_to_cut(
+        self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]
+    ) -> None:
         doubles, singles = (len(source.get_submodule(stack)) for stack in (DOUBLE, SINGLE))  # type: ignore[arg-type]
         rows = kept_rows(kept[DOUBLE], kept[SINGLE], doubles, singles)
         state[INPUT] = renumbered(state[INPUT], rows)
@@ -110,7 +113,9 @@ def row_embedding(rows: int, channels: int) -> Tensor:
     """
     from diffusers.models.embeddings import get_timestep_embedding
 
-    embedding: Tensor = get_timestep_embedding(torch.arange(rows) * 1000, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+    embedding: Tensor = get_timestep_embedding(
+        torch.arange(rows) * 1000, channels, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
     return embedding.double()
 
 

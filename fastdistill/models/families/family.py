@@ -31,7 +31,9 @@ class Conditioning:
     def __getitem__(self, index: Tensor | slice) -> Conditioning:
         guidance = None if self.guidance is None else self.guidance[index]
         return Conditioning(
-            prompt_embeds=self.prompt_embeds[index], pooled_prompt_embeds=self.pooled_prompt_embeds[index], guidance=guidance
+            prompt_embeds=self.prompt_embeds[index],
+            pooled_prompt_embeds=self.pooled_prompt_embeds[index],
+            guidance=guidance,
         )
 
     def __len__(self) -> int:
@@ -132,7 +134,9 @@ class Anatomy(ABC):
         """Block list by the name of its attribute."""
         return next(stack for stack in self.stacks if stack.attribute == attribute)
 
-    def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:  # noqa: B027
+    def adapt_to_cut(  # noqa: B027
+        self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]
+    ) -> None:
         """Change, in place, what depends on a block's place other than its name.
 
         By default nothing does.
@@ -195,7 +199,9 @@ class Family(Anatomy):
     """
 
     @abstractmethod
-    def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning:
+    def encode_prompts(
+        self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int
+    ) -> Conditioning:
         """Conditioning of `prompts`."""
 
     @abstractmethod

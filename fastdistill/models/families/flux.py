@@ -78,7 +78,9 @@ class Flux(Family):
         }
 
     @torch.no_grad()
-    def encode_prompts(self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int) -> Conditioning:
+    def encode_prompts(
+        self, pipeline: Any, prompts: list[str], guidance_scale: float, max_sequence_length: int
+    ) -> Conditioning:
         prompt_embeds, pooled, _ = pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, max_sequence_length=max_sequence_length, device=pipeline.transformer.device
         )

@@ -49,7 +49,12 @@ class Flux2(Anatomy):
     name = "flux2"
     stacks = (
         Stack(attribute="transformer_blocks", config_field="num_layers", short="double", pass_through=both_streams),
-        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=joint_stream),
+        Stack(
+            attribute="single_transformer_blocks",
+            config_field="num_single_layers",
+            short="single",
+            pass_through=joint_stream,
+        ),
     )
 
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:

@@ -18,8 +18,15 @@ class Flux3(Anatomy):
     stacks = (
         Stack(attribute="txt_mode_blocks", config_field="num_layers", short="text", pass_through=one_stream),
         Stack(attribute="mode_blocks.image", config_field="num_layers", short="image", pass_through=one_stream),
-        Stack(attribute="mode_blocks.image_cond", config_field="num_layers", short="reference", pass_through=one_stream),
-        Stack(attribute="single_transformer_blocks", config_field="num_single_layers", short="single", pass_through=both_streams),
+        Stack(
+            attribute="mode_blocks.image_cond", config_field="num_layers", short="reference", pass_through=one_stream
+        ),
+        Stack(
+            attribute="single_transformer_blocks",
+            config_field="num_single_layers",
+            short="single",
+            pass_through=both_streams,
+        ),
     )
 
     def example(self, network: Any, workload: Workload) -> dict[str, Any]:

@@ -25,7 +25,9 @@ class SD3(Anatomy):
     name = "sd3"
     stacks = (Stack(attribute=BLOCKS, config_field="num_layers", short="block", pass_through=both_streams),)
 
-    def adapt_to_cut(self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def adapt_to_cut(
+        self, source: nn.Module, kept: Mapping[str, Sequence[int]], config: dict[str, Any], state: dict[str, Tensor]
+    ) -> None:
         indices = kept[BLOCKS]
         dual = set(config["dual_attention_layers"])
         config["dual_attention_layers"] = tuple(new for new, old in enumerate(indices) if old in dual)

@@ -28,12 +28,16 @@ def _zero(
     return fusions.modulate(x, scale, shift, module.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
 
 
-def _zero_single(module: AdaLayerNormZeroSingle, fusions: Fusions, /, x: Tensor, emb: Any = None) -> tuple[Tensor, Tensor]:
+def _zero_single(
+    module: AdaLayerNormZeroSingle, fusions: Fusions, /, x: Tensor, emb: Any = None
+) -> tuple[Tensor, Tensor]:
     shift, scale, gate = module.linear(module.silu(emb)).chunk(3, dim=1)
     return fusions.modulate(x, scale, shift, module.norm.eps), gate
 
 
-def _continuous(module: AdaLayerNormContinuous, fusions: Fusions, /, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+def _continuous(
+    module: AdaLayerNormContinuous, fusions: Fusions, /, x: Tensor, conditioning_embedding: Tensor
+) -> Tensor:
     scale, shift = module.linear(module.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
     return fusions.modulate(x, scale, shift, module.norm.eps)
 

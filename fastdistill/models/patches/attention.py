@@ -30,7 +30,8 @@ def heads_of(attn: Any, names: Sequence[str], packed: str | None, x: Tensor, hea
     """Queries, keys and values of a stream, from the projections called `names`.
 
     Returns:
-        (q, k, v), each (B, S, H, d); or, where the projections are fused into the one called `packed`,
+        (q, k, v), each (B, S, H, d); or, where the projections are fused into the one called
+        `packed`,
         all three as (B, S, 3, H, d).
     """
     if packed is not None and getattr(attn, "fused_projections", False):
@@ -56,7 +57,9 @@ def joint_attention(
     return _attend(fusions, attn, q, k, v, mask)
 
 
-def self_attention(fusions: Fusions, attn: Any, heads: Heads, norms: Sequence[Any], tables: RotaryTables, mask: Tensor | None) -> Tensor:
+def self_attention(
+    fusions: Fusions, attn: Any, heads: Heads, norms: Sequence[Any], tables: RotaryTables, mask: Tensor | None
+) -> Tensor:
     """Attention within one stream, (B, S, H * d).
 
     `tables` may be (B, S, ...), with a table for each sample.

@@ -12,9 +12,17 @@ from fastdistill.models.patches.fusions import Fusions
 
 
 def residuals(
-    fusions: Fusions, x: Tensor, attn_output: Tensor, modulation: Sequence[Tensor], eps: float, feed_forward: Any, *, clip: bool
+    fusions: Fusions,
+    x: Tensor,
+    attn_output: Tensor,
+    modulation: Sequence[Tensor],
+    eps: float,
+    feed_forward: Any,
+    *,
+    clip: bool,
 ) -> Tensor:
-    """Both gated residuals of a double block's stream, with modulated norm and feed-forward between.
+    """Both gated residuals of a double block's stream, with modulated norm and feed-forward
+    between.
 
     `modulation` is the gate of attention, then shift, scale and gate of the feed-forward.
     """

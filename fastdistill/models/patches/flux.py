@@ -26,7 +26,8 @@ from fastdistill.models.patches.reasons import hooked, norms_stay, why_attention
 from fastdistill.models.patches.streams import halves, joined, split
 
 PROCESSORS = ("FluxAttnProcessor",)
-# Arguments of the IP-Adapter's processor. They come to every block, and this processor ignores them.
+# Arguments of the IP-Adapter's processor. They come to every block, and this processor ignores
+# them.
 IGNORED = {"ip_hidden_states", "ip_adapter_masks"}
 
 
@@ -41,7 +42,9 @@ def why_not_attention(
 ) -> str | None:
     norms = _norms(attn, encoder_hidden_states)
     unknown = kwargs.keys() - IGNORED
-    return why_attention_stays(attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown)
+    return why_attention_stays(
+        attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown
+    )
 
 
 def attention(
@@ -86,11 +89,19 @@ def double_block(
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states = residuals(fusions, hidden_states, attn_output, image_modulation, block.norm2.eps, block.ff, clip=False)
+    hidden_states = residuals(
+        fusions, hidden_states, attn_output, image_modulation, block.norm2.eps, block.ff, clip=False
+    )
     if ip_attn_output:
         hidden_states = hidden_states + ip_attn_output[0]
     encoder_hidden_states = residuals(
-        fusions, encoder_hidden_states, text_attn_output, text_modulation, block.norm2_context.eps, block.ff_context, clip=True
+        fusions,
+        encoder_hidden_states,
+        text_attn_output,
+        text_modulation,
+        block.norm2_context.eps,
+        block.ff_context,
+        clip=True,
     )
     return encoder_hidden_states, hidden_states
 
@@ -119,7 +130,9 @@ def single_block(
     shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
     for_attention, for_mlp = fusions.modulate_for_two(both, scale, shift, norm.norm.eps)
     mlp_hidden_states = block.proj_mlp(for_mlp)
-    attn_output = block.attn(hidden_states=for_attention, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    attn_output = block.attn(
+        hidden_states=for_attention, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+    )
     out = block.proj_out(fusions.activation_concat(attn_output, mlp_hidden_states, "gelu_tanh"))
     return halves(fusions.gated_residual(both, out, gate, clip=True), encoder_hidden_states.shape[1])
 

@@ -44,7 +44,9 @@ def why_not_attention(
     if attn.added_kv_proj_dim is None or encoder_hidden_states is None:
         return "it has no second stream"
     norms = [*added_norms(attn), *own_norms(attn)]
-    return why_attention_stays(attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown)
+    return why_attention_stays(
+        attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown
+    )
 
 
 def attention(
@@ -84,9 +86,17 @@ def double_block(
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states = residuals(fusions, hidden_states, attn_output, image_modulation, block.norm2.eps, block.ff, clip=False)
+    hidden_states = residuals(
+        fusions, hidden_states, attn_output, image_modulation, block.norm2.eps, block.ff, clip=False
+    )
     encoder_hidden_states = residuals(
-        fusions, encoder_hidden_states, text_attn_output, text_modulation, block.norm2_context.eps, block.ff_context, clip=True
+        fusions,
+        encoder_hidden_states,
+        text_attn_output,
+        text_modulation,
+        block.norm2_context.eps,
+        block.ff_context,
+        clip=True,
     )
     return encoder_hidden_states, hidden_states
 

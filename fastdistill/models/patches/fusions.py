@@ -77,12 +77,16 @@ class Fusions:
         cos, sin = _cos_sin(tables, q)
         return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, norms[0].eps, backend=self.backend)
 
-    def joint_qk_norm_rope(self, first: Heads, second: Heads, norms: Sequence[Any], tables: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+    def joint_qk_norm_rope(
+        self, first: Heads, second: Heads, norms: Sequence[Any], tables: RotaryTables
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`norms` are the modules that norm q and k of the first stream, then of the second."""
         like = second if isinstance(second, Tensor) else second[0]
         first_q, first_k, second_q, second_k = _weights(norms, like)
         cos, sin = _cos_sin(tables, like)
-        return ops.joint_qk_norm_rope(first, second, (first_q, first_k), (second_q, second_k), cos, sin, norms[0].eps, backend=self.backend)
+        return ops.joint_qk_norm_rope(
+            first, second, (first_q, first_k), (second_q, second_k), cos, sin, norms[0].eps, backend=self.backend
+        )
 
     def activation_concat(self, x: Tensor | None, y: Tensor, activation: Activation) -> Tensor:
         if x is not None:
@@ -105,7 +109,9 @@ def _fitting(x: Tensor, *modulations: Tensor) -> list[Tensor]:
     if modulations[0].dim() == 3 and modulations[0].shape[1] != 1:
         modulations = tuple(m.expand(x.shape) for m in modulations)
     dtype = x.dtype
-    return [m if m.dtype == dtype or (m.dtype == torch.float32 and x.itemsize == 2) else m.to(dtype) for m in modulations]
+    return [
+        m if m.dtype == dtype or (m.dtype == torch.float32 and x.itemsize == 2) else m.to(dtype) for m in modulations
+    ]
 
 
 def _repeated(x: Tensor, other: Tensor) -> Tensor:

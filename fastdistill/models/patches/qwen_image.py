@@ -43,7 +43,9 @@ def why_not_attention(
     if encoder_hidden_states is None or attention_mask is not None:
         return "its processor refuses the call"
     norms, head_size = [*added_norms(attn), *own_norms(attn)], attn.inner_dim // attn.heads
-    return why_attention_stays(attn, norms, head_size, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown)
+    return why_attention_stays(
+        attn, norms, head_size, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown
+    )
 
 
 def attention(
@@ -111,7 +113,9 @@ def double_block(
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states = residuals(fusions, hidden_states, attn_output, image_modulation, block.img_norm2.eps, block.img_mlp, clip=True)
+    hidden_states = residuals(
+        fusions, hidden_states, attn_output, image_modulation, block.img_norm2.eps, block.img_mlp, clip=True
+    )
     encoder_hidden_states = residuals(
         fusions, encoder_hidden_states, text_attn_output, text_modulation, block.txt_norm2.eps, block.txt_mlp, clip=True
     )

@@ -88,7 +88,11 @@ def _plain_layer_norm(module: Any) -> bool:
 
     diffusers' `FP32LayerNorm` computes in float32, as the operators do anyway.
     """
-    return type(module).__name__ in ("LayerNorm", "FP32LayerNorm") and isinstance(module, nn.LayerNorm) and not module.elementwise_affine
+    return (
+        type(module).__name__ in ("LayerNorm", "FP32LayerNorm")
+        and isinstance(module, nn.LayerNorm)
+        and not module.elementwise_affine
+    )
 
 
 def _plain_rms_norm(norm: Any, x: Tensor) -> bool:

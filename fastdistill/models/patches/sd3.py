@@ -97,16 +97,26 @@ def joint_block(
         normed_text = block.norm1_context(encoder_hidden_states, temb)
     else:
         normed_text, *text_modulation = block.norm1_context(encoder_hidden_states, emb=temb)
-    attn_output, text_attn_output = block.attn(hidden_states=normed, encoder_hidden_states=normed_text, **joint_attention_kwargs)
+    attn_output, text_attn_output = block.attn(
+        hidden_states=normed, encoder_hidden_states=normed_text, **joint_attention_kwargs
+    )
     if block.use_dual_attention:
         *mlp_modulation, normed2, gate2 = mlp_modulation
         hidden_states = fusions.gated_residual(hidden_states, attn_output, gate, clip=False)
         attn_output, gate = block.attn2(hidden_states=normed2, **joint_attention_kwargs), gate2
-    hidden_states = residuals(fusions, hidden_states, attn_output, (gate, *mlp_modulation), block.norm2.eps, block.ff, clip=False)
+    hidden_states = residuals(
+        fusions, hidden_states, attn_output, (gate, *mlp_modulation), block.norm2.eps, block.ff, clip=False
+    )
     if block.context_pre_only:
         return None, hidden_states
     encoder_hidden_states = residuals(
-        fusions, encoder_hidden_states, text_attn_output, text_modulation, block.norm2_context.eps, block.ff_context, clip=False
+        fusions,
+        encoder_hidden_states,
+        text_attn_output,
+        text_modulation,
+        block.norm2_context.eps,
+        block.ff_context,
+        clip=False,
     )
     return encoder_hidden_states, hidden_states
 

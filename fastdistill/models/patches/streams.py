@@ -9,12 +9,18 @@ from torch import Tensor
 def joined(text: Tensor, image: Tensor) -> Tensor:
     """Returns `torch.cat((text, image), dim=1)`, without a copy where both come from `halves`.
 
-    A single block returns two halves of one tensor. Where the next block receives these very halves,
-    that tensor is the concatenation, and its gradient is not a sum of two padded halves either.
+    A single block returns two halves of one tensor. Where the next block receives these very
+    halves, that tensor is the concatenation, and its gradient is not a sum of two padded halves
+    either.
     """
     if not torch.compiler.is_compiling():
         whole = text._base
-        if whole is not None and whole is image._base and _are_halves(text, image, whole) and _lead_to(whole, text, image):
+        if (
+            whole is not None
+            and whole is image._base
+            and _are_halves(text, image, whole)
+            and _lead_to(whole, text, image)
+        ):
             return whole
     return torch.cat((text, image), dim=1)
 
@@ -53,6 +59,8 @@ def _lead_to(whole: Tensor, *halves: Tensor) -> bool:
         return True
     return all(
         half.requires_grad == whole.requires_grad
-        and (not half.requires_grad or (half.grad_fn is not None and not half.retains_grad and not half._backward_hooks))
+        and (
+            not half.requires_grad or (half.grad_fn is not None and not half.retains_grad and not half._backward_hooks)
+        )
         for half in halves
     )

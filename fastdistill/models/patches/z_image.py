@@ -1,7 +1,7 @@
 """Z-Image: query-key norms, rotation and gated residuals on fused operators.
 
-The formulas are those of diffusers' `transformer_z_image.py`. Its blocks scale an RMS norm and do not
-shift it, for which there is no operator.
+The formulas are those of diffusers' `transformer_z_image.py`. Its blocks scale an RMS norm and do
+not shift it, for which there is no operator.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def why_not_attention(
     **unknown: Any,
 ) -> str | None:
     norms, head_size = own_norms(attn), attn.inner_dim // attn.heads
-    if reason := why_attention_stays(attn, norms, head_size, None, hidden_states, processors=PROCESSORS, unknown=unknown):
+    if reason := why_attention_stays(
+        attn, norms, head_size, None, hidden_states, processors=PROCESSORS, unknown=unknown
+    ):
         return reason
     if freqs_cis is not None and (freqs_cis.dim() != 3 or freqs_cis.shape[0] not in (1, hidden_states.shape[0])):
         return f"its rotary table is {tuple(freqs_cis.shape)}"

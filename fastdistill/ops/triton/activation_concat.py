@@ -75,7 +75,17 @@ def activation_concat(y: Tensor, x: Tensor | None, gated: bool) -> Tensor:
     if out.numel() > 0:
         first = y if x is None else x
         _forward_kernel[(B * S, before_blocks + triton.cdiv(size, BLOCK))](
-            first, y, out, S, before, size, before_blocks, *row_strides(first, y), *row_strides(y, y), GATED=gated, BLOCK=BLOCK
+            first,
+            y,
+            out,
+            S,
+            before,
+            size,
+            before_blocks,
+            *row_strides(first, y),
+            *row_strides(y, y),
+            GATED=gated,
+            BLOCK=BLOCK,
         )
     return out
 

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops.triton.rows import batched_shape, is_per_token, register, row_block, row_strides, sum_partials, token_chunks
+from fastdistill.ops.triton.rows import (
+    batched_shape,
+    is_per_token,
+    register,
+    row_block,
+    row_strides,
+    sum_partials,
+    token_chunks,
+)
 
 
 @triton.jit
@@ -119,7 +127,9 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tenso
     return out, stats
 
 
-def modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
+def modulate_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dx, _, _, dscale, dshift = _backward(grad, x, scale, stats, grad, x, scale, float("inf"), modulation_grads)
     return dx, dscale, dshift
 
@@ -127,7 +137,9 @@ def modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, stats: Tensor, mod
 def modulate_for_two_backward(
     grad: Tensor, second: Tensor, x: Tensor, scale: Tensor, stats: Tensor, modulation_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _, _, dscale, dshift = _backward(grad, x, scale, stats, second, x, scale, float("inf"), modulation_grads, forked=True)
+    dx, _, _, dscale, dshift = _backward(
+        grad, x, scale, stats, second, x, scale, float("inf"), modulation_grads, forked=True
+    )
     return dx, dscale, dshift
 
 
@@ -138,13 +150,30 @@ def gated_residual_modulate(
 
 
 def gated_residual_modulate_backward(
-    grad_h: Tensor, grad_out: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, stats: Tensor, clip: float, modulation_grads: bool
+    grad_h: Tensor,
+    grad_out: Tensor,
+    h: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    clip: float,
+    modulation_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _backward(grad_out, h, scale, stats, grad_h, y, gate, clip, modulation_grads, residual=True)
 
 
 def _forward(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, h: Tensor, eps: float, clip: float, *, residual: bool
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    h: Tensor,
+    eps: float,
+    clip: float,
+    *,
+    residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, S, D = batched_shape(x)
     out = x.new_empty(x.shape)

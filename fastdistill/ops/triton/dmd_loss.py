@@ -18,7 +18,16 @@ BLOCK = 1024
 
 @triton.jit
 def _difference(
-    i, inside, cond, uncond_ptr, critic_ptr, mask_ptr, guidance, GUIDED: tl.constexpr, MASKED: tl.constexpr, FINITE: tl.constexpr
+    i,
+    inside,
+    cond,
+    uncond_ptr,
+    critic_ptr,
+    mask_ptr,
+    guidance,
+    GUIDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    FINITE: tl.constexpr,
 ):
     """real, and real - critic as far as it counts."""
     real = cond
@@ -150,7 +159,14 @@ def dmd_loss(
 
 
 def dmd_loss_backward(
-    grad: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, mask: Tensor | None, factors: Tensor, guidance: float, finite: bool
+    grad: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    critic: Tensor,
+    mask: Tensor | None,
+    factors: Tensor,
+    guidance: float,
+    finite: bool,
 ) -> Tensor:
     B, N, P = _sizes(cond)
     dx = cond.new_empty(cond.shape)

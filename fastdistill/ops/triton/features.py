@@ -16,7 +16,9 @@ from torch import Tensor
 from fastdistill.ops.feature_kd_loss import KINDS, MASK_SIGMAS, MIN_NORM
 from fastdistill.ops.triton.rows import batched_shape, register, row_block, row_strides, token_chunks
 
-MSE, RELATIVE_MSE, COSINE, MASKED_MSE = (tl.constexpr(KINDS.index(kind)) for kind in ("mse", "relative_mse", "cosine", "masked_mse"))
+MSE, RELATIVE_MSE, COSINE, MASKED_MSE = (
+    tl.constexpr(KINDS.index(kind)) for kind in ("mse", "relative_mse", "cosine", "masked_mse")
+)
 PARTIALS = tl.constexpr(6)
 SMALLEST_NORM = tl.constexpr(MIN_NORM)
 

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops.triton.rows import batched_shape, is_per_token, register, row_block, row_strides, sum_partials, token_chunks
+from fastdistill.ops.triton.rows import (
+    batched_shape,
+    is_per_token,
+    register,
+    row_block,
+    row_strides,
+    sum_partials,
+    token_chunks,
+)
 
 
 @triton.jit

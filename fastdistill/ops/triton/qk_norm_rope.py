@@ -110,7 +110,14 @@ def _backward_kernel(
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    adjacent: bool,
 ) -> tuple[Tensor, Tensor]:
     out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
     _forward(q, q_weight, cos, sin, eps, adjacent, out_q)
@@ -178,7 +185,9 @@ def _rows(table: Tensor | None, place: slice) -> Tensor | None:
     return None if table is None else table[place]
 
 
-def _forward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool, out: Tensor) -> None:
+def _forward(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, adjacent: bool, out: Tensor
+) -> None:
     B, S, H, d = x.shape
     if x.numel() == 0:
         return

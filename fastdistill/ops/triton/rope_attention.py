@@ -60,7 +60,9 @@ def _products(a, b, other_a, other_b):
 
 
 @triton.jit
-def _pair(ptr, row, stride, inside, D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, POLICY: tl.constexpr = ""):
+def _pair(
+    ptr, row, stride, inside, D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, POLICY: tl.constexpr = ""
+):
     """The first channels of all pairs in rows of d contiguous numbers, and the second channels."""
     start = ptr + row.to(tl.int64)[:, None] * stride
     if ADJACENT:
@@ -126,7 +128,17 @@ def _table(
 
 
 @triton.jit
-def _normed(ptr, row, stride, inside, eps, D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, POLICY: tl.constexpr = ""):
+def _normed(
+    ptr,
+    row,
+    stride,
+    inside,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    POLICY: tl.constexpr = "",
+):
     """`x / sqrt(mean(x^2) + eps)`, and the factor."""
     first, second = _pair(ptr, row, stride, inside, D, HALF, ADJACENT, POLICY)
     first, second = first.to(tl.float32), second.to(tl.float32)
@@ -421,7 +433,8 @@ def rope_attention_backward(
 
     of_q, of_kv = (_blocks(kernel, d, q.dtype, q.device) for kernel in ("q", "kv"))
     q_partials, k_partials = (
-        q.new_empty((B * H, triton.cdiv(S, blocks.owned), 1, d) if weight_grads else (0,), dtype=torch.float32) for blocks in (of_q, of_kv)
+        q.new_empty((B * H, triton.cdiv(S, blocks.owned), 1, d) if weight_grads else (0,), dtype=torch.float32)
+        for blocks in (of_q, of_kv)
     )
     delta = torch.empty_like(lse)
     inputs = grad, q, k, v, q_weight, k_weight, cos, sin

@@ -32,7 +32,9 @@ def sum_partials(partials: Tensor, outs: list[Tensor]) -> None:
     B, P, kinds, D = partials.shape
     for kind, out in enumerate(outs):
         groups = out.numel() // D
-        sum_partials_kernel[(groups, triton.cdiv(D, 128))](partials[0, 0, kind], out, B * P // groups, kinds * D, D, BLOCK_D=128)
+        sum_partials_kernel[(groups, triton.cdiv(D, 128))](
+            partials[0, 0, kind], out, B * P // groups, kinds * D, D, BLOCK_D=128
+        )
 
 
 def batched_shape(x: Tensor) -> tuple[int, int, int]:

@@ -52,5 +52,11 @@ def test_nonsense_is_refused_with_an_example(text, message):
 
 
 def test_costs_are_shown_with_their_unit():
-    shown = [show("params", 8.163e9), show("memory", 2**29), show("latency", 1_234_567), show("flops", 6e13), show("blocks", 6)]
+    shown = [
+        show("params", 8.163e9),
+        show("memory", 2**29),
+        show("latency", 1_234_567),
+        show("flops", 6e13),
+        show("blocks", 6),
+    ]
     assert shown == ["8.163 B", "512.00 MiB", "1.23 ms", "60.000 TFLOP", "6 blocks"]

@@ -45,7 +45,8 @@ def test_spelling_reads_back():
 
 
 @pytest.mark.parametrize(
-    "words", [["0"], ["-1"], ["four"], ["double"], ["double:"], ["triple:1"], ["double:1,,2"], ["4", "5"], ["single:7-5"]]
+    "words",
+    [["0"], ["-1"], ["four"], ["double"], ["double:"], ["triple:1"], ["double:1,,2"], ["4", "5"], ["single:7-5"]],
 )
 def test_nonsense_is_refused_with_an_example(words):
     with pytest.raises(UserError, match=r"double:1,2|low to high|--drop-blocks"):
@@ -97,7 +98,12 @@ def tiny_costs():
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [("memory=0.75", double(1)), ("params=0.75", double(1)), ("latency=0.65", single(1, 2)), ("flops=0.65", single(1, 2))],
+    [
+        ("memory=0.75", double(1)),
+        ("params=0.75", double(1)),
+        ("latency=0.65", single(1, 2)),
+        ("flops=0.65", single(1, 2)),
+    ],
 )
 def test_the_type_of_the_budget_changes_the_choice(tiny_costs, budget, expected):
     # One double block saves more memory than two single ones and errs less than they do together;
@@ -126,7 +132,9 @@ def test_budgets_that_cannot_be_met(tiny_costs):
 def test_the_best_measured_set_wins_though_it_was_not_predicted_to():
     errors = [1.0, 1.1, 1.2, 9.0, 9.0]
     measured = {(0, 1): 50.0, (0, 2): 4.0, (1, 2): 3.0}
-    selection = chosen(Request(count=2), count_costs(), errors, best=3, joint=lambda positions: measured.get(positions, 100.0))
+    selection = chosen(
+        Request(count=2), count_costs(), errors, best=3, joint=lambda positions: measured.get(positions, 100.0)
+    )
     assert selection.dropped == double(1) + single(0)
     eligible = [found for found in selection.verified if found.eligible]
     assert [found.dropped for found in eligible] == [(0, 1), (0, 2), (1, 2)]

@@ -50,7 +50,9 @@ def test_examples_are_what_the_model_takes(name):
     network = TINY[name]().eval()
     anatomy = anatomy_of(network)
     with torch.no_grad():
-        one, two = (network(**anatomy.example(network, Workload(height=8, width=12, text_tokens=5, batch=n)))[0] for n in (1, 2))
+        one, two = (
+            network(**anatomy.example(network, Workload(height=8, width=12, text_tokens=5, batch=n)))[0] for n in (1, 2)
+        )
     assert len(two) == 2 * len(one) == 2
 
 
@@ -65,7 +67,10 @@ def test_a_cut_saves_what_its_blocks_cost(name):
         left, operations = smaller.num_parameters(), flops(smaller, anatomy, LOAD).total
         if name == "chroma":
             # The approximator has a wider first layer, and fewer rows: what the remark says.
-            left -= smaller.distilled_guidance_layer.in_proj.weight.numel() - network.distilled_guidance_layer.in_proj.weight.numel()
+            left -= (
+                smaller.distilled_guidance_layer.in_proj.weight.numel()
+                - network.distilled_guidance_layer.in_proj.weight.numel()
+            )
             assert 0.5 * work.left(dropped) < operations
         else:
             assert operations == work.left(dropped)

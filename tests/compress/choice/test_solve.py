@@ -48,7 +48,9 @@ def brute_force(errors, costs, intervals):
     """(saved, error, subset) of every subset that leaves a block."""
     count = len(errors)
     subsets = itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in range(count))
-    return [(sum(costs[position] for position in subset), price(subset, errors, intervals), subset) for subset in subsets]
+    return [
+        (sum(costs[position] for position in subset), price(subset, errors, intervals), subset) for subset in subsets
+    ]
 
 
 def problem(seed, kind, count=8):
@@ -94,7 +96,11 @@ def test_the_front_is_what_no_subset_surpasses(seed, joined):
     intervals = {(first, first + 1): rng.randint(1, 40) / 4 for first in range(7)} if joined else None
     everything = brute_force(errors, costs, intervals)
     least = {saved: min(error for other, error, _ in everything if other >= saved) for saved, _, _ in everything}
-    expected = [(saved, error) for saved, error in sorted(least.items()) if all(error < least[other] for other in least if other > saved)]
+    expected = [
+        (saved, error)
+        for saved, error in sorted(least.items())
+        if all(error < least[other] for other in least if other > saved)
+    ]
     assert [(choice.saved, choice.error) for choice in pareto(solve(errors, costs, intervals, best=3))] == expected
 
 
@@ -104,7 +110,9 @@ def test_an_exact_count_is_not_traded_for_a_larger_one(kind):
     choices = solve(errors, [1] * 8, best=3, exact_cost=True)
     for count in range(1, 8):
         found = [choice for choice in choices if choice.saved == count]
-        expected = sorted(sum(errors[position] for position in subset) for subset in itertools.combinations(range(8), count))
+        expected = sorted(
+            sum(errors[position] for position in subset) for subset in itertools.combinations(range(8), count)
+        )
         assert [choice.error for choice in found] == pytest.approx(expected[:3], abs=1e-12)
 
 
@@ -112,7 +120,11 @@ def test_an_exact_count_is_not_traded_for_a_larger_one(kind):
 @pytest.mark.parametrize("joined", [False, True], ids=["singles", "intervals"])
 @pytest.mark.parametrize(
     "tied",
-    [[[range(0, 2), range(2, 4)]], [[range(0, 2), range(3, 5), range(6, 8)]], [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]],
+    [
+        [[range(0, 2), range(2, 4)]],
+        [[range(0, 2), range(3, 5), range(6, 8)]],
+        [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]],
+    ],
 )
 @pytest.mark.parametrize("exact", [False, True], ids=["at least", "exactly"])
 def test_tied_ranges_lose_equally_many(seed, joined, tied, exact):

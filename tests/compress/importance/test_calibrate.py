@@ -38,7 +38,9 @@ def calibration(pipeline, images):
     source = Source(pipeline=pipeline, prompts=["unused"], sampling=sampling, images=images)
 
     def call(seed=0, cache=None):
-        return calibrated(source, Amount(images=99, steps=4, points=3, batch=2, seed=seed), cache=cache, console=Console(quiet=True))
+        return calibrated(
+            source, Amount(images=99, steps=4, points=3, batch=2, seed=seed), cache=cache, console=Console(quiet=True)
+        )
 
     return call
 

@@ -67,7 +67,9 @@ def material(transformer, count=6, batch=4, **options):
 
 
 def scored(criterion, transformer, *, ledger=None, **options):
-    return CRITERIA[criterion](transformer, family_of(transformer), material(transformer, **options), ledger or Ledger())
+    return CRITERIA[criterion](
+        transformer, family_of(transformer), material(transformer, **options), ledger or Ledger()
+    )
 
 
 def block_calls(transformer):
@@ -177,7 +179,12 @@ def test_one_out_runs_half_of_the_blocks():
     calls = block_calls(transformer)
     with torch.no_grad():
         for index, _ in enumerate(
-            one_out(transformer, family, block_ids(transformer, family), lambda: family.predict(transformer, x, t, conditioning))
+            one_out(
+                transformer,
+                family,
+                block_ids(transformer, family),
+                lambda: family.predict(transformer, x, t, conditioning),
+            )
         ):
             assert not any("forward" in module.__dict__ for module in transformer.modules()), index
     assert len(calls) == n * (n + 1) // 2 - 1
@@ -266,11 +273,15 @@ def test_an_interval_ends_where_it_gets_worse_faster():
 def test_a_trajectory_in_all_steps_is_the_pipelines_own(true_cfg_scale, tmp_path):
     pipeline = tiny_flux_pipeline()
     family = family_of(pipeline.transformer)
-    sampling = SamplingDefaults(num_inference_steps=5, true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=16)
+    sampling = SamplingDefaults(
+        num_inference_steps=5, true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=16
+    )
     source = Source(pipeline=pipeline, prompts=["a", "b"], sampling=sampling)
     amount = Amount(images=4, steps=5, points=3, batch=2)
     calibration = calibrated(source, amount, cache=tmp_path / "calibration.safetensors", console=Console(quiet=True))
     runs = calibration.runs
-    torch.testing.assert_close(ends(pipeline.transformer, family, runs), calibration.pool.latents[:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ends(pipeline.transformer, family, runs), calibration.pool.latents[:3], rtol=1e-4, atol=1e-4
+    )
     assert len(shortened(runs, 2).times) == 3
     assert len(shortened(runs, 9).times) == 6

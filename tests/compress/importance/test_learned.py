@@ -62,7 +62,10 @@ def state_of(transformer):
         {name: value.clone() for name, value in transformer.state_dict().items()},
         {name: (parameter.requires_grad, parameter.grad) for name, parameter in transformer.named_parameters()},
         {name: module.__dict__.get("forward") for name, module in transformer.named_modules()},
-        {name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in transformer.named_modules()},
+        {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in transformer.named_modules()
+        },
     )
 
 
@@ -73,7 +76,9 @@ def assert_untouched(transformer, before):
     assert rest == list(before[1:])
 
 
-@pytest.mark.parametrize(("blocks", "drops"), [(12, 4), (12, 6), (12, 11), (57, 19), (57, 28), (57, 50), (99, 2), (5, 2), (1, 0)])
+@pytest.mark.parametrize(
+    ("blocks", "drops"), [(12, 4), (12, 6), (12, 11), (57, 19), (57, 28), (57, 50), (99, 2), (5, 2), (1, 0)]
+)
 def test_groups_share_blocks_and_drops_evenly(blocks, drops):
     groups = partition(blocks, drops)
     kept, dropped = zip(*groups, strict=True)
@@ -129,7 +134,9 @@ def test_every_sample_skips_the_blocks_of_its_own_gates(transformer, fused):
         with search.applied(gates):
             masked = predictions(transformer, family, points, 3)
         for row, sample in enumerate(points.chunks(1)):
-            with skipped(transformer, family, [block_id for block_id, gate in zip(blocks, gates[row], strict=True) if not gate]):
+            with skipped(
+                transformer, family, [block_id for block_id, gate in zip(blocks, gates[row], strict=True) if not gate]
+            ):
                 expected = predictions(transformer, family, sample, 1)
             torch.testing.assert_close(masked[row : row + 1], expected, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +150,11 @@ def test_every_linear_layer_is_updated_patched_or_not(transformer):
             value = objective_of(transformer).backward(search, torch.arange(6), gates)
             assert_untouched(transformer, before)
         gradients.append([torch.tensor(value), *(parameter.grad for parameter in search.parameters())])
-    layers = sum(name.endswith(".weight") and value.dim() == 2 for name, value in transformer.named_parameters() if "blocks." in name)
+    layers = sum(
+        name.endswith(".weight") and value.dim() == 2
+        for name, value in transformer.named_parameters()
+        if "blocks." in name
+    )
     assert len(search.updates) == layers
     silent = [index for index, gradient in enumerate(gradients[1]) if not gradient.any()]
     assert not silent

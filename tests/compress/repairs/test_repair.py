@@ -79,14 +79,18 @@ def test_ridge_is_the_gate_weighted_solution_of_every_row(gap, monkeypatch):
         rows = []
         for row in range(layer.out_features):
             weighted = gate[:, row, None, None] * z
-            gram = torch.einsum("bsk,bsl->kl", weighted, weighted) + strength[row] * torch.eye(z.shape[-1], dtype=torch.float64)
+            gram = torch.einsum("bsk,bsl->kl", weighted, weighted) + strength[row] * torch.eye(
+                z.shape[-1], dtype=torch.float64
+            )
             rows.append(torch.linalg.solve(gram, torch.einsum("bsk,bs->k", weighted, missing[..., row])))
         before = torch.cat([layer.weight, layer.bias[:, None]], dim=1)
         expected.append(before + torch.stack(rows))
     monkeypatch.setattr(ridge, "ITERATIONS", 30)
     ridge.repair(damage)
     for layer, wanted in zip(linears(damage, span), expected, strict=True):
-        torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], dim=1).double(), wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            torch.cat([layer.weight, layer.bias[:, None]], dim=1).double(), wanted, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.slow
@@ -122,7 +126,9 @@ def test_scale_solves_its_two_unknowns_a_channel():
 def test_average_is_the_mean_over_the_dropped_blocks_of_the_same_kind():
     damage = damaged("two in a row")
     expected = {
-        name: torch.stack([block(damage.teacher, BlockId(stack=SINGLE, index=index)).get_parameter(name) for index in range(3)]).mean(dim=0)
+        name: torch.stack(
+            [block(damage.teacher, BlockId(stack=SINGLE, index=index)).get_parameter(name) for index in range(3)]
+        ).mean(dim=0)
         for name, _ in damage.teacher.single_transformer_blocks[0].named_parameters()
     }
     REPAIRS["average"](damage)

@@ -1,6 +1,8 @@
-"""One toy case of every method, with as many of its options on as go together. The suite of `test_methods.py` runs on each.
+"""One toy case of every method, with as many of its options on as go together. The suite of
+`test_methods.py` runs on each.
 
-`python -m tests.distill.methods.cases` writes the golden losses again. Do so only after a change that is meant to change them.
+`python -m tests.distill.methods.cases` writes the golden losses again. Do so only after a change
+that is meant to change them.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Case:
 
 CASES: dict[str, Case] = {
     "tdm": Case(
-        options={"true_cfg_scale": 3.0, "backward_simulation": 0.5, "ida_decay": 0.9}, parts=lambda: {"critic": Perceptron(seed=2)}
+        options={"true_cfg_scale": 3.0, "backward_simulation": 0.5, "ida_decay": 0.9},
+        parts=lambda: {"critic": Perceptron(seed=2)},
     ),
     "dmd2": Case(
         options={
@@ -56,7 +59,9 @@ CASES: dict[str, Case] = {
         parts=lambda: {"critic": Perceptron(seed=2), "heads": heads()},
     ),
     "dmd": Case(options={"true_cfg_scale": 2.0}, steps=1, parts=lambda: {"critic": Perceptron(seed=2)}),
-    "progressive": Case(options={"teacher_steps": 8, "phase_length": 2, "true_cfg_scale": 2.0}, flux_options={"teacher_steps": 4}),
+    "progressive": Case(
+        options={"teacher_steps": 8, "phase_length": 2, "true_cfg_scale": 2.0}, flux_options={"teacher_steps": 4}
+    ),
     "consistency": Case(
         options={"grid_steps": 8, "skip": 2, "solver": "heun", "guidance_range": (1.0, 4.0)},
         takes_guidance=True,

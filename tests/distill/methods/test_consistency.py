@@ -39,7 +39,8 @@ def pseudo_huber(difference: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 def test_the_gradient_on_rectified_flow(solver: str) -> None:
-    """Shift 2, a skip of 2 of 8 steps, a range of guidance, and a target network that differs from the student."""
+    """Shift 2, a skip of 2 of 8 steps, a range of guidance, and a target network that differs from
+    the student."""
     student, teacher, batch = Perceptron(guidance=True), exact(mixture(), prediction=Prediction.X0), batch_of(size=64)
     method = ConsistencyDistillation(
         ConsistencyOptions(grid_steps=8, skip=2, solver=solver, guidance_range=(1.0, 5.0)),
@@ -73,7 +74,8 @@ def test_the_gradient_on_rectified_flow(solver: str) -> None:
 
 
 def test_the_gradient_where_some_noise_is_left_at_the_end() -> None:
-    """Variance exploding: ``f`` is Karras' ``c_skip x + c_out F`` for a network of the noise; without a target network."""
+    """Variance exploding: `f` is Karras' `c_skip x + c_out F` for a network of the noise; without a
+    target network."""
     process, student, batch = VarianceExploding(), Perceptron(seed=1), batch_of(size=16)
     teacher = exact(mixture(), process, Prediction.SCORE)
     method = ConsistencyDistillation(
@@ -97,7 +99,8 @@ def test_the_gradient_where_some_noise_is_left_at_the_end() -> None:
 
 @pytest.mark.parametrize("process", [FLOW, LinearVariancePreserving(), VarianceExploding()])
 def test_the_exact_consistency_function_has_no_loss(process: Any) -> None:
-    """On a Gaussian, ``f`` of a network that predicts the end of the flow agrees with itself up to the error of the solver."""
+    """On a Gaussian, `f` of a network that predicts the end of the flow agrees with itself up to
+    the error of the solver."""
     data = gaussian()
 
     class End(torch.nn.Module):
@@ -112,14 +115,18 @@ def test_the_exact_consistency_function_has_no_loss(process: Any) -> None:
             student=End(), teacher=exact(data, process, Prediction.X0), family=LabelFamily(), steps=2, process=process,
             teacher_prediction=Prediction.X0, student_prediction=Prediction.X0,
         )  # fmt: skip
-        losses.append(float(loss_of(method, "student", unlabelled_draws(data, 4000)(0, generator()), generator()).total))
-    # A step's error is of second order: its square falls sixteenfold with twice the steps, but for the few steps next to the data.
+        losses.append(
+            float(loss_of(method, "student", unlabelled_draws(data, 4000)(0, generator()), generator()).total)
+        )
+    # A step's error is of second order: its square falls sixteenfold with twice the steps, but for
+    # the few steps next to the data.
     assert losses[1] < losses[0] / 6
 
 
 @pytest.mark.slow
 def test_a_student_hits_the_linear_flow(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """``E |f(x, t) - flow_map|^2`` < 1e-4 of the data's variance (4e-6 to 2e-5) at three times; and diffusers' stochastic sampling."""
+    """`E |f(x, t) - flow_map|^2` < 1e-4 of the data's variance (4e-6 to 2e-5) at three times; and
+    diffusers' stochastic sampling."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)
     method = ConsistencyDistillation(
         ConsistencyOptions(grid_steps=32, solver="heun", loss="mse", target_decay=0.9),
@@ -140,7 +147,11 @@ def test_a_student_hits_the_linear_flow(flow_of_the_teacher: AffineFlow, tmp_pat
 
 def test_the_target_network_follows_the_student_and_is_kept() -> None:
     method = ConsistencyDistillation(
-        ConsistencyOptions(target_decay=0.75), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=4
+        ConsistencyOptions(target_decay=0.75),
+        student=Perceptron(),
+        teacher=exact(mixture()),
+        family=LabelFamily(),
+        steps=4,
     )
     before = {name: value.clone() for name, value in method.networks["target"].state_dict().items()}
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""DMD: its gradients, and the teacher's distribution with and without matching, with and without regression."""
+"""DMD: its gradients, and the teacher's distribution with and without matching, with and without
+regression."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def test_the_gradients(regression_loss: Any) -> None:
     def method() -> DMD:
         return DMD(
             DMDOptions(regression_weight=0.5, regression_loss=regression_loss),
-            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=1, critic=Perceptron(seed=2),
+            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=1,
+            critic=Perceptron(seed=2),
         )  # fmt: skip
 
     def of_student(rng: torch.Generator) -> Tensor:
@@ -69,12 +71,17 @@ def test_the_gradients(regression_loss: Any) -> None:
 
 @pytest.mark.slow
 def test_it_reaches_the_teachers_distribution_and_its_map(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """Matching gives the moments (to 0.01), and regression, of the maps that have them, the teacher's (to 3e-4 of the variance)."""
+    """Matching gives the moments (to 0.01), and regression, of the maps that have them, the
+    teacher's (to 3e-4 of the variance)."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)
     method = DMD(DMDOptions(), student=student, teacher=exact(data), family=LabelFamily(), steps=1)
     options = PairOptions(count=2048, steps=32, sampler="ode_heun", batch=2048)
-    pool = teacher_pairs(method, tmp_path / "pairs", options, conditioning=Labels(torch.zeros(1, dtype=torch.long)), shape=(2,))
-    trainer = train(method, pair_batches(pool, 128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
+    pool = teacher_pairs(
+        method, tmp_path / "pairs", options, conditioning=Labels(torch.zeros(1, dtype=torch.long)), shape=(2,)
+    )
+    trainer = train(
+        method, pair_batches(pool, 128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98
+    )
     trainer.emas["student"].copy_to(student)
     x = sampled(student, method.times)
     expected = data.flow_map(quasi_random_noise(20_000), torch.ones(20_000), torch.zeros(20_000), FLOW)

@@ -63,13 +63,14 @@ def flow_method(**options: Any) -> DMD2:
     """Two steps with shift 2 (1 and 2/3) against a guided velocity teacher."""
     return DMD2(
         DMD2Options(**({"true_cfg_scale": 3.0} | options)),
-        student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
+        student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0,
+        unconditional=null(),
         critic=Perceptron(seed=2), discriminator=opinionated() if options.get("gan_weight", 1) else None,
     )  # fmt: skip
 
 
 def matching(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, **told: Tensor) -> Tensor:
-    """Half the mean of ``(x - sg(x - g))^2``, of which DMD2's code takes the gradient."""
+    """Half the mean of `(x - sg(x - g))^2`, of which DMD2's code takes the gradient."""
     noise, t = randn(rng), 0.02 + 0.96 * torch.rand(8, generator=rng)
     x_t = ((1 - column(t)) * x_0 + column(t) * noise).detach()
     teacher = method.networks["teacher"]
@@ -89,9 +90,13 @@ def logits(x_0: Tensor, labels: Tensor, method: DMD2, rng: torch.Generator, guid
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("inputs", ["ode", "sde", "data"])
 def test_the_gradient_of_the_student(index: int, inputs: str) -> None:
-    """Matching, GAN and intra-segment guidance, at both times, on states of either way of sampling or on noised data."""
+    """Matching, GAN and intra-segment guidance, at both times, on states of either way of sampling
+    or on noised data."""
     method = flow_method(
-        gan_weight=0.1, isg_weight=0.5, rollout="sde" if inputs == "sde" else "ode", backward_simulation=float(inputs != "data")
+        gan_weight=0.1,
+        isg_weight=0.5,
+        rollout="sde" if inputs == "sde" else "ode",
+        backward_simulation=float(inputs != "data"),
     )
     batch, student, times = batch_of(), method.networks["student"], [1.0, float(method.times[1]), 0.0]
     labels = batch.conditioning.labels
@@ -135,26 +140,32 @@ def test_the_gradients_of_the_critic_and_of_the_heads(index: int) -> None:
     method = flow_method(gan_critic_weight=0.3)
     assert_same_gradient(method, "critic", batch, of_critic, seed=SEED_OF_INDEX[index])
     method = flow_method()
-    assert_same_gradient(method, "discriminator", batch, lambda rng: gan(method, generated(method, rng), rng), seed=SEED_OF_INDEX[index])
+    assert_same_gradient(
+        method, "discriminator", batch, lambda rng: gan(method, generated(method, rng), rng), seed=SEED_OF_INDEX[index]
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
-    """It is given the time of the student's step as guidance, by matching, by its own loss, and by the heads."""
+    """It is given the time of the student's step as guidance, by matching, by its own loss, and by
+    the heads."""
     batch = batch_of()
     labels = batch.conditioning.labels
 
     def told() -> DMD2:
         return DMD2(
             DMD2Options(true_cfg_scale=3.0, gan_weight=0.1, gan_critic_weight=0.3, critic_knows_step=True),
-            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
+            student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0,
+            unconditional=null(),
             critic=Perceptron(seed=2, guidance=True), discriminator=opinionated(),
         )  # fmt: skip
 
     def of_student(rng: torch.Generator) -> Tensor:
         x_t, t = rollout(method, batch, rng, index)
         x_0 = x_t - column(t) * method.networks["student"](x_t, t, labels)
-        return matching(x_0, labels, method, rng, guidance=t) + 0.1 * softplus(-logits(x_0, labels, method, rng, t)).mean()
+        return (
+            matching(x_0, labels, method, rng, guidance=t) + 0.1 * softplus(-logits(x_0, labels, method, rng, t)).mean()
+        )
 
     def of_critic(rng: torch.Generator) -> Tensor:
         x_t, step = rollout(method, batch, rng, index)
@@ -162,7 +173,8 @@ def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
         noise, t = randn(rng), torch.rand(8, generator=rng)
         velocity = method.networks["critic"]((1 - column(t)) * x_0 + column(t) * noise, t, labels, guidance=step)
         judged = (
-            softplus(logits(x_0, labels, method, rng, step)).mean() + softplus(-logits(batch.latents, labels, method, rng, step)).mean()
+            softplus(logits(x_0, labels, method, rng, step)).mean()
+            + softplus(-logits(batch.latents, labels, method, rng, step)).mean()
         )
         return (velocity - (noise - x_0)).square().mean() + 0.3 * judged
 
@@ -172,12 +184,15 @@ def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
 
 
 def test_the_gradient_for_a_noise_predicting_teacher() -> None:
-    """Variance preserving, a student of v: the difference of the noises, over the mean distance from the noise that was drawn."""
+    """Variance preserving, a student of v: the difference of the noises, over the mean distance
+    from the noise that was drawn."""
     process, batch = LinearVariancePreserving(), batch_of()
     method = DMD2(
         DMD2Options(gan_weight=0.0, normaliser="sample"),
-        student=Perceptron(seed=1), teacher=exact(mixture(), process, Prediction.EPSILON), family=LabelFamily(), steps=1,
-        process=process, teacher_prediction=Prediction.EPSILON, student_prediction=Prediction.V, critic=Perceptron(seed=2),
+        student=Perceptron(seed=1), teacher=exact(mixture(), process, Prediction.EPSILON),
+        family=LabelFamily(), steps=1,
+        process=process, teacher_prediction=Prediction.EPSILON, student_prediction=Prediction.V,
+        critic=Perceptron(seed=2),
     )  # fmt: skip
     labels = batch.conditioning.labels
 
@@ -197,16 +212,21 @@ def test_the_gradient_for_a_noise_predicting_teacher() -> None:
     assert_same_gradient(method, "student", batch, formula)
 
 
-TEACHER = GaussianMixture.gaussian(torch.tensor([1.3, 0.2]).double(), torch.diag(torch.tensor([0.7, 1.1]).double() ** 2))
+TEACHER = GaussianMixture.gaussian(
+    torch.tensor([1.3, 0.2]).double(), torch.diag(torch.tensor([0.7, 1.1]).double() ** 2)
+)
 
 
-@pytest.mark.parametrize(("time", "of_mean", "of_scale"), [(0.1, -0.04178, 0.03164), (0.5, -1.14094, 0.62439), (0.9, -1.68978, 0.03940)])
+@pytest.mark.parametrize(
+    ("time", "of_mean", "of_scale"), [(0.1, -0.04178, 0.03164), (0.5, -1.14094, 0.62439), (0.9, -1.68978, 0.03940)]
+)
 def test_the_closed_form_on_a_gaussian(time: float, of_mean: float, of_scale: float) -> None:
-    """For the teacher N(1.3, 0.7^2) and samples -0.4 + 1.6 z, the expected ``x_0_critic - x_0_real`` times ``(1, z)``::
+    """For the teacher N(1.3, 0.7^2) and samples -0.4 + 1.6 z, the expected `x_0_critic - x_0_real`
+    times `(1, z)`:
 
         (m - mu) t^2 / V_r            b (1 - t)^2 t^2 (b^2 - s^2) / (V_f V_r)            V = (1 - t)^2 (variance) + t^2
 
-    The loss compares velocities, which are that over ``t``, and takes the mean over two dimensions.
+    The loss compares velocities, which are that over `t`, and takes the mean over two dimensions.
     """
     student = AffineGenerator(torch.tensor([-0.4, 0.2]).double(), torch.diag(torch.tensor([1.6, 1.1]).double()))
     method = DMD2(
@@ -265,25 +285,30 @@ def x_0_of_each_step(student: nn.Module, steps: int, rollout: str = "ode") -> li
 
 @pytest.mark.slow
 def test_with_a_learned_critic_it_reaches_the_same_limit(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """Student and critic start as the teacher, whose one step gives the mean alone. Errors of the moments: 0.01."""
+    """Student and critic start as the teacher, whose one step gives the mean alone. Errors of the
+    moments: 0.01."""
     method = distilled(flow_of_the_teacher, tmp_path, steps=1)
     assert_moments(sampled(method.networks["student"], method.times), gaussian(), 0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rollout", ["ode", "sde"])
-def test_in_two_steps_what_the_critic_sees_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path, rollout: str) -> None:
-    """The moments of ``x_0`` over both steps together are the teacher's within 0.01.
+def test_in_two_steps_what_the_critic_sees_is_the_teacher(
+    flow_of_the_teacher: AffineFlow, tmp_path: Path, rollout: str
+) -> None:
+    """The moments of `x_0` over both steps together are the teacher's within 0.01.
 
-    The critic is not told the step. This one, affine, sees no more than two moments, so that those of each step alone may differ from
-    the teacher's, by 0.1 here. One that sees the whole distribution tells the mixture of two Gaussians from one, but takes its time.
+    The critic is not told the step. This one, affine, sees no more than two moments, so that those
+    of each step alone may differ from the teacher's, by 0.1 here. One that sees the whole
+    distribution tells the mixture of two Gaussians from one, but takes its time.
     """
     student = distilled(flow_of_the_teacher, tmp_path, steps=2, rollout=rollout).networks["student"]
     assert_moments(torch.cat(x_0_of_each_step(student, 2, rollout)), gaussian(), 0.03)
 
 
 class PerStep(nn.Module):
-    """A critic that takes the time of the student's step as guidance: a network of its own for 1, and for all others."""
+    """A critic that takes the time of the student's step as guidance: a network of its own for 1,
+    and for all others."""
 
     def __init__(self, start: AffineFlow) -> None:
         super().__init__()
@@ -296,23 +321,40 @@ class PerStep(nn.Module):
 
 
 @pytest.mark.slow
-def test_with_a_critic_that_knows_the_step_each_step_is_the_teacher(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """The moments of ``x_0`` of either step, which are 0.1 off where the critic sees both steps as one distribution."""
+def test_with_a_critic_that_knows_the_step_each_step_is_the_teacher(
+    flow_of_the_teacher: AffineFlow, tmp_path: Path
+) -> None:
+    """The moments of `x_0` of either step, which are 0.1 off where the critic sees both steps as
+    one distribution."""
     student = copy.deepcopy(flow_of_the_teacher)
     options = DMD2Options(gan_weight=0.0, critic_knows_step=True)
     setup = {"student": student, "teacher": exact(gaussian()), "family": LabelFamily(), "steps": 2}
     method = DMD2(options, **setup, critic=PerStep(flow_of_the_teacher))
-    trainer = train(method, unlabelled_draws(gaussian(), 128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
+    trainer = train(
+        method,
+        unlabelled_draws(gaussian(), 128),
+        tmp_path,
+        steps=1000,
+        learning_rate=3e-3,
+        betas=(0.0, 0.99),
+        ema_decay=0.98,
+    )
     trainer.emas["student"].copy_to(student)
     for x_0 in x_0_of_each_step(student, 2):
         assert_moments(x_0, gaussian(), 0.03)
 
 
 def test_a_critic_that_knows_the_step_of_a_transformer() -> None:
-    """It has an embedder of its own, and begins with the student's outputs; the student stays as it was."""
+    """It has an embedder of its own, and begins with the student's outputs; the student stays as it
+    was."""
     pipeline = tiny_flux_pipeline()
     transformer = pipeline.transformer
-    setup = {"student": copy.deepcopy(transformer), "teacher": transformer, "family": family_of(transformer), "steps": 2}
+    setup = {
+        "student": copy.deepcopy(transformer),
+        "teacher": transformer,
+        "family": family_of(transformer),
+        "steps": 2,
+    }
     method = DMD2(DMD2Options(gan_weight=0.0, critic_knows_step=True), **setup)
     assert [method.networks[role].config.guidance_embeds for role in ("student", "critic")] == [False, True]
     with pytest.raises(UserError, match="--no-critic-knows-step"):
@@ -320,11 +362,16 @@ def test_a_critic_that_knows_the_step_of_a_transformer() -> None:
 
 
 @pytest.mark.slow
-def test_a_student_of_noised_data_is_not_ready_for_its_own_states(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """The variance over four steps, relative to the teacher's: 3 % too large with backward simulation, 72 % without."""
+def test_a_student_of_noised_data_is_not_ready_for_its_own_states(
+    flow_of_the_teacher: AffineFlow, tmp_path: Path
+) -> None:
+    """The variance over four steps, relative to the teacher's: 3 % too large with backward
+    simulation, 72 % without."""
     spreads = {}
     for probability in (1.0, 0.0):
-        student = distilled(flow_of_the_teacher, tmp_path / str(probability), steps=4, backward_simulation=probability).networks["student"]
+        student = distilled(
+            flow_of_the_teacher, tmp_path / str(probability), steps=4, backward_simulation=probability
+        ).networks["student"]
         x_0 = torch.cat(x_0_of_each_step(student, 4))
         spreads[probability] = float(x_0.T.cov().trace() / gaussian().covariance().trace())
     assert spreads[1.0] == pytest.approx(1, abs=0.06)
@@ -376,7 +423,8 @@ def test_implicit_distribution_alignment_moves_the_critic_after_the_student() ->
 
 
 def test_it_trains_flux_with_all_that_it_has() -> None:
-    """A smaller student under guidance of the full teacher: every role's loss reaches that role, and no other."""
+    """A smaller student under guidance of the full teacher: every role's loss reaches that role,
+    and no other."""
     teacher = mixing_transformer().requires_grad_(False)
     student = cut(teacher, [BlockId(stack="single_transformer_blocks", index=1)]).requires_grad_(True)
     x, _, conditioning = tiny_inputs(teacher, batch=2)
@@ -394,7 +442,8 @@ def test_it_trains_flux_with_all_that_it_has() -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_backward_simulation_is_how_the_pipeline_samples(shift: float) -> None:
-    """Every state that ``FluxPipeline`` passes through in four steps, from the same noise, and ``x_0`` at the last its result."""
+    """Every state that `FluxPipeline` passes through in four steps, from the same noise, and `x_0`
+    at the last its result."""
     pipeline = tiny_flux_pipeline()
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     family, student = family_of(pipeline.transformer), pipeline.transformer.requires_grad_(False)
@@ -417,7 +466,11 @@ def test_backward_simulation_is_how_the_pipeline_samples(shift: float) -> None:
 def test_blocks_are_chosen_by_relative_depth() -> None:
     transformer = mixing_transformer()
     chosen = blocks_at(transformer, family_of(transformer), (0.0, 0.5, 1.0))
-    assert [(block.stack.split("_")[0], block.index) for block in chosen] == [("transformer", 0), ("single", 0), ("single", 2)]
+    assert [(block.stack.split("_")[0], block.index) for block in chosen] == [
+        ("transformer", 0),
+        ("single", 0),
+        ("single", 2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -430,13 +483,26 @@ def test_blocks_are_chosen_by_relative_depth() -> None:
     ],
 )
 def test_impossible_combinations_are_refused(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
-    networks = {"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4, "process": FLOW}
+    networks = {
+        "student": Perceptron(),
+        "teacher": exact(mixture()),
+        "family": LabelFamily(),
+        "steps": 4,
+        "process": FLOW,
+    }
     with pytest.raises(UserError, match=message):
         DMD2(DMD2Options(gan_weight=0.0, **options), **(networks | changes))
 
 
 @pytest.mark.parametrize(
-    "options", [{"critic_updates": 0}, {"backward_simulation": 1.5}, {"ida_decay": 2.0}, {"gan_depths": (2.0,)}, {"time_low": 0.99}]
+    "options",
+    [
+        {"critic_updates": 0},
+        {"backward_simulation": 1.5},
+        {"ida_decay": 2.0},
+        {"gan_depths": (2.0,)},
+        {"time_low": 0.99},
+    ],
 )
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(options)).replace("_", "-")):

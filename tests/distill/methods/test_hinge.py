@@ -15,7 +15,8 @@ from tests.toy import gaussian, generator
 
 
 def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
-    """How often, in the second half of training, the heads learn nothing: their gradient is zero to the bit.
+    """How often, in the second half of training, the heads learn nothing: their gradient is zero to
+    the bit.
 
     Against a student that is far from the data, as it is where distillation starts.
     """
@@ -25,17 +26,23 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
         heads = Heads(16, 1).double()
     method = DMD2(
         DMD2Options(gan_loss=loss, gan_critic_weight=1.0),
-        student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=1, critic=Perceptron(seed=2), discriminator=heads,
+        student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=1, critic=Perceptron(seed=2),
+        heads=heads,
     )  # fmt: skip
     batches, rng = unlabelled_draws(gaussian(), size), generator()
-    optimizers = {role: torch.optim.Adam(method.networks[role].parameters(), lr=2e-2, betas=(0.0, 0.99)) for role in method.turns(1)}
+    optimizers = {
+        role: torch.optim.Adam(method.networks[role].parameters(), lr=2e-2, betas=(0.0, 0.99))
+        for role in method.turns(1)
+    }
     idle = []
     for step in range(steps):
         batch = batches(step, rng)
         for role, optimizer in optimizers.items():
             loss_of(method, role, batch, rng).total.backward()
             if role == "discriminator":
-                idle.append(all(parameter.grad is None or not bool(parameter.grad.any()) for parameter in heads.parameters()))
+                idle.append(
+                    all(parameter.grad is None or not bool(parameter.grad.any()) for parameter in heads.parameters())
+                )
             optimizer.step()
             for each in optimizers.values():
                 each.zero_grad()
@@ -44,10 +51,11 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
 
 @pytest.mark.slow
 def test_hinge_at_a_batch_of_one_lets_the_heads_idle() -> None:
-    """Where one real and one generated sample are beyond the margin there is nothing to learn: in 59 % of the steps.
+    """Where one real and one generated sample are beyond the margin there is nothing to learn: in
+    59 % of the steps.
 
-    Of sixteen some are not, and the non-saturating loss has no margin. The student, whose hinge loss is linear, is pushed at full
-    strength all the while.
+    Of sixteen some are not, and the non-saturating loss has no margin. The student, whose hinge
+    loss is linear, is pushed at full strength all the while.
     """
     assert idle_share("hinge", 1) > 0.4
     assert idle_share("hinge", 16) < 0.05
@@ -55,7 +63,8 @@ def test_hinge_at_a_batch_of_one_lets_the_heads_idle() -> None:
 
 
 def test_the_student_is_pushed_as_hard_by_hinge_where_it_has_won() -> None:
-    """The gradient by a logit: -1 whatever the heads say, where the non-saturating one fades with ``sigmoid(-logit)``."""
+    """The gradient by a logit: -1 whatever the heads say, where the non-saturating one fades with
+    `sigmoid(-logit)`."""
     for logit in (-5.0, 0.0, 5.0):
         value = torch.tensor([logit], dtype=torch.float64, requires_grad=True)
         for kind, expected in (("hinge", -1.0), ("non_saturating", -1 / (1 + math.exp(logit)))):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastdistill.distill.methods.losses import discriminator_loss, generator_loss, pseudo_huber, softened_targets, weighted_mse
+from fastdistill.distill.methods.losses import (
+    discriminator_loss,
+    generator_loss,
+    pseudo_huber,
+    softened_targets,
+    weighted_mse,
+)
 from tests.toy import generator
 
 
@@ -43,7 +49,8 @@ def test_hinge_losses_stop_at_the_margin() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_softened_targets_have_the_gradient_of_the_cross_entropy(temperature: float) -> None:
-    """Hinton et al. 2015, equation 2, times ``T^2``: ``T (softmax(s / T) - softmax(t / T))`` over the batch."""
+    """Hinton et al. 2015, equation 2, times `T^2`: `T (softmax(s / T) - softmax(t / T))` over the
+    batch."""
     student, teacher = normal(6, 10).requires_grad_(), normal(6, 10, seed=1)
     (gradient,) = torch.autograd.grad(softened_targets(student, teacher, temperature), student)
     expected = temperature * ((student / temperature).softmax(1) - (teacher / temperature).softmax(1)) / 6
@@ -55,7 +62,8 @@ def test_softened_targets_have_the_gradient_of_the_cross_entropy(temperature: fl
 
 
 def test_hot_targets_are_matched_logits() -> None:
-    """Hinton et al. 2015, equation 4: for a large temperature and centred logits, the gradient is ``(s - t) / classes``."""
+    """Hinton et al. 2015, equation 4: for a large temperature and centred logits, the gradient is
+    `(s - t) / classes`."""
     student, teacher = ((logits - logits.mean(1, keepdim=True)) for logits in (normal(6, 10), normal(6, 10, seed=1)))
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(softened_targets(student, teacher, 1e4), student)

@@ -1,4 +1,5 @@
-"""What is asked of every method: routing, repeatability, golden losses, and FLUX in all its variants."""
+"""What is asked of every method: routing, repeatability, golden losses, and FLUX in all its
+variants."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def test_every_method_has_options_and_a_case() -> None:
 
 def test_names_need_no_torch() -> None:
     """`--help` answers at once."""
-    code = "import sys; from fastdistill.distill import METHODS; assert list(METHODS); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from fastdistill.distill import METHODS; assert list(METHODS); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -149,7 +152,9 @@ def test_flux_dev_teaches_flux_dev(name: str) -> None:
         )
     pairs = flux_pairs()
     if METHODS[name].Options().training_data == "pairs":
-        pairs = PairBatch(latents=pairs.latents, conditioning=pairs.conditioning, noise=pairs.noise, scale=torch.tensor([2.0, 5.0]))
+        pairs = PairBatch(
+            latents=pairs.latents, conditioning=pairs.conditioning, noise=pairs.noise, scale=torch.tensor([2.0, 5.0])
+        )
     loss_of(method, "student", pairs, generator()).total.backward()
     called = [scale for scales in seen.values() for scale in scales]
     assert called
@@ -160,11 +165,14 @@ def test_flux_dev_teaches_flux_dev(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in GUIDED])
 def test_flux_dev_teaches_a_student_without_an_embedder(name: str) -> None:
-    """As SenseFlow's student: the teacher gets ``guidance_scale``, the student learns it as its own field."""
+    """As SenseFlow's student: the teacher gets `guidance_scale`, the student learns it as its own
+    field."""
     method = flux_method(name, mixing_transformer(seed=1), mixing_transformer(guidance_embeds=True), guidance_scale=2.5)
     check_flux(method)
     taught: list[Tensor] = []
-    method.networks["teacher"].register_forward_pre_hook(lambda module, args, kwargs: taught.append(kwargs["guidance"]), with_kwargs=True)
+    method.networks["teacher"].register_forward_pre_hook(
+        lambda module, args, kwargs: taught.append(kwargs["guidance"]), with_kwargs=True
+    )
     loss_of(method, "student", flux_pairs(), generator())
     assert all(torch.equal(scale, torch.full((2,), 2.5)) for scale in taught)
     assert taught or METHODS[name].Options().training_data == "pairs"
@@ -188,7 +196,9 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
         gradients = {}
         for role in method.turns(0):
             loss_of(method, role, flux_pairs(), generator()).total.backward()
-            gradients |= {f"{role}.{key}": p.grad for key, p in method.networks[role].named_parameters() if p.grad is not None}
+            gradients |= {
+                f"{role}.{key}": p.grad for key, p in method.networks[role].named_parameters() if p.grad is not None
+            }
         found.append(gradients)
     assert found[0].keys() == found[1].keys()
     for key, gradient in found[0].items():

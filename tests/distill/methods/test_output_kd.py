@@ -1,4 +1,5 @@
-"""Output distillation and guidance distillation: the formula, the guided field of exact teachers, and FLUX's guidance embedder."""
+"""Output distillation and guidance distillation: the formula, the guided field of exact teachers,
+and FLUX's guidance embedder."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_the_gradient_is_that_of_the_velocity_error() -> None:
 
 
 def test_student_and_teacher_may_predict_different_things() -> None:
-    """Variance preserving: the teacher predicts the noise, the student v, and they are compared in x_0."""
+    """Variance preserving: the teacher predicts the noise, the student v, and they are compared in
+    x_0."""
     process, student, batch = LinearVariancePreserving(), Perceptron(seed=1), batch_of()
     teacher = exact(mixture(), process, Prediction.EPSILON)
     method = OutputKD(
@@ -81,7 +83,12 @@ def test_student_and_teacher_may_predict_different_things() -> None:
 def test_the_gradient_of_guidance_distillation() -> None:
     student, teacher, batch = Perceptron(guidance=True), exact(mixture()), batch_of()
     method = GuidanceDistillation(
-        GuidanceOptions(guidance_range=(1.0, 5.0)), student=student, teacher=teacher, family=LabelFamily(), steps=4, unconditional=null()
+        GuidanceOptions(guidance_range=(1.0, 5.0)),
+        student=student,
+        teacher=teacher,
+        family=LabelFamily(),
+        steps=4,
+        unconditional=null(),
     )
 
     def formula(rng: torch.Generator) -> Tensor:
@@ -96,11 +103,17 @@ def test_the_gradient_of_guidance_distillation() -> None:
 
 @pytest.mark.slow
 def test_one_network_has_the_guided_field_of_every_scale(tmp_path: Path) -> None:
-    """``E |v_S - v_w|^2 < 1 %`` of ``E |v_w|^2``: 0.58 % at ``w = 1``, the end of the range, 0.03 % at 2.5 and 0.06 % at 4."""
+    """`E |v_S - v_w|^2 < 1 %` of `E |v_w|^2`: 0.58 % at `w = 1`, the end of the range, 0.03 % at
+    2.5 and 0.06 % at 4."""
     data, student = two_classes(), Perceptron(labels=2, width=64, guidance=True)
     teacher = exact(data)
     method = GuidanceDistillation(
-        GuidanceOptions(guidance_range=(1.0, 4.0)), student=student, teacher=teacher, family=LabelFamily(), steps=4, unconditional=null(2)
+        GuidanceOptions(guidance_range=(1.0, 4.0)),
+        student=student,
+        teacher=teacher,
+        family=LabelFamily(),
+        steps=4,
+        unconditional=null(2),
     )
     trainer = train(method, batches_of(data, 256), tmp_path, steps=1500, learning_rate=1e-2, ema_decay=0.98)
     trainer.emas["student"].copy_to(student)
@@ -125,7 +138,9 @@ def test_a_sibling_with_a_guidance_embedder_starts_as_its_source() -> None:
     expected = family.predict(source, x_t, t, conditioning)
     _, _, with_guidance = tiny_inputs(sibling)
     assert torch.equal(family.predict(sibling, x_t, t, with_guidance), expected)
-    assert all(parameter.data_ptr() not in {p.data_ptr() for p in source.parameters()} for parameter in sibling.parameters())
+    assert all(
+        parameter.data_ptr() not in {p.data_ptr() for p in source.parameters()} for parameter in sibling.parameters()
+    )
 
 
 def test_a_sibling_is_saved_and_loaded_by_diffusers(tmp_path: Path) -> None:
@@ -139,7 +154,8 @@ def test_a_sibling_is_saved_and_loaded_by_diffusers(tmp_path: Path) -> None:
 
 
 def test_flux_learns_guidance_through_its_embedder() -> None:
-    """The teacher is called without the scale, the student with it; at the start only the student's new layer tells them apart."""
+    """The teacher is called without the scale, the student with it; at the start only the student's
+    new layer tells them apart."""
     teacher = mixing_transformer()
     student = with_guidance_embedder(teacher)
     x_t, _, conditioning = tiny_inputs(teacher)
@@ -164,14 +180,19 @@ def test_flux_learns_guidance_through_its_embedder() -> None:
 def test_impossible_combinations_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         OutputKD(
-            OutputKDOptions(), **({"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4} | changes)
+            OutputKDOptions(),
+            **({"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4} | changes),
         )
 
 
 def test_guidance_needs_a_range_and_a_network_that_lacks_the_embedder() -> None:
     with pytest.raises(UserError, match="guidance_range"):
         GuidanceDistillation(
-            GuidanceOptions(guidance_range=None), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=1
+            GuidanceOptions(guidance_range=None),
+            student=Perceptron(),
+            teacher=exact(mixture()),
+            family=LabelFamily(),
+            steps=1,
         )
     with pytest.raises(UserError, match="already"):
         with_guidance_embedder(mixing_transformer(guidance_embeds=True))

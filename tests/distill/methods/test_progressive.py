@@ -36,7 +36,8 @@ from tests.toy import gaussian, generator, mixture, quasi_random_noise
 
 @pytest.mark.parametrize("phase", [0, 1])
 def test_the_gradient_on_rectified_flow(phase: int) -> None:
-    """The velocity of one step is the mean of the teacher's two, guided in the first phase; in the second the teacher is a student."""
+    """The velocity of one step is the mean of the teacher's two, guided in the first phase; in the
+    second the teacher is a student."""
     student, teacher, batch = Perceptron(seed=1), exact(mixture()), batch_of(size=32)
     method = ProgressiveDistillation(
         ProgressiveOptions(teacher_steps=8, phase_length=1, true_cfg_scale=2.0),
@@ -66,7 +67,8 @@ def test_the_gradient_on_rectified_flow(phase: int) -> None:
 
 @pytest.mark.parametrize("weighting", ["x0", "truncated_snr", "snr_plus_one"])
 def test_the_gradient_on_a_variance_preserving_process(weighting: Any) -> None:
-    """DDIM in the noise, as in the paper's appendix; the larger of the errors of x_0 and the noise, or the error of v."""
+    """DDIM in the noise, as in the paper's appendix; the larger of the errors of x_0 and the noise,
+    or the error of v."""
     process, student, batch = LinearVariancePreserving(), Perceptron(seed=1), batch_of(size=32)
     teacher, labels = exact(mixture(), process, Prediction.EPSILON), batch.conditioning.labels
     method = ProgressiveDistillation(
@@ -76,7 +78,9 @@ def test_the_gradient_on_a_variance_preserving_process(weighting: Any) -> None:
     )  # fmt: skip
 
     def step(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        alpha_t, sigma_t, alpha_s, sigma_s = (f(column(time)) for time in (t, s) for f in (process.alpha, process.sigma))
+        alpha_t, sigma_t, alpha_s, sigma_s = (
+            f(column(time)) for time in (t, s) for f in (process.alpha, process.sigma)
+        )
         noise = teacher(x, t, labels)
         return alpha_s * (x - sigma_t * noise) / alpha_t + sigma_s * noise
 
@@ -104,7 +108,8 @@ def test_the_weight_of_the_velocity_is_its_error(process: Any) -> None:
     x_t, x_0, other = (torch.randn(7, 2, generator=generator(seed)).double() for seed in range(3))
     alpha, sigma = process.alpha(column(t)), process.sigma(column(t))
     velocities = [
-        process.alpha_dot(column(t)) * data + process.sigma_dot(column(t)) * (x_t - alpha * data) / sigma for data in (x_0, other)
+        process.alpha_dot(column(t)) * data + process.sigma_dot(column(t)) * (x_t - alpha * data) / sigma
+        for data in (x_0, other)
     ]
     weight = error_weight(process, t, "velocity")[:, None]
     torch.testing.assert_close(weight * (x_0 - other).square(), (velocities[0] - velocities[1]).square())
@@ -112,11 +117,16 @@ def test_the_weight_of_the_velocity_is_its_error(process: Any) -> None:
 
 @pytest.mark.slow
 def test_one_step_equals_the_teachers_sixteen(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """Four phases on a Gaussian. The student is the teacher's sixteen Euler steps, to 1e-6 of the variance, and those the flow to 0.7 %."""
+    """Four phases on a Gaussian. The student is the teacher's sixteen Euler steps, to 1e-6 of the
+    variance, and those the flow to 0.7 %."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)
     teacher = exact(data)
     method = ProgressiveDistillation(
-        ProgressiveOptions(teacher_steps=16, phase_length=250), student=student, teacher=teacher, family=LabelFamily(), steps=1
+        ProgressiveOptions(teacher_steps=16, phase_length=250),
+        student=student,
+        teacher=teacher,
+        family=LabelFamily(),
+        steps=1,
     )
     assert method.total_steps == 1000
     train(method, unlabelled_draws(data, 128), tmp_path, steps=1000, learning_rate=3e-3, schedule="wsd")

@@ -62,10 +62,12 @@ def test_the_gradient_along_the_pairs(distilling: bool) -> None:
 
 
 def test_pairs_are_the_guided_teachers_samples(tmp_path: Path) -> None:
-    """Euler by hand under a scale per pair; the prompts are those of the pairs; a second call reads what the first has made."""
+    """Euler by hand under a scale per pair; the prompts are those of the pairs; a second call reads
+    what the first has made."""
     teacher, prompts = exact(mixture()), Labels(torch.tensor([0, 1, 2]))
     method = Reflow(
-        ReflowOptions(guidance_range=(1.0, 3.0)), student=Perceptron(guidance=True), teacher=teacher, family=LabelFamily(), steps=2,
+        ReflowOptions(guidance_range=(1.0, 3.0)), student=Perceptron(guidance=True), teacher=teacher,
+        family=LabelFamily(), steps=2,
         unconditional=null(),
     )  # fmt: skip
     made: list[int] = []
@@ -90,12 +92,15 @@ def test_pairs_are_the_guided_teachers_samples(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_round_straightens_the_flow_of_a_gaussian(flow_of_the_teacher: AffineFlow, tmp_path: Path) -> None:
-    """``int E |(x_1 - x_0) - v|^2 dt`` falls from 50 % to 0.001 % of ``E |x_1 - x_0|^2``; one Euler step is the flow to 2e-6."""
+    """`int E |(x_1 - x_0) - v|^2 dt` falls from 50 % to 0.001 % of `E |x_1 - x_0|^2`; one Euler
+    step is the flow to 2e-6."""
     data, student = gaussian(), copy.deepcopy(flow_of_the_teacher)
     teacher = exact(data)
     method = Reflow(ReflowOptions(straighten=600), student=student, teacher=teacher, family=LabelFamily(), steps=1)
     options = PairOptions(count=4096, steps=32, sampler="ode_heun", batch=2048)
-    pool = teacher_pairs(method, tmp_path / "pairs", options, conditioning=Labels(torch.zeros(1, dtype=torch.long)), shape=(2,))
+    pool = teacher_pairs(
+        method, tmp_path / "pairs", options, conditioning=Labels(torch.zeros(1, dtype=torch.long)), shape=(2,)
+    )
     trainer = train(method, pair_batches(pool, 256), tmp_path, steps=800, learning_rate=5e-3, ema_decay=0.95)
     assert method.distilling
     trainer.emas["student"].copy_to(student)
@@ -115,7 +120,9 @@ def test_one_round_straightens_the_flow_of_a_gaussian(flow_of_the_teacher: Affin
 
 def test_it_distils_after_straightening_and_keeps_that() -> None:
     def method() -> Reflow:
-        return Reflow(ReflowOptions(straighten=2), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=2)
+        return Reflow(
+            ReflowOptions(straighten=2), student=Perceptron(), teacher=exact(mixture()), family=LabelFamily(), steps=2
+        )
 
     first, phases = method(), []
     for step in range(4):
@@ -130,7 +137,14 @@ def test_it_distils_after_straightening_and_keeps_that() -> None:
 def test_impossible_combinations_are_refused(tmp_path: Path) -> None:
     process = LinearVariancePreserving()
     with pytest.raises(UserError, match="progressive or consistency"):
-        Reflow(ReflowOptions(), student=Perceptron(), teacher=exact(mixture(), process), family=LabelFamily(), steps=2, process=process)
+        Reflow(
+            ReflowOptions(),
+            student=Perceptron(),
+            teacher=exact(mixture(), process),
+            family=LabelFamily(),
+            steps=2,
+            process=process,
+        )
     method = Reflow(
         ReflowOptions(),
         student=Perceptron(),

@@ -42,7 +42,8 @@ def test_the_gradients(role: str, target: str, sde: bool, index: int) -> None:
     """Two steps at 1 and 2/3: scores are compared between 2/3 and 1, and between 0 and 2/3."""
     method = TDM(
         TDMOptions(true_cfg_scale=3.0, critic_target=target, rollout="sde" if sde else "ode"),
-        student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0, unconditional=null(),
+        student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0,
+        unconditional=null(),
         critic=Perceptron(seed=2),
     )  # fmt: skip
     batch = batch_of()
@@ -77,7 +78,13 @@ def test_the_gradients(role: str, target: str, sde: bool, index: int) -> None:
 
 
 def test_in_one_step_it_is_dmd2_without_a_gan() -> None:
-    setup = {"student": Perceptron(seed=1), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 1, "critic": Perceptron(seed=2)}
+    setup = {
+        "student": Perceptron(seed=1),
+        "teacher": exact(mixture()),
+        "family": LabelFamily(),
+        "steps": 1,
+        "critic": Perceptron(seed=2),
+    }
     one, other = TDM(TDMOptions(), **setup), DMD2(DMD2Options(gan_weight=0.0), **setup)
     losses = [loss_of(method, "student", batch_of(), generator()).total for method in (one, other)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
@@ -85,10 +92,15 @@ def test_in_one_step_it_is_dmd2_without_a_gan() -> None:
 
 @pytest.mark.parametrize("process", [FLOW, LinearVariancePreserving(), VarianceExploding(sigma_max=5.0)])
 def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) -> None:
-    """The exact ``x_s`` of a Gaussian, noised as the process goes on, have the moments of its ``x_u``."""
+    """The exact `x_s` of a Gaussian, noised as the process goes on, have the moments of its `x_u`."""
     data, count = gaussian(), 200_000
     method = TDM(
-        student=exact(data, process), teacher=exact(data, process), family=LabelFamily(), steps=2, process=process, critic=Perceptron()
+        student=exact(data, process),
+        teacher=exact(data, process),
+        family=LabelFamily(),
+        steps=2,
+        process=process,
+        critic=Perceptron(),
     )
     s, t = (time.float().expand(count) for time in (method.times[1], method.times[0]))
     x_0 = data.draw(count, generator(2))[0]
@@ -103,12 +115,17 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "excess"), [("x_0", 0.17), ("score", -0.02)])
-def test_in_four_steps_with_a_learned_critic(flow_of_the_teacher: AffineFlow, tmp_path: Path, target: str, excess: float) -> None:
-    """The moments of its samples are the teacher's, but for the bias of the critic that learns the mean of ``x_0``."""
+def test_in_four_steps_with_a_learned_critic(
+    flow_of_the_teacher: AffineFlow, tmp_path: Path, target: str, excess: float
+) -> None:
+    """The moments of its samples are the teacher's, but for the bias of the critic that learns the
+    mean of `x_0`."""
     student = copy.deepcopy(flow_of_the_teacher)
     options = TDMOptions(critic_target=target, critic_updates=2)
     method = TDM(options, student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=4)
-    trainer = train(method, unlabelled(128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98)
+    trainer = train(
+        method, unlabelled(128), tmp_path, steps=1000, learning_rate=3e-3, betas=(0.0, 0.99), ema_decay=0.98
+    )
     trainer.emas["student"].copy_to(student)
     samples, data = sampled(student, method.times), gaussian()
     torch.testing.assert_close(samples.mean(0), data.mean(), atol=0.03, rtol=0)

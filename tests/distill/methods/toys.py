@@ -1,4 +1,5 @@
-"""Toy networks that take labels and a guidance scale, their family, and what the tests of methods do again and again."""
+"""Toy networks that take labels and a guidance scale, their family, and what the tests of methods
+do again and again."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ SEED_OF_INDEX = {0: 4, 1: 1}
 
 @dataclass(frozen=True)
 class Labels:
-    """The conditioning of toy networks: labels (B,), and the guidance scale (B,) of those that take one."""
+    """The conditioning of toy networks: labels (B,), and the guidance scale (B,) of those that take
+    one."""
 
     labels: Tensor | None
     guidance: Tensor | None = None
@@ -46,7 +48,8 @@ class Labels:
 
 
 class LabelFamily:
-    """Networks that are called with ``(x_t, t, labels)``, and the guidance scale if they take it. Their blocks are ``layers``."""
+    """Networks that are called with `(x_t, t, labels)`, and the guidance scale if they take it.
+    Their blocks are `layers`."""
 
     stacks = (Stack(attribute="layers", config_field="", short="layers", pass_through=one_stream),)
 
@@ -62,13 +65,14 @@ class LabelFamily:
 
 
 def of_time(t: Tensor) -> Tensor:
-    """Features (B, 8) of ``t`` (B,) that tell times apart where signal and noise are equally strong, and where one of them is weak."""
+    """Features (B, 8) of `t` (B,) that tell times apart where signal and noise are equally strong,
+    and where one of them is weak."""
     angle = torch.atan2(t, 1 - t)[:, None] * 2 ** torch.arange(4)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Perceptron(nn.Module):
-    """Of ``x_t``, Fourier features of ``t``, a label, and the guidance scale; float64."""
+    """Of `x_t`, Fourier features of `t`, a label, and the guidance scale; float64."""
 
     def __init__(self, *, labels: int = 3, width: int = 16, guidance: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -98,13 +102,16 @@ class Perceptron(nn.Module):
 
 
 class AffineFlow(nn.Module):
-    """A network whose output is affine in ``x_t``, as every exact one is on a Gaussian: ``A(t) x_t + b(t)``, both perceptrons of ``t``."""
+    """A network whose output is affine in `x_t`, as every exact one is on a Gaussian: `A(t) x_t +
+    b(t)`, both perceptrons of `t`."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.layers = nn.Sequential(nn.Linear(8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6))
+            self.layers = nn.Sequential(
+                nn.Linear(8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6)
+            )
         self.double()
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -113,7 +120,8 @@ class AffineFlow(nn.Module):
 
 
 class AffineGenerator(nn.Module):
-    """The velocity by which one step from ``t = 1`` on rectified flow gives ``mean + matrix z``, a Gaussian of known moments."""
+    """The velocity by which one step from `t = 1` on rectified flow gives `mean + matrix z`, a
+    Gaussian of known moments."""
 
     def __init__(self, mean: Tensor, matrix: Tensor) -> None:
         super().__init__()
@@ -124,7 +132,7 @@ class AffineGenerator(nn.Module):
 
 
 class ScoreOf(nn.Module):
-    """The exact velocity of what an :class:`AffineGenerator` generates now: a critic without error or lag."""
+    """The exact velocity of what an `AffineGenerator` generates now: a critic without error or lag."""
 
     def __init__(self, generator: AffineGenerator) -> None:
         super().__init__()
@@ -146,14 +154,15 @@ def null(labels: int = 3) -> Labels:
 
 
 def two_classes() -> GaussianMixture:
-    """Two broad Gaussians, each with its label: a guided field that a small network learns in seconds."""
+    """Two broad Gaussians, each with its label: a guided field that a small network learns in
+    seconds."""
     means = torch.tensor([[-0.8, 0.3], [0.7, -0.5]], dtype=torch.float64)
     covariances = torch.tensor([[[0.5, 0.1], [0.1, 0.3]], [[0.3, -0.1], [-0.1, 0.4]]], dtype=torch.float64)
     return GaussianMixture(torch.tensor([0.4, 0.6], dtype=torch.float64), means, covariances)
 
 
 def batch_of(data: GaussianMixture | None = None, size: int = 8, *, seed: int = 0) -> LatentBatch:
-    """Labelled draws of ``data``, by default of the mixture, in float64."""
+    """Labelled draws of `data`, by default of the mixture, in float64."""
     x_0, labels = (mixture() if data is None else data).draw(size, generator(seed))
     return LatentBatch(latents=x_0, conditioning=Labels(labels))
 
@@ -183,7 +192,7 @@ def unlabelled_draws(data: GaussianMixture, size: int) -> Callable[[int, torch.G
 
 
 def pair_batches(pool: PairPool, size: int) -> Callable[[int, torch.Generator], PairBatch]:
-    """Batches of ``pool`` in float64."""
+    """Batches of `pool` in float64."""
 
     def batch(step: int, rng: torch.Generator) -> PairBatch:
         pairs = pool.batch(size, rng)
@@ -193,15 +202,18 @@ def pair_batches(pool: PairPool, size: int) -> Callable[[int, torch.Generator], 
 
 
 def sampled(student: nn.Module, times: Tensor, count: int = 20_000, *, stochastic: bool = False) -> Tensor:
-    """Samples of a velocity network by diffusers' ``FlowMatchEulerDiscreteScheduler`` at ``times``."""
+    """Samples of a velocity network by diffusers' `FlowMatchEulerDiscreteScheduler` at `times`."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
     scheduler.set_timesteps(sigmas=times.tolist())
-    predictor = Predictor(function=lambda x_t, t: student(x_t.double(), t), process=FLOW, prediction=Prediction.VELOCITY)
+    predictor = Predictor(
+        function=lambda x_t, t: student(x_t.double(), t), process=FLOW, prediction=Prediction.VELOCITY
+    )
     return run(predictor, scheduler, quasi_random_noise(count), generator())
 
 
 def assert_moments(samples: Tensor, data: GaussianMixture, tolerance: float) -> None:
-    """Mean and covariance of ``samples`` (N, D) are those of ``data``, to an absolute ``tolerance`` per entry."""
+    """Mean and covariance of `samples` (N, D) are those of `data`, to an absolute `tolerance` per
+    entry."""
     torch.testing.assert_close(samples.double().mean(0), data.mean(), atol=tolerance, rtol=0)
     torch.testing.assert_close(samples.double().T.cov(), data.covariance(), atol=tolerance, rtol=0)
 
@@ -215,15 +227,21 @@ _TRAINABLE: WeakKeyDictionary[Any, dict[str, list[nn.Parameter]]] = WeakKeyDicti
 
 
 def loss_of(method: Method, role: str, batch: Any, rng: torch.Generator) -> Loss:
-    """Loss of `role` in its turn, as the trainer calls it: gradients are left to what was trainable at the first call."""
+    """Loss of `role` in its turn, as the trainer calls it: gradients are left to what was trainable
+    at the first call."""
     if method not in _TRAINABLE:
-        _TRAINABLE[method] = {name: [p for p in method.networks[name].parameters() if p.requires_grad] for name in method.trains}
+        _TRAINABLE[method] = {
+            name: [p for p in method.networks[name].parameters() if p.requires_grad] for name in method.trains
+        }
     give_turn(role, _TRAINABLE[method])
     return method.loss(role, batch, rng)
 
 
-def assert_same_gradient(method: Method, role: str, batch: Any, formula: Callable[[torch.Generator], Tensor], seed: int = 1) -> None:
-    """``method``'s loss of ``role`` and its gradients are those of ``formula``, up to float64's rounding, and no other role has any."""
+def assert_same_gradient(
+    method: Method, role: str, batch: Any, formula: Callable[[torch.Generator], Tensor], seed: int = 1
+) -> None:
+    """`method`'s loss of `role` and its gradients are those of `formula`, up to float64's rounding,
+    and no other role has any."""
     loss = loss_of(method, role, batch, generator(seed)).total
     loss.backward()
     found = {name: p.grad for name, p in method.networks[role].named_parameters()}
@@ -235,12 +253,16 @@ def assert_same_gradient(method: Method, role: str, batch: Any, formula: Callabl
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-10, atol=1e-12)
     for name, gradient in gradients(expected, method.networks[role]).items():
         assert gradient is not None, name
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
         assert float(gradient.abs().max()) > 0, name
 
 
 def train(method: Method, batches: Any, folder: Path, *, steps: int, learning_rate: float, **options: Any) -> Trainer:
-    config = TrainConfig(**({"steps": steps, "learning_rate": learning_rate, "warmup_steps": 10, "clip_norm": 1e9} | options))
+    config = TrainConfig(
+        **({"steps": steps, "learning_rate": learning_rate, "warmup_steps": 10, "clip_norm": 1e9} | options)
+    )
     trainer = Trainer(method, batches, config, folder)
     trainer.fit()
     return trainer
@@ -257,7 +279,7 @@ def randn(rng: torch.Generator, count: int = 8) -> Tensor:
 def rollout(
     method: DMD2 | TDM, batch: Any, rng: torch.Generator, index: int, *, sde: bool = False, data: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """``x_t`` and ``t`` by hand."""
+    """`x_t` and `t` by hand."""
     student, labels = method.networks["student"], batch.conditioning.labels
     assert int(torch.randint(2, (1,), generator=rng)) == index
     torch.rand(1, generator=rng)

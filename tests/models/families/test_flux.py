@@ -25,7 +25,9 @@ def test_packing_is_the_pipelines():
     tokens = pack(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 10))
     assert torch.equal(unpack(tokens, 6, 10), latents)
-    assert torch.equal(image_ids(6, 10, latents.device), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
+    assert torch.equal(
+        image_ids(6, 10, latents.device), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32)
+    )
 
 
 def test_trajectory_follows_the_predicted_velocity():
@@ -36,12 +38,16 @@ def test_trajectory_follows_the_predicted_velocity():
     conditioning = family.encode_prompts(pipeline, ["a cat", "a dog", ""], 3.5, 8)
     conditional, unconditional = conditioning[:2], conditioning[2:][torch.tensor([0, 0])]
     noise = torch.randn(2, *family.latent_shape(pipeline, 64, 64))
-    states, times = family.trajectory(pipeline, noise, conditional, unconditional, steps=3, true_cfg_scale=2.0, guidance_scale=3.5)
+    states, times = family.trajectory(
+        pipeline, noise, conditional, unconditional, steps=3, true_cfg_scale=2.0, guidance_scale=3.5
+    )
     assert len(states) == len(times) == 4
     x = noise
     for state, t, t_next in zip(states[1:], times, times[1:], strict=False):
         with torch.no_grad():
-            v_c, v_u = (family.predict(pipeline.transformer, x, t.expand(2), part) for part in (conditional, unconditional))
+            v_c, v_u = (
+                family.predict(pipeline.transformer, x, t.expand(2), part) for part in (conditional, unconditional)
+            )
         x = x + (t_next - t) * (v_u + 2.0 * (v_c - v_u))
         torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-5)
 

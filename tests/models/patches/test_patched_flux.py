@@ -1,4 +1,5 @@
-"""A patched FLUX.1 transformer does what the stock one does: outputs, gradients, and all around them."""
+"""A patched FLUX.1 transformer does what the stock one does: outputs, gradients, and all around
+them."""
 
 from __future__ import annotations
 
@@ -50,12 +51,17 @@ def predict(transformer: FluxTransformer2DModel, **options: Any) -> Tensor:
     )[0]
 
 
-def gradients(transformer: FluxTransformer2DModel, run: Callable[..., Tensor] = predict, **options: Any) -> dict[str, Tensor]:
+def gradients(
+    transformer: FluxTransformer2DModel, run: Callable[..., Tensor] = predict, **options: Any
+) -> dict[str, Tensor]:
     """Output, and gradient of every parameter."""
     transformer.zero_grad()
     out = run(transformer, **options)
     out.float().square().mean().backward()
-    return {"output": out.detach(), **{name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}}
+    return {
+        "output": out.detach(),
+        **{name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None},
+    }
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-5) -> None:
@@ -138,7 +144,9 @@ def test_tokens_are_concatenated_once(transformer: FluxTransformer2DModel) -> No
 def test_gradient_checkpointing(transformer: FluxTransformer2DModel, reentrant: bool) -> None:
     stock = gradients(transformer)
     transformer.train()
-    transformer.enable_gradient_checkpointing(lambda block, *arguments: checkpoint(block, *arguments, use_reentrant=reentrant))
+    transformer.enable_gradient_checkpointing(
+        lambda block, *arguments: checkpoint(block, *arguments, use_reentrant=reentrant)
+    )
     expected = gradients(transformer)
     with patched(transformer):
         assert_same(gradients(transformer), expected)
@@ -147,7 +155,8 @@ def test_gradient_checkpointing(transformer: FluxTransformer2DModel, reentrant: 
 
 
 def test_captured_halves_keep_their_gradients(transformer: FluxTransformer2DModel) -> None:
-    """A feature loss depends on the halves that single blocks return, which the next block takes as one."""
+    """A feature loss depends on the halves that single blocks return, which the next block takes as
+    one."""
 
     def with_features(transformer: FluxTransformer2DModel) -> Tensor:
         features: list[Tensor] = []
@@ -191,18 +200,24 @@ def test_torch_compile_takes_it_whole(transformer: FluxTransformer2DModel) -> No
     operators: set[str] = set()
 
     def inspect(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        operators.update(node.target.name() for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+        operators.update(
+            node.target.name() for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+        )
         return graph.forward
 
     torch._dynamo.reset()
     with patched(transformer):
         backend = aot_autograd(fw_compiler=inspect)
-        compiled = torch.compile(lambda: family.predict(transformer, x, t, conditioning), fullgraph=True, backend=backend)
+        compiled = torch.compile(
+            lambda: family.predict(transformer, x, t, conditioning), fullgraph=True, backend=backend
+        )
         assert_same(gradients(transformer, lambda _: compiled()), stock)
     torch._dynamo.reset()
     fused = {name.removeprefix("fastdistill::") for name in operators if name.startswith("fastdistill::")}
     kept = {"joint_qk_norm_rope", "qk_norm_rope", "gated_residual_modulate"}
-    assert fused == {name + suffix for name in kept for suffix in ("", "_backward")}, "the others are left to the compiler"
+    assert fused == {name + suffix for name in kept for suffix in ("", "_backward")}, (
+        "the others are left to the compiler"
+    )
 
 
 @pytest.mark.slow
@@ -270,7 +285,9 @@ def test_controlnet_residuals(transformer: FluxTransformer2DModel) -> None:
         assert_same(gradients(transformer, **options), stock)
 
 
-def test_ip_adapter_steps_aside_and_says_so(transformer: FluxTransformer2DModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_ip_adapter_steps_aside_and_says_so(
+    transformer: FluxTransformer2DModel, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     for block in transformer.transformer_blocks:
         block.attn.set_processor(FluxIPAdapterAttnProcessor(32, WIDTH, num_tokens=(3,), scale=0.7))
@@ -285,7 +302,8 @@ def test_ip_adapter_steps_aside_and_says_so(transformer: FluxTransformer2DModel,
 
 def test_hooks_inside_of_a_block_still_run(transformer: FluxTransformer2DModel) -> None:
     seen: list[str] = []
-    watched = ("transformer_blocks.0.norm2", "transformer_blocks.1.attn.norm_q", "single_transformer_blocks.1.norm.norm",
+    watched = ("transformer_blocks.0.norm2", "transformer_blocks.1.attn.norm_q",
+               "single_transformer_blocks.1.norm.norm",
                "single_transformer_blocks.2.act_mlp", "norm_out.norm")  # fmt: skip
     for name in watched:
         transformer.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
@@ -316,7 +334,9 @@ def test_attention_of_the_users_choice(transformer: FluxTransformer2DModel, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_no_farther_from_float64_than_stock(transformer: FluxTransformer2DModel, dtype: torch.dtype) -> None:
+def test_16_bits_are_no_farther_from_float64_than_stock(
+    transformer: FluxTransformer2DModel, dtype: torch.dtype
+) -> None:
     def run(cast: torch.dtype) -> dict[str, Tensor]:
         transformer.to(cast)
         results = {name: value.double() for name, value in gradients(transformer).items()}
@@ -347,7 +367,10 @@ def test_autocast(transformer: FluxTransformer2DModel) -> None:
     assert fast["output"].dtype == stock["output"].dtype
     for name in ("output", "transformer_blocks.0.norm1.linear.weight"):
         scale = float(exact[name].norm())
-        assert float((fast[name] - exact[name]).norm()) / scale <= 1.5 * float((stock[name] - exact[name]).norm()) / scale + 1e-3
+        assert (
+            float((fast[name] - exact[name]).norm()) / scale
+            <= 1.5 * float((stock[name] - exact[name]).norm()) / scale + 1e-3
+        )
 
 
 def test_patching_twice_is_refused_and_leaves_the_first_patch(transformer: FluxTransformer2DModel) -> None:
@@ -376,7 +399,9 @@ def test_an_offloading_hook_keeps_its_forward(transformer: FluxTransformer2DMode
     with patched(transformer) as report:
         wrap(transformer.single_transformer_blocks[0], "later")
         assert_same(gradients(transformer), stock)
-        assert list(report.stepped_aside) == ["FluxTransformerBlock: it has a forward of its own, an offloading hook perhaps"]
+        assert list(report.stepped_aside) == [
+            "FluxTransformerBlock: it has a forward of its own, an offloading hook perhaps"
+        ]
     again = gradients(transformer)
     assert all(torch.equal(again[name], value) for name, value in stock.items())
     assert calls.count("earlier") == calls.count("later") == 2

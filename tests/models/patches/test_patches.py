@@ -103,7 +103,13 @@ FAMILIES = {
         smallest=lambda: tiny_qwen_image(1),
         inputs=qwen_image_inputs,
         modules={"QwenImageTransformerBlock": 3, "Attention": 3, "AdaLayerNormContinuous": 1, "GELU": 6},
-        operators={"modulate": 7, "joint_qk_norm_rope": 3, "gated_residual_modulate": 6, "gated_residual": 6, "activation_concat": 6},
+        operators={
+            "modulate": 7,
+            "joint_qk_norm_rope": 3,
+            "gated_residual_modulate": 6,
+            "gated_residual": 6,
+            "activation_concat": 6,
+        },
         # The text after the last attention.
         without_gradient={"gated_residual_modulate": 1, "gated_residual": 1, "activation_concat": 1},
     ),
@@ -153,12 +159,17 @@ def assert_same_run(actual: Any, expected: Any) -> None:
 
 def identical(first: Any, second: Any) -> bool:
     same = [first[0].equal(second[0])]
-    same += [second[1][name] is None if gradient is None else gradient.equal(second[1][name]) for name, gradient in first[1].items()]
+    same += [
+        second[1][name] is None if gradient is None else gradient.equal(second[1][name])
+        for name, gradient in first[1].items()
+    ]
     return all(same)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: tiny_flux_pipeline().transformer, *(family.make for family in FAMILIES.values())], ids=["flux", *FAMILIES]
+    "make",
+    [lambda: tiny_flux_pipeline().transformer, *(family.make for family in FAMILIES.values())],
+    ids=["flux", *FAMILIES],
 )
 def test_a_patch_takes_the_arguments_of_its_class(make: Callable[[], Any]) -> None:
     """By position and by name: `why_not` and `forward` repeat diffusers' signature after the slash."""
@@ -299,7 +310,9 @@ def test_sixteen_bits_are_no_less_exact_than_stock(family: Tiny, dtype: torch.dt
         with patched(narrow, backend=backend) as report:
             errors["patched"].append(errors_of(gradients(narrow, inputs), expected))
         assert not report.stepped_aside
-    outputs, parameters = ({who: mean(e[which] for e in of_runs) for who, of_runs in errors.items()} for which in (0, 1))
+    outputs, parameters = (
+        {who: mean(e[which] for e in of_runs) for who, of_runs in errors.items()} for which in (0, 1)
+    )
     assert outputs["patched"] <= 1.5 * outputs["stock"]
     assert parameters["patched"] <= 1.5 * parameters["stock"]
 
@@ -311,7 +324,9 @@ def masked_flux2() -> tuple[Any, dict[str, Any]]:
 
 
 def masked_qwen_image() -> tuple[Any, dict[str, Any]]:
-    return seeded(tiny_qwen_image), qwen_image_inputs() | {"encoder_hidden_states_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]])}
+    return seeded(tiny_qwen_image), qwen_image_inputs() | {
+        "encoder_hidden_states_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]])
+    }
 
 
 def masked_z_image() -> tuple[Any, dict[str, Any]]:
@@ -384,7 +399,10 @@ STEPPING_ASIDE: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], set[st
         {"Attention: it was called with ip_hidden_states"},
     ),
     "qwen-image-two-times": (
-        lambda: (seeded(tiny_qwen_image, zero_cond_t=True), qwen_image_inputs() | {"img_shapes": [[(1, 2, 4), (1, 2, 2)]] * 2}),
+        lambda: (
+            seeded(tiny_qwen_image, zero_cond_t=True),
+            qwen_image_inputs() | {"img_shapes": [[(1, 2, 4), (1, 2, 2)]] * 2},
+        ),
         {"QwenImageTransformerBlock: its image tokens have modulations of two times"},
     ),
     "z-image-omni": (omni_z_image, {"ZImageTransformerBlock: clean and noisy tokens have modulations of their own"}),
@@ -396,7 +414,9 @@ STEPPING_ASIDE: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], set[st
 
 
 @pytest.mark.parametrize(("case", "reasons"), STEPPING_ASIDE.values(), ids=STEPPING_ASIDE)
-def test_what_cannot_be_fused_runs_as_it_always_did(case: Callable[[], tuple[Any, dict[str, Any]]], reasons: set[str]) -> None:
+def test_what_cannot_be_fused_runs_as_it_always_did(
+    case: Callable[[], tuple[Any, dict[str, Any]]], reasons: set[str]
+) -> None:
     model, inputs = case()
     stock = gradients(model, inputs)
     with patched(model, backend="eager") as report:
@@ -536,7 +556,8 @@ def test_autocast(family: Tiny) -> None:
 @both_backends
 @torch.no_grad()
 def test_float16_is_clipped_where_stock_clips(backend: str) -> None:
-    """FLUX.2 clips the text of its double blocks and all of its single blocks, Qwen-Image both streams.
+    """FLUX.2 clips the text of its double blocks and all of its single blocks, Qwen-Image both
+    streams.
 
     SD3 clips none: there, sums overflow.
     """
@@ -546,7 +567,12 @@ def test_float16_is_clipped_where_stock_clips(backend: str) -> None:
     image, text = (65000 * torch.randn(1, tokens, 32).sign().half() for tokens in (9, 5))
     # Only what comes last in a block is large.
     modulation = torch.cat((torch.zeros(5 * 32), torch.full((32,), 10000.0))).half()
-    for layer in (qwen_image_block.img_mod[1], qwen_image_block.txt_mod[1], sd3_block.norm1.linear, sd3_block.norm1_context.linear):
+    for layer in (
+        qwen_image_block.img_mod[1],
+        qwen_image_block.txt_mod[1],
+        sd3_block.norm1.linear,
+        sd3_block.norm1_context.linear,
+    ):
         layer.bias.copy_(modulation)
     temb, modulation = torch.zeros(1, 32).half(), modulation[None, None]
 
@@ -558,7 +584,12 @@ def test_float16_is_clipped_where_stock_clips(backend: str) -> None:
             "sd3": sd3_block(image, text, temb),
         }
 
-    largest = {"flux2 double": [65504, math.inf], "flux2 single": [65504], "qwen image": [65504, 65504], "sd3": [math.inf, math.inf]}
+    largest = {
+        "flux2 double": [65504, math.inf],
+        "flux2 single": [65504],
+        "qwen image": [65504, 65504],
+        "sd3": [math.inf, math.inf],
+    }
     stock = run_all()
     with patched(flux2, backend=backend), patched(qwen_image, backend=backend), patched(sd3, backend=backend):
         fast = run_all()
@@ -568,7 +599,9 @@ def test_float16_is_clipped_where_stock_clips(backend: str) -> None:
 
 
 def test_other_models_are_refused_with_the_list_of_those_covered() -> None:
-    model = AuraFlowTransformer2DModel(num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2)
+    model = AuraFlowTransformer2DModel(
+        num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2
+    )
     families = ("Flux", "Flux2", "SD3", "QwenImage", "ZImage")
     covered = ", ".join(f"{family}Transformer2DModel" for family in families)
     with pytest.raises(UserError, match=f"AuraFlowTransformer2DModel has no fused form; covered are {covered}"):

@@ -41,7 +41,9 @@ def build(folder: Path) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, [*sorted(CUDA.glob("*.cu")), HERE / "scheduler.cpp"]))
     library = folder / "emulated.so"
-    subprocess.run(["g++", "-shared", "-o", str(library), *objects, "-L", str(torch_folder / "lib"), "-ltorch_cpu"], check=True)
+    subprocess.run(
+        ["g++", "-shared", "-o", str(library), *objects, "-L", str(torch_folder / "lib"), "-ltorch_cpu"], check=True
+    )
     return library
 
 
