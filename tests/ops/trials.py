@@ -49,15 +49,28 @@ def trials(
     dtypes: Sequence[torch.dtype] = DTYPES,
     backends: Sequence[Backend] = BACKENDS,
     every_case: bool = True,
+    fast: Sequence[Backend] = ("native",),
+    compiles: bool = False,
 ) -> Callable[[Any], Any]:
     """Parametrise a test with `trial`.
 
     A backend that this machine cannot run is skipped with the reason.
+
+    Args:
+        fast: backends that are not left to the slow tests.
+        compiles: the test compiles for every trial. Only the first of an operator is then fast, as it
+            is in Triton's interpreter.
     """
-    return pytest.mark.parametrize("trial", list(_trials(dtypes, backends, every_case)))
+    return pytest.mark.parametrize("trial", list(_trials(dtypes, backends, every_case, fast, compiles)))
 
 
-def _trials(dtypes: Sequence[torch.dtype], backends: Sequence[Backend], every_case: bool) -> Iterator[Any]:
+def _trials(
+    dtypes: Sequence[torch.dtype],
+    backends: Sequence[Backend],
+    every_case: bool,
+    fast: Sequence[Backend],
+    compiles: bool,
+) -> Iterator[Any]:
     for op in OPERATORS.values():
         cases = op.cases() if every_case else op.cases()[:1]
         for backend in backends:
@@ -67,7 +80,11 @@ def _trials(dtypes: Sequence[torch.dtype], backends: Sequence[Backend], every_ca
                         continue
                     for case in cases:
                         trial = Trial(op=op, backend=backend, device=device, dtype=dtype, case=case)
-                        yield pytest.param(trial, id=str(trial), marks=_marks(trial))
+                        first = case is cases[0] and dtype is dtypes[0]
+                        slow = backend not in fast or ((compiles or trial.interpreted) and not first)
+                        yield pytest.param(
+                            trial, id=str(trial), marks=[*_marks(trial), *([pytest.mark.slow] if slow else [])]
+                        )
 
 
 def _marks(trial: Trial) -> list[pytest.MarkDecorator]:
