@@ -16,10 +16,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastdistill.compress import Compression, calibrate, job, score
+from fastdistill.compress import CompressConfig, Compression, calibrate, job, score
+from fastdistill.compress.config import CalibrationOptions, RecoveryOptions, RepairOptions
 from fastdistill.compress.importance.output_error import OutputError
 from fastdistill.compress.repairs import ridge
 from fastdistill.data import trajectories
+from fastdistill.run.options import RunOptions, TrainingOptions
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import COMMANDS, interrupt
 
@@ -297,6 +299,22 @@ def test_python_scores_as_the_command_does(command, pipeline_folder, tmp_path):
     pipeline = FluxPipeline.from_pretrained(pipeline_folder)
     scores = score(calibrate(pipeline, ["a cat", "a dog", "a red fox"], points=6, steps=2, batch=4))
     assert [*scores.values()] == [*record["scores"]["output"].values()]
+
+
+def test_a_job_from_python_is_quiet(pipeline_folder, tmp_path, capsys):
+    config = CompressConfig(
+        drop_blocks=("single:1",),
+        run=RunOptions(model=str(pipeline_folder), output=tmp_path / "out", evaluate_images=4),
+        calibration=CalibrationOptions(calibration_images=6, calibration_steps=2),
+        repair=RepairOptions(repair_points=8),
+        recovery=RecoveryOptions(recovery_steps=0),
+        training=TrainingOptions(batch=4),
+    )
+    capsys.readouterr()
+    Compression(config).run()
+    assert capsys.readouterr() == ("", "")
+    record = json.loads((tmp_path / "out" / "compress.json").read_text())
+    assert (record["command"], record["config"]["drop_blocks"]) == ("", ["single:1"])
 
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
