@@ -38,7 +38,7 @@ class House:
             (folder / name).chmod(0o755)
 
     def make(self, *arguments: str) -> str:
-        """What `make` prints. All files are then a minute old, so that the next change is a newer
+        """Output of `make`. All files are then a minute old, so that the next change is a newer
         one."""
         command = ["make", "--no-print-directory", "PYTHON=./interpreter", *arguments]
         # Of an outer make, which may run this test, nothing is to be inherited.

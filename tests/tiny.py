@@ -62,8 +62,8 @@ def tiny_flux_pipeline(
 
 
 def mixing_transformer(**options: Any) -> FluxTransformer2DModel:
-    """That of a tiny pipeline, with strong modulation: a random network hardly mixes, and every
-    block should matter."""
+    """Transformer of a tiny pipeline, with strong modulation: a random network hardly mixes, and
+    every block should matter."""
     transformer = tiny_flux_pipeline(**options).transformer
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():

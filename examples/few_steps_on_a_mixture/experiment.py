@@ -58,11 +58,11 @@ class Config:
     output: Path
     """Folder for the results; an interrupted run in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the start, of training and of samples."""
+    """Seeds of the start, of training and of samples."""
     start_steps: int = 4000
-    """Of flow matching, which every method starts from."""
+    """Steps of flow matching, which every method starts from."""
     training_steps: int = 3000
-    """Of every method, in each of which it sees a batch."""
+    """Steps of every method, in each of which it sees a batch."""
     batch: int = 512
     samples: int = 10_000
     """By which a student is measured, half of them for each label."""
@@ -70,12 +70,12 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Of the tables: a method with its options, and how it is trained."""
+    """Row of the tables: a method with its options, and how it is trained."""
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[int, ...] = STEPS
-    """Of the students."""
+    """Steps of the students."""
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -157,7 +157,7 @@ class Experiment:
 
     @cached_property
     def flow(self) -> Tensor:
-        """Where the flow ends from the noise that all samples start from."""
+        """End of the flow from the noise that all samples start from."""
         return self.taught(MANY)
 
     def sampled(self, student: Perceptron, times: Tensor, stochastic: bool) -> Tensor:
@@ -170,8 +170,8 @@ class Experiment:
 
     @torch.no_grad()
     def seen_by_the_critic(self, student: Perceptron, times: Tensor) -> Tensor:
-        """What DMD2 matches: the student's `x_0` at all of its steps, here each sample's at one
-        that is drawn."""
+        """Samples that DMD2 matches: the student's `x_0` at all of its steps, here each sample's at
+        one that is drawn."""
         x_t, found = self.noise, []
         for t, s in pairwise([*times, torch.zeros(())]):
             velocity = student(x_t, t.expand(len(x_t)), self.labels)
@@ -304,7 +304,7 @@ class Experiment:
         }
 
     def columns(self) -> dict[str, dict[int, Tensor]]:
-        """What the image shows: samples by row and steps."""
+        """Content of the figure: samples by row and steps."""
         found = {
             name: {steps: load_file(self._samples(name, steps))["samples"] for steps in row.steps}
             for name, row in ROWS.items()

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 POINTS = 1500
-"""Of each label."""
+"""Samples of each label."""
 
 
 def figure(path: Path, data: Tensor, columns: Mapping[str, Mapping[int, Tensor]], labels: Tensor) -> None:

@@ -21,7 +21,7 @@ FLOW = RectifiedFlow()
 WIDTH, LAYERS = 128, 3
 RADIUS, DEVIATION = 1.5, 0.15
 WEIGHTS = ((0.4, 0.1, 0.3, 0.2), (0.5, 0.15, 0.3, 0.05))
-"""Of the modes of each label, in the order of their angles."""
+"""Weights of the modes of each label, in the order of their angles."""
 
 
 def mixture() -> GaussianMixture:

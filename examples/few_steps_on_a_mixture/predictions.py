@@ -1,5 +1,5 @@
-"""What theory says about the few-step students of each method, as comparisons of two numbers of the
-experiment."""
+"""Predictions of theory about the few-step students of each method, as comparisons of two numbers
+of the experiment."""
 
 from __future__ import annotations
 

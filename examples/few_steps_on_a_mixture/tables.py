@@ -57,7 +57,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def setting(config: dict[str, Any]) -> str:
-    """What all rows have in common."""
+    """Facts that all rows share."""
     return (
         "Given its label, the data are four modes of unequal weight, and nothing lies between them. Every student "
         "starts from one network "

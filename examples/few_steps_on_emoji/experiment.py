@@ -41,7 +41,7 @@ class Config:
     output: Path
     """Folder for the runs and the results; an interrupted experiment in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of everything. All of them in 4 steps, the first in 1 and 2."""
+    """Seeds of everything. All of them in 4 steps, the first in 1 and 2."""
     budget: int = 1000
     """Passes of the transformer over a batch, for each student."""
     images: int = 1024

@@ -1,4 +1,4 @@
-"""What the students of one seed draw from the same noise, beside their teacher."""
+"""Images of the students of one seed from the same noise, next to their teacher's."""
 
 from __future__ import annotations
 

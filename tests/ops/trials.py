@@ -58,8 +58,8 @@ def trials(
 
     Args:
         fast: backends that are not left to the slow tests.
-        compiles: the test compiles for every trial. Only the first of an operator is then fast, as it
-            is in Triton's interpreter.
+        compiles: the test compiles for every trial. Only the first of an operator is then fast,
+            as it is in Triton's interpreter.
     """
     return pytest.mark.parametrize("trial", list(_trials(dtypes, backends, every_case, fast, compiles)))
 

@@ -1,5 +1,5 @@
-"""What CONTRIBUTING says a new method costs, done: a file with its options, a line in the table, a
-case in the tests."""
+"""A new method at the cost that CONTRIBUTING states: a file with its options, a line in the table,
+a case in the tests."""
 
 import json
 import os

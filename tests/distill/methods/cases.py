@@ -28,7 +28,7 @@ STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """How the suite builds a method."""
+    """Arguments with which the suite builds a method."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2

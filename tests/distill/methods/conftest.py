@@ -1,4 +1,4 @@
-"""What several tests start from."""
+"""Fixtures that several tests start from."""
 
 import pytest
 

@@ -271,7 +271,7 @@ def distilled(start: AffineFlow, folder: Path, *, steps: int, **options: Any) ->
 
 
 def x_0_of_each_step(student: nn.Module, steps: int, rollout: str = "ode") -> list[Tensor]:
-    """What the student makes of the states that its own sampling visits."""
+    """Data that the student sees at the states that its own sampling visits."""
     options = DMD2Options(gan_weight=0.0, rollout=rollout)
     method = DMD2(options, student=student, teacher=exact(gaussian()), family=LabelFamily(), steps=steps)
     batch, found = unlabelled(20_000)(0, generator()), {}

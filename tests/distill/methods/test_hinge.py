@@ -15,8 +15,8 @@ from tests.toy import gaussian, generator
 
 
 def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
-    """How often, in the second half of training, the heads learn nothing: their gradient is zero to
-    the bit.
+    """Share of steps, in the second half of training, in which the heads learn nothing: their
+    gradient is zero to the bit.
 
     Against a student that is far from the data, as it is where distillation starts.
     """
@@ -51,7 +51,7 @@ def idle_share(loss: GanLoss, size: int, *, steps: int = 200) -> float:
 
 @pytest.mark.slow
 def test_hinge_at_a_batch_of_one_lets_the_heads_idle() -> None:
-    """Where one real and one generated sample are beyond the margin there is nothing to learn: in
+    """If one real and one generated sample are beyond the margin there is nothing to learn: in
     59 % of the steps.
 
     Of sixteen some are not, and the non-saturating loss has no margin. The student, whose hinge

@@ -1,4 +1,4 @@
-"""What is asked of every method: routing, repeatability, golden losses, and FLUX in all its
+"""Suite that every method inherits: routing, repeatability, golden losses, and FLUX in all its
 variants."""
 
 from __future__ import annotations

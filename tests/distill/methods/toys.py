@@ -72,7 +72,7 @@ def of_time(t: Tensor) -> Tensor:
 
 
 class Perceptron(nn.Module):
-    """Of `x_t`, Fourier features of `t`, a label, and the guidance scale; float64."""
+    """Perceptron of `x_t`, Fourier features of `t`, a label, and the guidance scale; float64."""
 
     def __init__(self, *, labels: int = 3, width: int = 16, guidance: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Perceptron(nn.Module):
         self.double()
 
     def embed(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """What enters the blocks (B, width)."""
+        """Input of the blocks (B, width)."""
         labels = torch.full_like(t, self.labels, dtype=torch.long) if labels is None else labels
         parts = [x_t, of_time(t).to(x_t), nn.functional.one_hot(labels, self.labels + 1).to(x_t)]
         if self.config.guidance_embeds:
