@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ class Autoencoder:
         return SimpleNamespace(sample=latents + self.error)
 
 
+@cache
 def perfect() -> SampledImages:
     """Draws of the captions with each background equally often."""
     data, generator = Emoji(), torch.Generator().manual_seed(0)
@@ -51,12 +53,14 @@ def perfect() -> SampledImages:
     )
 
 
+@cache
 def real() -> SampledImages:
     """Images that are the draws of the truth."""
     sampled = perfect()
     return dataclasses.replace(sampled, images=sampled.truth.draws[0])
 
 
+@cache
 def poor() -> SampledImages:
     """Noise for images, by a pipeline with a poor autoencoder."""
     sampled = perfect()
