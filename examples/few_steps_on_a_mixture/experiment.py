@@ -1,4 +1,4 @@
-"""Experiment: one, two and four steps of every method's student on a mixture whose teacher is exact.
+"""Experiment: one, two and four steps of every method's student on a mixture with an exact teacher.
 About 45 minutes on one core.
 
     python examples/few_steps_on_a_mixture/experiment.py --output runs/mixture
