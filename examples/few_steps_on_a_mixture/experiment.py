@@ -1,5 +1,5 @@
-"""What do one, two and four steps of every method's student make of a mixture whose teacher is
-exact? About 45 minutes on one core.
+"""Experiment: one, two and four steps of every method's student on a mixture with an exact teacher.
+About 45 minutes on one core.
 
     python examples/few_steps_on_a_mixture/experiment.py --output runs/mixture
 

@@ -137,11 +137,8 @@ class DMD2(Distillation):
 
     def _student_loss(self, visit: Visit, x_0: Tensor, conditioning: Any, rng: torch.Generator) -> Loss:
         told = self.critic.told(visit)
-        terms = {
-            "matching": self.critic.difference(
-                self.critic.noised(x_0, conditioning, visit.scale, rng), self.teacher, told
-            )
-        }
+        point = self.critic.noised(x_0, conditioning, visit.scale, rng)
+        terms = {"matching": self.critic.difference(point, self.teacher, told)}
         total = terms["matching"]
         if self.options.gan_weight:
             terms["gan"] = self.discriminator.generator_loss(x_0, conditioning, told, rng)
