@@ -172,7 +172,7 @@ def test_impossible_combinations_are_refused() -> None:
     with pytest.raises(UserError, match="must be a multiple of the steps, such as 48"):
         ConsistencyDistillation(ConsistencyOptions(grid_steps=50), steps=4, **networks)
     with pytest.raises(UserError, match="the teacher predicts score"):
-        ConsistencyDistillation(steps=4, teacher_prediction=Prediction.SCORE, **networks)
+        ConsistencyDistillation(ConsistencyOptions(), steps=4, teacher_prediction=Prediction.SCORE, **networks)
     for name, value in {"huber_c": 0.0, "target_decay": 1.0, "skip": 0}.items():
         with pytest.raises(UserError, match=name.replace("_", "-")):
             ConsistencyOptions(**{name: value})

@@ -65,7 +65,7 @@ def flow_method(**options: Any) -> DMD2:
         DMD2Options(**({"true_cfg_scale": 3.0} | options)),
         student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0,
         unconditional=null(),
-        critic=Perceptron(seed=2), discriminator=opinionated() if options.get("gan_weight", 1) else None,
+        critic=Perceptron(seed=2), heads=opinionated() if options.get("gan_weight", 1) else None,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_the_gradients_with_a_critic_that_knows_the_step(index: int) -> None:
             DMD2Options(true_cfg_scale=3.0, gan_weight=0.1, gan_critic_weight=0.3, critic_knows_step=True),
             student=Perceptron(seed=1), teacher=exact(mixture()), family=LabelFamily(), steps=2, shift=2.0,
             unconditional=null(),
-            critic=Perceptron(seed=2, guidance=True), discriminator=opinionated(),
+            critic=Perceptron(seed=2, guidance=True), heads=opinionated(),
         )  # fmt: skip
 
     def of_student(rng: torch.Generator) -> Tensor:

@@ -180,8 +180,14 @@ def test_flux_learns_guidance_through_its_embedder() -> None:
 def test_impossible_combinations_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         OutputKD(
-            OutputKDOptions(),
-            **({"student": Perceptron(), "teacher": exact(mixture()), "family": LabelFamily(), "steps": 4} | changes),
+            **{
+                "options": OutputKDOptions(),
+                "student": Perceptron(),
+                "teacher": exact(mixture()),
+                "family": LabelFamily(),
+                "steps": 4,
+                **changes,
+            }
         )
 
 

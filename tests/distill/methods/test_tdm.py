@@ -95,6 +95,7 @@ def test_states_of_the_teacher_stay_the_teachers_behind_noise(process: Process) 
     """The exact `x_s` of a Gaussian, noised as the process goes on, have the moments of its `x_u`."""
     data, count = gaussian(), 200_000
     method = TDM(
+        TDMOptions(),
         student=exact(data, process),
         teacher=exact(data, process),
         family=LabelFamily(),
