@@ -73,7 +73,7 @@ def test_compress_writes_a_stock_pipeline_and_a_report(command, pipeline_folder,
     assert record["parameters"]["compressed"] < record["parameters"]["full"]
     assert record["choice"]["asked"] == "--drop-blocks double:0 single:1"
     assert record["command"].startswith(
-        f"python -m fastdistill.compress --model {pipeline_folder} --drop-blocks double:0 single:1"
+        f"fastdistill compress --model {pipeline_folder} --drop-blocks double:0 single:1"
     )
     assert set(record["scores"]) == {"output", "bi"}
     assert all(len(values) == 5 for values in record["scores"].values())
