@@ -254,7 +254,7 @@ class Compression(Job[CompressConfig]):
             self.recovery(model), lambda step, rng: calibration.pool.batch(batch, rng), self.train_config, folder
         )
         with self.clock("recover"), patched(student), patched(model.teacher):
-            trainer.fit("recover")
+            trainer.fit("recover", self.console)
         trainer.take_best()
         student.eval()
         self.hand_over(folder)

@@ -109,6 +109,9 @@ class DistillConfig(JobConfig):
 
     def __post_init__(self) -> None:
         check_known("method", self.method, METHODS)
+        wanted = METHODS[self.method].Options
+        if not isinstance(self.options, wanted):
+            raise UserError(f"{self.method} takes options of its own: give options={wanted.__name__}(...)")
         positive(self, "shift")
         if self.run.images and self.options.training_data == "pairs":
             raise UserError(

@@ -202,7 +202,7 @@ class FewStepStudent(Job[DistillConfig]):
             for role, network in method.networks.items():
                 if role != "discriminator":
                     stack.enter_context(patched(network))
-            trainer.fit("train")
+            trainer.fit("train", self.console)
         trainer.take_best()
         return trainer
 

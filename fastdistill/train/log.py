@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ class Log:
         start: step at which the progress begins.
         total: step at which it ends.
         tensorboard: write `run/tensorboard`, too.
+        console: where the progress is shown; by default standard error.
         silent: show and write nothing, for all processes but the first.
 
     Raises:
@@ -33,9 +33,18 @@ class Log:
     """
 
     def __init__(
-        self, run: Path, describe: str, *, start: int, total: int, tensorboard: bool = False, silent: bool = False
+        self,
+        run: Path,
+        describe: str,
+        *,
+        start: int,
+        total: int,
+        tensorboard: bool = False,
+        console: Console | None = None,
+        silent: bool = False,
     ) -> None:
         self.run, self.describe, self.start, self.total, self.silent = run, describe, start, total, silent
+        self.console = Console(stderr=True) if console is None else console
         self.writer: Any = _writer(run / "tensorboard", start) if tensorboard and not silent else None
 
     def __enter__(self) -> Log:
@@ -49,9 +58,7 @@ class Log:
             write_text(path, "".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(path.open("a"))
-            self.advance_bar = stack.enter_context(
-                bar(Console(file=sys.stderr), self.describe, self.total, start=self.start)
-            )
+            self.advance_bar = stack.enter_context(bar(self.console, self.describe, self.total, start=self.start))
             if self.writer:
                 stack.callback(self.writer.close)
             self.stack = stack.pop_all()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastdistill.errors import UserError
@@ -86,18 +87,27 @@ class Trainer:
         self.device = next(iter(self.parameters[method.trains[0]])).device
         self.step = 0
         self.logs: dict[str, float] = {}
-        """The latest: of a role that has no turn in a step, those of its last one."""
+        """Latest values; of a role that has no turn in a step, those of its last turn."""
         self._mid_step = False
 
-    def fit(self, describe: str = "train") -> None:
+    def fit(self, describe: str = "train", console: Console | None = None) -> None:
         """Run to `config.steps`; called again after an interruption, from the newest checkpoint.
-        Ctrl-C saves one first."""
+
+        Ctrl-C saves a checkpoint first. The progress is shown on `console`, by default on standard
+        error.
+        """
         self.run.mkdir(parents=True, exist_ok=True)
         self._resume()
         config = self.config
         silent = parallel.rank() > 0
         log = Log(
-            self.run, describe, start=self.step, total=config.steps, tensorboard=config.tensorboard, silent=silent
+            self.run,
+            describe,
+            start=self.step,
+            total=config.steps,
+            tensorboard=config.tensorboard,
+            console=console,
+            silent=silent,
         )
         with log:
             try:

@@ -307,7 +307,7 @@ def test_a_job_from_python_is_quiet(pipeline_folder, tmp_path, capsys):
         run=RunOptions(model=str(pipeline_folder), output=tmp_path / "out", evaluate_images=4),
         calibration=CalibrationOptions(calibration_images=6, calibration_steps=2),
         repair=RepairOptions(repair_points=8),
-        recovery=RecoveryOptions(recovery_steps=0),
+        recovery=RecoveryOptions(recovery_steps=2),
         training=TrainingOptions(batch=4),
     )
     capsys.readouterr()

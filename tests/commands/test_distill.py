@@ -16,10 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdistill.diffusion.timesteps import few_step_times
-from fastdistill.distill import METHODS, job
-from fastdistill.distill.config import config_of
+from fastdistill.distill import METHODS, DistillConfig, FewStepStudent, job
+from fastdistill.distill.config import DataOptions, StudentTrainingOptions, WatchOptions, config_of
 from fastdistill.distill.methods.dmd2 import DMD2
+from fastdistill.distill.methods.output_kd import OutputKDOptions
+from fastdistill.errors import UserError
 from fastdistill.models import loading
+from fastdistill.run.options import RunOptions
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import interrupt, save_tiny
 from tests.tiny import tiny_flux_pipeline
@@ -120,6 +123,26 @@ def test_few_calls_lead_from_the_command_to_the_loss(command, pipeline_folder, t
     options = ["--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     assert command("distill", *options, "--watch-every", "0", "--evaluate-images", "0").code == 130
     assert calls == [["run_job", "run", "train", "fit", "_advance", "_update", "loss"]]
+
+
+def test_a_job_from_python_is_quiet(pipeline_folder, tmp_path, capsys):
+    run = RunOptions(model=str(pipeline_folder), output=tmp_path / "out", evaluate_images=0)
+    with pytest.raises(UserError, match=r"give options=OutputKDOptions\(...\)"):
+        DistillConfig(method="output_kd", steps=2, run=run)
+    config = DistillConfig(
+        method="output_kd",
+        steps=2,
+        run=run,
+        data=DataOptions(num_images=2),
+        training=StudentTrainingOptions(batch=2, training_steps=2),
+        watch=WatchOptions(watch_every=0),
+        options=OutputKDOptions(error_in="x0"),
+    )
+    capsys.readouterr()
+    FewStepStudent(config).run()
+    assert capsys.readouterr() == ("", "")
+    record = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert (record["command"], record["config"]["error_in"]) == ("", "x0")
 
 
 @pytest.mark.slow
