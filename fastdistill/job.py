@@ -68,6 +68,7 @@ class Job(ABC, Generic[ConfigT]):
         self.console = Console(quiet=True) if console is None else console
         run = config.run
         self.output = run.output or Path("runs") / config.name
+        self.workspace = Workspace(self.output, config.settings(), self.result)
         _check_installed(config.training)
         prompts = read_prompts(run.prompts) if run.prompts else None
         self.images = read_folder(run.images, config.image_count) if run.images else []
@@ -78,8 +79,13 @@ class Job(ABC, Generic[ConfigT]):
         self.teacher: Any = loaded.pipeline.transformer.requires_grad_(False)
         self.family = family_of(self.teacher)
         self.sampling: SamplingDefaults = loaded.sampling.replaced(config.sampling)
+        if not min(self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)):
+            raise UserError(
+                f"an image of {self.sampling.width} x {self.sampling.height} pixels has no latents; give a larger "
+                "--height and --width, such as 512"
+            )
         self.check()
-        self.workspace = Workspace(self.output, config.settings(), self.result)
+        self.workspace.claim()
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock

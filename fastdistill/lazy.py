@@ -22,7 +22,7 @@ class Table(Mapping[str, PluginT], Generic[PluginT]):
         Args:
             package: folder of the plug-ins, as `__name__` of its `__init__.py`.
             entries: for each name, `file:attribute` within `package`, or that and what it means in
-            words.
+                words.
         """
         self.package = package
         pairs = {name: (entry, "") if isinstance(entry, str) else entry for name, entry in entries.items()}

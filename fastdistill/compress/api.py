@@ -78,8 +78,8 @@ def calibrate(
     family_of(network)
     check_computable(network, type(network).__name__)
     check_finite(network, type(network).__name__)
-    if isinstance(prompts, str) or not prompts:
-        raise UserError("prompts must be a list of at least one")
+    if isinstance(prompts, str) or not (prompts := list(prompts)):
+        raise UserError("give prompts as a list of at least one, not as one string")
     amount = Amount(images=points, points=points, steps=steps, batch=batch, seed=seed)
     options = SamplingOptions(
         height=height,
@@ -110,9 +110,13 @@ def score(
             search of `greedy`, and says what the masks of `learned` are learned for.
 
     Raises:
-        UserError: there is no such criterion.
+        UserError: there is no such criterion, or not so many blocks.
     """
     check_known("criterion", criterion, CRITERIA)
+    if drop_blocks is not None:
+        if drop_blocks < 1:
+            raise UserError(f"drop_blocks={drop_blocks} drops nothing; give at least 1")
+        check_count(drop_blocks, len(calibration.blocks))
     return calibration.score(criterion, drops=drop_blocks)
 
 
@@ -161,7 +165,7 @@ def select(
         )
     if any(math.isnan(value) for value in scores.values()):
         raise UserError("a score is not a number; score again with sound weights")
-    request = Request(count=drop_blocks, budget=parse_budget(budget) if budget else None)
+    request = Request(count=drop_blocks, budget=parse_budget(budget) if budget is not None else None)
     costs = sizes(transformer, anatomy, (dtype or transformer.dtype).itemsize)
     if drop_blocks is not None:
         if drop_blocks < 1:

@@ -128,6 +128,8 @@ class CompressConfig(JobConfig):
     recovery: Annotated[RecoveryOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=RecoveryOptions)
 
     def __post_init__(self) -> None:
+        if isinstance(self.drop_blocks, int | str):
+            object.__setattr__(self, "drop_blocks", tuple(str(self.drop_blocks).split()))
         if bool(self.drop_blocks) == bool(self.budget):
             raise UserError(
                 "give either --drop-blocks, such as 4 or double:1,2 single:0, or --budget, such as params=0.66"

@@ -143,6 +143,8 @@ def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dic
 
 def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
     """Blocks that `cut` is told to drop, in either way."""
+    if isinstance(drop, str):
+        raise UserError(f'give the blocks to drop as {{"double": [1, 2]}}, not as {drop!r}')
     if isinstance(drop, Mapping):
         attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
         return {

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -104,6 +104,7 @@ class DistillConfig(JobConfig):
     )
     watch: Annotated[WatchOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=WatchOptions)
     options: Annotated[MethodOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=MethodOptions)
+    """Options of the method. From Python begin with `config_for`, which knows their class and their defaults."""
 
     results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output", "teacher_cache")
 
@@ -111,17 +112,17 @@ class DistillConfig(JobConfig):
         check_known("method", self.method, METHODS)
         wanted = METHODS[self.method].Options
         if not isinstance(self.options, wanted):
-            raise UserError(f"{self.method} takes options of its own: give options={wanted.__name__}(...)")
+            raise UserError(
+                f"{self.method} takes options of its own: give options={wanted.__name__}(...), or begin with "
+                f"config_for({self.method!r})"
+            )
         positive(self, "shift")
         if self.run.images and self.options.training_data == "pairs":
             raise UserError(
                 f"{self.method} trains on pairs of noise and what the teacher draws from it: leave out --images"
             )
         if self.run.images and self.options.training_data == "prompts":
-            raise UserError(
-                f"{self.method} with these options trains on prompts and no images: leave out --images, or give "
-                "--prompts"
-            )
+            raise UserError(f"{self.method} with these options trains on prompts and no images: leave out --images")
         self.options.resolved(self.steps, self.training.training_steps)
 
     @property
@@ -134,11 +135,23 @@ class DistillConfig(JobConfig):
 
 
 def config_of(arguments: Sequence[str]) -> type[DistillConfig]:
-    """The options that a command line may give: those of every method, and its own if it names one,
-    with the defaults of that method."""
+    """Options that a command line may give: those of every method, and its own if it names one."""
     name = _named(arguments)
-    if name is None or name not in METHODS:
-        return DistillConfig
+    return DistillConfig if name is None or name not in METHODS else config_for(name)
+
+
+@cache
+def config_for(name: str) -> type[DistillConfig]:
+    """Config with the options of the method `name`, and with its defaults.
+
+        FewStepStudent(config_for("tdm")(steps=4)).run()
+
+    A group of options that is given replaces the method's defaults in that group.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    check_known("method", name, METHODS)
     method = METHODS[name]
     groups: dict[str, type] = {"training": StudentTrainingOptions, "watch": WatchOptions, "options": method.Options}
     fields: list[tuple[str, Any, Any]] = [
@@ -149,6 +162,7 @@ def config_of(arguments: Sequence[str]) -> type[DistillConfig]:
         )
         for group, options in groups.items()
     ]
+    fields.append(("method", DistillConfig.__annotations__["method"], field(default=name)))
     described = f"{method.Options.__doc__}\n\n{inspect.cleandoc(DistillConfig.__doc__ or '')}"
     namespace = {"__module__": __name__, "__doc__": described}
     return dataclasses.make_dataclass(

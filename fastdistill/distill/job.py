@@ -60,7 +60,7 @@ class FewStepStudent(Job[DistillConfig]):
         models: the transformers that the run begins with.
         method: teaches the student; there once the job runs.
         teachers: how the teacher is sampled to compare with, by name: as it is, and in as many
-        steps as the student.
+            steps as the student.
         watch: gallery by whose measurements the weights are chosen.
     """
 
@@ -195,6 +195,11 @@ class FewStepStudent(Job[DistillConfig]):
                 ),
                 "observers": [SampleGrid(every=watch.watch_every, draw=self._sample_rows(conditioning))],
             }
+        if self.config.training.gradient_checkpointing:
+            for role in method.trains:
+                network: Any = method.networks[role]
+                if role != "discriminator":
+                    network.enable_gradient_checkpointing()
         with self.clock("train"), ExitStack() as stack:
             trainer = Trainer(
                 method, batches, training(self.config, method), self.workspace.work / "training", **watching

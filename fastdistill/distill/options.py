@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import Self
 
 from fastdistill.errors import UserError
-from fastdistill.run.options import at_least
+from fastdistill.run.options import at_least, positive
 
 TrainingData = Literal["pairs", "images", "prompts"]
 ValueT = TypeVar("ValueT")
@@ -32,6 +32,7 @@ class MethodOptions:
     takes it, else the classifier-free one. The student learns to follow it, and must take guidance."""
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "true_cfg_scale", "guidance_scale", "guidance_range")
         if self.guidance_range is not None and not self.guidance_range[0] <= self.guidance_range[1]:
             raise UserError(
                 f"--guidance-range goes from low to high, got {self.guidance_range[0]:g} to {self.guidance_range[1]:g}"
@@ -87,8 +88,7 @@ class MatchingOptions(MethodOptions):
             raise UserError(
                 f"--time-low and --time-high: 0 <= low < high <= 1, got {self.time_low:g} and {self.time_high:g}"
             )
-        if self.critic_learning_rate is not None and self.critic_learning_rate <= 0:
-            raise UserError(f"--critic-learning-rate must be positive, got {self.critic_learning_rate:g}")
+        positive(self, "time_shift", "critic_learning_rate")
 
     @property
     def learning_rates(self) -> Mapping[str, float]:

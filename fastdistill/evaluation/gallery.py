@@ -64,7 +64,7 @@ class Gallery:
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
             return dict(json.loads(measured.read_text()))
-        reference = None if name == self.reference else self._images(self.reference)
+        reference = self._images(self.reference) if self.measure and name != self.reference else None
         image_set = ImageSet(
             prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch
         )
@@ -72,11 +72,14 @@ class Gallery:
         # A transformer in training may be patched already.
         patching = nullcontext() if is_patched(transformer) else patched(transformer)
         with patching, bar(self.console, f"evaluate {name}", len(image_set)) as tick:
-            result = evaluate(pipeline, image_set, reference=reference, tick=tick)
-        metrics = result.metrics if self.measure else {}
+            if self.measure:
+                result = evaluate(pipeline, image_set, reference=reference, tick=tick)
+                images, metrics = result.images, result.metrics
+            else:
+                images, metrics = image_set.draw(pipeline, tick), {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._file(name)) as partial:
-            save_file({"images": result.images.half()}, partial)
+            save_file({"images": images.half()}, partial)
         if self._is_reference(name):
             write_json(measured, metrics)
         return metrics

@@ -83,6 +83,7 @@ def load(model: str, device: str | None = None) -> Loaded:
     device = device or default_device()
     folder = embedded_folder() if model == EMBEDDED else Path(model)
     local = model == EMBEDDED or folder.exists()
+    _check_device(device)
     if local:
         _check_folder(folder)
     elif model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -109,6 +110,15 @@ def load(model: str, device: str | None = None) -> Loaded:
     return Loaded(name=model, pipeline=pipeline, sampling=SamplingDefaults.load(folder), prompts=_prompts(folder))
 
 
+def _check_device(device: str) -> None:
+    """Raise `UserError` for a device that is not here, before gigabytes are read for it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"--device {device} cannot be used; this machine has {here}") from error
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read the non-empty lines of a text file.
 
@@ -133,6 +143,8 @@ def quiet() -> None:
 
     # bitsandbytes warns at its import of a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # diffusers warns of a list of modules to keep in float32 that is empty.
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     # rms_norm under autocast: the fused path is not taken, the result is right.

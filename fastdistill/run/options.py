@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -37,7 +37,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_inference_steps", "height", "width", "max_sequence_length")
-        at_least(self, 0, "true_cfg_scale", "guidance_scale")
+        at_least(self, 1, "true_cfg_scale")
+        at_least(self, 0, "guidance_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,11 @@ class RunOptions:
     """Default: cuda if there is one, else cpu."""
 
     def __post_init__(self) -> None:
+        for name in ("output", "prompts", "images"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
         at_least(self, 0, "seed", "evaluate_images")
+        check_choice(self, "save_dtype")
         if self.seed >= 2**32:
             raise UserError(f"--seed must be less than 2^32, got {self.seed}")
         if not self.model:
@@ -107,6 +112,7 @@ class TrainingOptions:
             )
         positive(self, "learning_rate")
         decay(self, "betas", "ema_decay")
+        check_choice(self, "optimizer", "precision")
 
 
 Sampling = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
@@ -179,6 +185,14 @@ def decay(options: object, *names: str) -> None:
     for name, value in _numbers(options, names):
         if not 0 <= value < 1:
             raise UserError(f"{flag(name)} must be at least 0 and less than 1, got {value:g}")
+
+
+def check_choice(options: object, *names: str) -> None:
+    """Raise `UserError` for an option of `names` that is none of its literals, as from Python."""
+    for name in names:
+        known, value = get_args(get_type_hints(type(options))[name]), getattr(options, name)
+        if value not in known:
+            raise UserError(f"{flag(name)} is one of {', '.join(known)}, got {value!r}")
 
 
 def check_known(kind: str, name: str, known: Iterable[str]) -> None:

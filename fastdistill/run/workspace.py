@@ -22,14 +22,19 @@ class Workspace:
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
-        """Claim `output` for a run with `settings` that ends by writing the file `result`.
+        """Check that `output` is free for a run with `settings`, or holds that run, interrupted.
+
+        Nothing is written before `claim`.
+
+        Args:
+            result: file that a run writes when it ends.
 
         Raises:
             UserError: the folder holds a finished run, another run, or other files.
         """
         self.output, self.work = output, output / "work"
+        self.settings = settings = json.loads(json.dumps(flat(settings), default=str))
         recorded = self.work / "settings.json"
-        settings = json.loads(json.dumps(flat(settings), default=str))
         if (output / result).exists():
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
         if recorded.exists():
@@ -49,10 +54,14 @@ class Workspace:
             return
         if self._holds_files():
             raise UserError(f"{output} exists and is not empty; choose another --output")
+        self.resumed, self.seconds = False, {}
+
+    def claim(self) -> None:
+        """Make the folder that of this run."""
         # An empty one is left by a run that ended before it had written its settings.
         self.work.mkdir(parents=True, exist_ok=True)
-        write_json(recorded, settings)
-        self.resumed, self.seconds = False, {}
+        if not self.resumed:
+            write_json(self.work / "settings.json", self.settings)
 
     def _holds_files(self) -> bool:
         """Whether `output` is there and holds more than an empty `work`."""

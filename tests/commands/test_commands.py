@@ -356,6 +356,9 @@ real = job.calibrated
         (["--drop-blocks", "2", "--micro-batches", "7"], "--micro-batches"),
         (["--drop-blocks", "2", "--true-cfg-scale", "inf"], "--true-cfg-scale"),
         (["--drop-blocks", "2", "--seed", "-3"], "--seed"),
+        (["--drop-blocks", "2", "--device", "tpu"], "--device tpu cannot be used; this machine has cpu"),
+        (["--drop-blocks", "2", "--height", "1"], "give a larger --height"),
+        (["--drop-blocks", "2", "--true-cfg-scale", "0.5"], "--true-cfg-scale must be at least 1"),
         (["--drop-blocks", "2", "--criterion", "entropy"], "invalid choice 'entropy'"),
         (["--drop-blocks", "2", "--repair", "glue"], "invalid choice 'glue'"),
     ],
@@ -372,6 +375,7 @@ def test_an_output_folder_with_files_is_left_alone(command, pipeline_folder, tmp
     ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path)
     assert ended.code == 2
     assert "not empty" in ended.message
+    assert "loading" not in ended.message, "refused before minutes of loading"
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastdistill.diffusion.timesteps import few_step_times
 from fastdistill.distill import METHODS, DistillConfig, FewStepStudent, job
-from fastdistill.distill.config import DataOptions, StudentTrainingOptions, WatchOptions, config_of
+from fastdistill.distill.config import DataOptions, StudentTrainingOptions, WatchOptions, config_for, config_of
 from fastdistill.distill.methods.dmd2 import DMD2
 from fastdistill.distill.methods.output_kd import OutputKDOptions
 from fastdistill.errors import UserError
@@ -123,6 +123,49 @@ def test_few_calls_lead_from_the_command_to_the_loss(command, pipeline_folder, t
     options = ["--method", "dmd2", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     assert command("distill", *options, "--watch-every", "0", "--evaluate-images", "0").code == 130
     assert calls == [["run_job", "run", "train", "fit", "_advance", "_update", "loss"]]
+
+
+def test_gradient_checkpointing_reaches_every_trained_transformer(command, pipeline_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(self, *_):
+        seen.append(
+            {
+                role: getattr(self.method.networks[role], "is_gradient_checkpointing", None)
+                for role in self.method.trains
+            }
+        )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    options = [
+        "--method",
+        "dmd2",
+        "--steps",
+        "1",
+        "--model",
+        pipeline_folder,
+        *QUICK,
+        "--watch-every",
+        "0",
+        "--evaluate-images",
+        "0",
+    ]
+    for name, extra in (("with", ["--gradient-checkpointing"]), ("without", [])):
+        assert command("distill", *options, *extra, "--output", tmp_path / name).code == 130
+    assert seen == [
+        {"student": True, "critic": True, "discriminator": None},
+        {"student": False, "critic": False, "discriminator": None},
+    ]
+
+
+def test_python_has_the_defaults_of_the_command():
+    for name, method in METHODS.items():
+        config = config_for(name)(steps=1 if name == "dmd" else 4)
+        assert isinstance(config.options, method.Options)
+        assert config == config_of([f"--method={name}"])(method=name, steps=config.steps)
+    with pytest.raises(UserError, match="there is no method 'tmd'"):
+        config_for("tmd")
 
 
 def test_a_job_from_python_is_quiet(pipeline_folder, tmp_path, capsys):

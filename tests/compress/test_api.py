@@ -151,6 +151,7 @@ def scores_of(transformer):
         ({"drop_blocks": 3}, "dropping all 3 blocks"),
         ({"budget": "params=0.0001"}, "cannot be met"),
         ({"budget": "size=3"}, "params=0.66"),
+        ({"budget": ""}, "params=0.66"),
     ],
 )
 def test_impossible_demands_are_refused(options, message):
@@ -173,6 +174,11 @@ def test_what_cannot_be_scored_is_refused_before_any_work(pipeline, monkeypatch)
     calibration = calibrate(pipeline, ["a cat"], **SMALL)
     with pytest.raises(UserError, match="no criterion 'entropy'; there are output, trajectory"):
         score(calibration, criterion="entropy")
+    for drop_blocks, message in ((0, "at least 1"), (-1, "at least 1"), (99, "dropping all 5 blocks")):
+        with pytest.raises(UserError, match=message):
+            score(calibration, "greedy", drop_blocks=drop_blocks)
+    with pytest.raises(UserError, match=r'as \{"double": \[1, 2\]\}'):
+        cut(pipeline.transformer, "double:1")
     monkeypatch.setattr("fastdistill.compress.api.calibrated", lambda *args, **kwargs: pytest.fail("calibrated"))
     with pytest.raises(UserError, match="needs the pipeline"):
         calibrate(pipeline.transformer, ["a cat"])

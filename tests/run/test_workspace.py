@@ -18,8 +18,17 @@ def test_a_run_that_ended_before_it_wrote_its_settings_leaves_the_folder_free(
     with monkeypatch.context() as patch:
         patch.setattr(workspace, "write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
-            Workspace(tmp_path / "run", {"steps": 1}, "result.json")
+            Workspace(tmp_path / "run", {"steps": 1}, "result.json").claim()
     assert not Workspace(tmp_path / "run", {"steps": 2}, "result.json").resumed
+
+
+def test_nothing_is_written_before_the_claim(tmp_path: Path) -> None:
+    found = Workspace(tmp_path / "run", {"steps": 1}, "result.json")
+    assert not (tmp_path / "run").exists()
+    found.claim()
+    assert Workspace(tmp_path / "run", {"steps": 1}, "result.json").resumed
+    with pytest.raises(UserError, match="another --steps"):
+        Workspace(tmp_path / "run", {"steps": 2}, "result.json")
 
 
 @pytest.mark.parametrize("file", ["notes.txt", "work", "work/notes.txt"])

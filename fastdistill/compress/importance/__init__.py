@@ -1,4 +1,4 @@
-"""Pruning criteria. A new one is a file, a line here, and a case in the tests."""
+"""Pruning criteria. A new one is a file and a line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repairs of a cut model in closed form. A new one is a file, a line here, and a case in the tests."""
+"""Repairs of a cut model in closed form. A new one is a file and a line here."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fastdistill.distill.methods.distillation import Distillation, Setup, follow
 from fastdistill.distill.methods.losses import pseudo_huber
 from fastdistill.distill.options import MethodOptions
 from fastdistill.errors import UserError
-from fastdistill.run.options import at_least
+from fastdistill.run.options import at_least, positive
 from fastdistill.train.method import Loss
 
 
@@ -46,8 +46,7 @@ class ConsistencyOptions(MethodOptions):
         at_least(self, 1, "grid_steps", "skip")
         if not 0 <= self.target_decay < 1:
             raise UserError(f"--target-decay is at least 0 and less than 1, got {self.target_decay:g}")
-        if self.huber_c <= 0:
-            raise UserError(f"--huber-c must be positive, got {self.huber_c:g}")
+        positive(self, "huber_c")
 
     def check_steps(self, steps: int) -> None:
         super().check_steps(steps)

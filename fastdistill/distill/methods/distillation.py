@@ -39,22 +39,21 @@ class Setup(TypedDict, total=False):
 class Distillation(StudentMethod, ABC):
     """A `Method` that teaches a student to be sampled in `steps` steps.
 
-    A method states its `Options` and a `loss`, composed of parts: `self.student`,
-    `self.teacher`, and where it needs them a `Critic`, a
-    `Rollout`, a `Discriminator`.
+    A method states its `Options` and a `loss`, composed of parts: `self.student`, `self.teacher`, and
+    where it needs them a `Critic`, a `Rollout`, a `Discriminator`.
 
     Args:
         student: of the teacher's family, of any size.
-        family: calls every network. The networks of a `Family` predict the velocity of
-            rectified flow.
+        family: calls every network. The networks of a `Family` predict the velocity of rectified
+            flow.
         steps: the student is for `few_step_times(steps, shift)`, which is how
-        `FlowMatchEulerDiscreteScheduler` samples it.
+            `FlowMatchEulerDiscreteScheduler` samples it.
         unconditional: the conditioning of the empty prompt, of one sample, for classifier-free
             guidance of the teacher: anything that `unconditional[rows]` repeats, as a
             `Conditioning` or a tensor of labels.
         teacher_prediction: what the teacher's output means.
         student_prediction: what the student's output means, and that of networks that are copies of
-        it.
+            it.
 
     Raises:
         UserError: arguments and options do not go together; the message says what to do.

@@ -58,7 +58,7 @@ def teacher_pairs(
         shape: of one sample, without the batch.
         device: where the teacher is; by default the CPU.
         settings: what else the pairs depend on, such as the teacher's name. Other settings than
-        those in the folder are refused.
+            those in the folder are refused.
         tick: called with the number of pairs after each batch that had to be made.
 
     Raises:

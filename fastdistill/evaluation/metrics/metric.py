@@ -69,7 +69,7 @@ class SampledImages:
         """Images in the size of emoji, (S * N, 3, 64, 64)."""
         return (
             torch.nn.functional.interpolate(self.images, size=(SIZE, SIZE))
-            if self.images.shape[-1] != SIZE
+            if self.images.shape[-2:] != (SIZE, SIZE)
             else self.images
         )
 

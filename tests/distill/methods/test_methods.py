@@ -3,6 +3,7 @@ variants."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from fastdistill.compress.surgery import cut
 from fastdistill.data.pairs import PairBatch
 from fastdistill.distill import METHODS
 from fastdistill.distill.methods.distillation import Distillation
+from fastdistill.errors import UserError
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import BlockId
 from fastdistill.models.guidance_embedder import embeds_guidance, with_guidance_embedder
@@ -49,6 +51,20 @@ def test_names_need_no_torch() -> None:
 def test_options_can_be_typed(name: str) -> None:
     assert tyro.cli(METHODS[name].Options, args=[]) == METHODS[name].Options()
     assert tyro.cli(METHODS[name].Options, args=["--guidance-range", "1", "4"]).guidance_range == (1.0, 4.0)
+
+
+@every_method
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_make_no_sense_are_refused_at_once(name: str, value: float) -> None:
+    options = METHODS[name].Options
+    default = options(**CASES[name].flux_options)
+    for option in dataclasses.fields(options):
+        known = getattr(default, option.name)
+        if isinstance(known, float) or option.name == "critic_learning_rate":
+            with pytest.raises(UserError, match=option.name.replace("_", "-")):
+                dataclasses.replace(default, **{option.name: value})
+    with pytest.raises(UserError, match="guidance-range"):
+        dataclasses.replace(default, guidance_range=(1.0, value))
 
 
 @every_method
