@@ -104,7 +104,8 @@ class DistillConfig(JobConfig):
     )
     watch: Annotated[WatchOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=WatchOptions)
     options: Annotated[MethodOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=MethodOptions)
-    """Options of the method. From Python begin with `config_for`, which knows their class and their defaults."""
+    """Options of the method. From Python begin with `config_for`, which knows their class and their
+    defaults."""
 
     results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output", "teacher_cache")
 

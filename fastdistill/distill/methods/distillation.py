@@ -39,8 +39,8 @@ class Setup(TypedDict, total=False):
 class Distillation(StudentMethod, ABC):
     """A `Method` that teaches a student to be sampled in `steps` steps.
 
-    A method states its `Options` and a `loss`, composed of parts: `self.student`, `self.teacher`, and
-    where it needs them a `Critic`, a `Rollout`, a `Discriminator`.
+    A method states its `Options` and a `loss`, composed of parts: `self.student`, `self.teacher`,
+    and where it needs them a `Critic`, a `Rollout`, a `Discriminator`.
 
     Args:
         student: of the teacher's family, of any size.
