@@ -222,8 +222,8 @@ def repair(
     boundaries = boundary_map(calibration.blocks, dropped)
     if len(block_ids(smaller, family)) != len(boundaries):
         raise UserError(
-            f"the smaller model has {len(block_ids(smaller, family))} blocks, and without these {len(boundaries)} "
-            "would be left"
+            f"the smaller model has {len(block_ids(smaller, family))} blocks, "
+            f"and without these {len(boundaries)} would be left"
         )
     model = CutModel(student=smaller, teacher=teacher, family=family, boundaries=boundaries)
     mend(Damage.of(model, calibration, points), kind, calibration.console)

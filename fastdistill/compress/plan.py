@@ -44,8 +44,7 @@ def plan(config: CompressConfig) -> str:
     groups = kinds(network, anatomy)
     text = [
         f"{type(network).__name__}, weights in {config.run.save_dtype}, one forward pass at {sampling.width} x "
-        f"{sampling.height} pixels "
-        f"and {sampling.max_sequence_length} text tokens.",
+        f"{sampling.height} pixels and {sampling.max_sequence_length} text tokens.",
         *([anatomy.remark] if anatomy.remark else []),
         "",
         f"| {' + '.join(_names(groups, anatomy))} | " + " | ".join(COLUMNS.values()) + " |",
@@ -61,9 +60,9 @@ def plan(config: CompressConfig) -> str:
     if request.budget:
         found = _within(request.budget, drops, costs)
         closing = (
-            f"What meets --budget {config.budget} and would not with one block more; whatever leaves less of each "
-            "does too. Which blocks "
-            "go is chosen by scores, for which the weights are needed."
+            f"What meets --budget {config.budget} and would not with one block more; "
+            "whatever leaves less of each does too. Which blocks go is chosen by scores, "
+            "for which the weights are needed."
         )
     else:
         found = [drop for drop in drops if len(drop.blocks) == request.count]

@@ -88,8 +88,7 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
     if strangers:
         raise UserError(
             f"the config of this {type(transformer).__name__} does not account for {strangers[0]} and "
-            f"{len(strangers) - 1} more; "
-            "load it again, or unload adapters and unfuse projections before cutting"
+            f"{len(strangers) - 1} more; load it again, or unload adapters and unfuse projections before cutting"
         )
     result.load_state_dict(state, assign=True)
     _place_buffers(result, transformer, state)
@@ -107,8 +106,8 @@ def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) 
             ends = {stack.short: len(blocks_of(transformer, stack)) - 1 for stack in anatomy.stacks}
             counts = ", ".join(f"{name}: 0-{end}" for name, end in ends.items() if end >= 0)
             raise UserError(
-                f"there is no block {short.get(block_id.stack, block_id.stack)}:{block_id.index}; this model has "
-                f"{counts}"
+                f"there is no block {short.get(block_id.stack, block_id.stack)}:{block_id.index}; "
+                f"this model has {counts}"
             )
     check_count(len(dropped), len(existing))
     kept = Counter(block_id.stack for block_id in existing if block_id not in dropped)

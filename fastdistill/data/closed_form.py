@@ -55,8 +55,7 @@ class GaussianMixture(nn.Module):
         ):
             raise ValueError(
                 f"{components} components of {dimensions} dimensions need as many weights, labels and covariances, "
-                "got shapes "
-                f"{tuple(weights.shape)}, {tuple(labels.shape)} and {tuple(covariances.shape)}"
+                f"got shapes {tuple(weights.shape)}, {tuple(labels.shape)} and {tuple(covariances.shape)}"
             )
         variances, axes = torch.linalg.eigh(covariances)
         if not bool((weights > 0).all() and (variances > 0).all()) or not torch.allclose(covariances, covariances.mT):

@@ -35,8 +35,8 @@ def read_folder(folder: Path, at_most: int) -> list[Captioned]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, and their captions as .txt "
-            "files of the same names"
+            f"there is no folder {folder}; give one with {', '.join(SUFFIXES)} files, "
+            "and their captions as .txt files of the same names"
         )
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:

@@ -47,8 +47,8 @@ class LatentPool:
     def __post_init__(self) -> None:
         if self.latents.shape[0] != self.prompts.shape[0] or self.latents.shape[0] == 0:
             raise ValueError(
-                f"a pool needs one prompt per latent and at least one: {self.latents.shape[0]} and "
-                f"{self.prompts.shape[0]}"
+                "a pool needs one prompt per latent and at least one: "
+                f"{self.latents.shape[0]} and {self.prompts.shape[0]}"
             )
 
     def batch(self, size: int, generator: torch.Generator) -> LatentBatch:

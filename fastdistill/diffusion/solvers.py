@@ -62,8 +62,8 @@ def euler_maruyama(predictor: Predictor, noise: Tensor, times: Tensor, rng: torc
     drift, diffusion_squared = process.drift(times.double()), process.diffusion_squared(times.double())
     if not bool(drift[:-1].isfinite().all()):
         raise ValueError(
-            f"the SDE of {type(process).__name__} is infinite where alpha = 0: start it later than t = "
-            f"{float(times[0]):g}"
+            f"the SDE of {type(process).__name__} is infinite where alpha = 0: "
+            f"start it later than t = {float(times[0]):g}"
         )
     x = _start(predictor, noise, times)
     for index, (t, t_next) in enumerate(pairwise(times)):

@@ -109,13 +109,13 @@ def plan(config: DistillConfig) -> str:
 def _check_interface(teacher: Any, student: Any) -> None:
     if type(teacher) is not type(student):
         raise UserError(
-            f"the teacher is a {type(teacher).__name__} and the student a {type(student).__name__}; give a --student "
-            "of its class"
+            f"the teacher is a {type(teacher).__name__} and the student a {type(student).__name__}; "
+            "give a --student of its class"
         )
     for name in INTERFACE:
         wanted, found = teacher.config.get(name), student.config.get(name)
         if wanted != found:
             raise UserError(
-                f"the teacher has {name} {wanted} and the student {found}; give a --student that takes what the "
-                "teacher does"
+                f"the teacher has {name} {wanted} and the student {found}; "
+                "give a --student that takes what the teacher does"
             )

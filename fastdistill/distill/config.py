@@ -114,8 +114,8 @@ class DistillConfig(JobConfig):
         wanted = METHODS[self.method].Options
         if not isinstance(self.options, wanted):
             raise UserError(
-                f"{self.method} takes options of its own: give options={wanted.__name__}(...), or begin with "
-                f"config_for({self.method!r})"
+                f"{self.method} takes options of its own: give options={wanted.__name__}(...), "
+                f"or begin with config_for({self.method!r})"
             )
         positive(self, "shift")
         if self.run.images and self.options.training_data == "pairs":

@@ -44,8 +44,8 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 64) -> 
     """
     if first.shape != second.shape:
         raise ValueError(
-            f"sorted points are paired one to one: the sets need one shape, got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
+            "sorted points are paired one to one: the sets need one shape, "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
         )
     onto = directions(projections, first.shape[1])
     a, b = ((onto @ points.double().T).sort(dim=1).values for points in (first, second))

@@ -171,8 +171,8 @@ def _check_folder(folder: Path) -> None:
     missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise UserError(
-            f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; get a complete copy of "
-            "the pipeline"
+            f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            "get a complete copy of the pipeline"
         )
     if not (folder / "transformer" / "config.json").is_file():
         raise UserError(f"{folder}: transformer has no config.json; get a complete copy of the pipeline")

@@ -37,9 +37,8 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
     if path is None:
         if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
             raise UserError(
-                f"there is no config.json in {model} or its folder transformer; give a pipeline's folder, its "
-                "transformer's config.json, "
-                "or a hub id such as owner/name"
+                f"there is no config.json in {model} or its folder transformer; "
+                "give a pipeline's folder, its transformer's config.json, or a hub id such as owner/name"
             )
         path = _from_hub(model)
     try:

@@ -27,8 +27,8 @@ def check_computable(module: nn.Module, name: str) -> None:
     for parameter_name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise UserError(
-                f"{name} weight {parameter_name} is not in memory; load the whole model, without sequential or disk "
-                "offloading"
+                f"{name} weight {parameter_name} is not in memory; load the whole model, "
+                "without sequential or disk offloading"
             )
         # A quantised tensor may show the type that it stands for; its class tells.
         if parameter.dtype not in COMPUTED or type(parameter.data) is not torch.Tensor:
@@ -38,7 +38,6 @@ def check_computable(module: nn.Module, name: str) -> None:
                 else str(parameter.dtype).removeprefix("torch.")
             )
             raise UserError(
-                f"{name} weight {parameter_name} is {kind}, which can be neither scored nor trained; load the model "
-                "in bfloat16 or "
-                "float32, compress it, and quantise the result"
+                f"{name} weight {parameter_name} is {kind}, which can be neither scored nor trained; "
+                "load the model in bfloat16 or float32, compress it, and quantise the result"
             )

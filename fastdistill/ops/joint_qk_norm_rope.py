@@ -126,8 +126,8 @@ class JointQkNormRope(Operator):
             if (t.shape[0], *t.shape[2:]) != (other.shape[0], *other.shape[2:]) or t.device != other.device:
                 batch, _, H, d = other.shape
                 raise ValueError(
-                    f"text {which}: expected ({batch}, T, {H}, {d}) on {other.device} as image {which}, got "
-                    f"{describe(t)}"
+                    f"text {which}: expected ({batch}, T, {H}, {d}) on {other.device} as image {which}, "
+                    f"got {describe(t)}"
                 )
             check_same_dtype(f"text {which}", t, "image q", q)
         names = ("text q", "text k", "image q", "image k")

@@ -86,13 +86,13 @@ class QkNormRope(Operator):
     name = "qk_norm_rope"
     triton_module = "fastdistill.ops.triton.qk_norm_rope"
     schema = (
-        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool adjacent) "
-        "-> (Tensor q, Tensor k)"
+        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, "
+        "bool adjacent) -> (Tensor q, Tensor k)"
     )
     backward_schema = (
-        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? "
-        "sin, float eps, "
-        "bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
+        "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, "
+        "Tensor? sin, float eps, bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dq_weight, "
+        "Tensor dk_weight)"
     )
     visible_results = 2
 

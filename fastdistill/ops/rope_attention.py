@@ -96,15 +96,13 @@ class RopeAttention(Operator):
     name = "rope_attention"
     triton_module = "fastdistill.ops.triton.rope_attention"
     schema = (
-        "(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, bool "
-        "adjacent) "
-        "-> (Tensor out, Tensor lse)"
+        "(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps, "
+        "bool adjacent) -> (Tensor out, Tensor lse)"
     )
     backward_schema = (
         "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, "
-        "Tensor out, Tensor lse, "
-        "float eps, bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor "
-        "dk_weight)"
+        "Tensor out, Tensor lse, float eps, bool adjacent, bool weight_grads) -> (Tensor dq, Tensor dk, Tensor dv, "
+        "Tensor dq_weight, Tensor dk_weight)"
     )
 
     def check(

@@ -45,8 +45,8 @@ class Workspace:
             if changed:
                 names = ", ".join("--" + name.replace("_", "-") for name in changed)
                 raise UserError(
-                    f"{output} holds an interrupted run with another {names}; repeat its options, or choose another "
-                    "--output"
+                    f"{output} holds an interrupted run with another {names}; "
+                    "repeat its options, or choose another --output"
                 )
             self.resumed = True
             timed = self.work / "seconds.json"

@@ -126,8 +126,8 @@ def restore(tensors: Mapping[str, Tensor], file: Path) -> None:
         }
         if differing:
             raise UserError(
-                f"{file} is of another network: {', '.join(sorted(differing)[:3])} differ; choose another folder for "
-                "this run"
+                f"{file} is of another network: {', '.join(sorted(differing)[:3])} differ; "
+                "choose another folder for this run"
             )
         for name, tensor in tensors.items():
             tensor.copy_(parallel.placed(stored.get_tensor(name), tensor))

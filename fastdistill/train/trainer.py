@@ -187,9 +187,8 @@ class Trainer:
         # all.
         if not torch.isfinite(norm):
             raise Diverged(
-                f"step {self.step}: the gradient of {role!r} is not finite. Lower the learning rate, or check the "
-                "data; "
-                f"{self.run} holds the last good checkpoint"
+                f"step {self.step}: the gradient of {role!r} is not finite. "
+                f"Lower the learning rate, or check the data; {self.run} holds the last good checkpoint"
             )
         nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip_norm, norm)
         for group in optimizer.param_groups:
@@ -293,9 +292,8 @@ class Trainer:
         changed = {name for name in current if name not in free and recorded.get(name) != current[name]}
         if changed:
             raise UserError(
-                f"{path} was written with another {', '.join(sorted(changed))}: use the recorded values to continue "
-                "it, "
-                "or another folder for a new run"
+                f"{path} was written with another {', '.join(sorted(changed))}: "
+                "use the recorded values to continue it, or another folder for a new run"
             )
         self.step = checkpoint.load(path, self._trained())["step"]
         if isinstance(self.method, Stateful):

@@ -57,8 +57,8 @@ def parse_budget(text: str) -> Budget:
     if not unit and not 0 < number < 1:
         named = ", ".join(f"{found[1]}{unit}" for unit in UNITS[quantity])
         raise UserError(
-            f"--budget {text}: a number without a unit is a fraction of the full model, between 0 and 1; else give "
-            f"{named}"
+            f"--budget {text}: a number without a unit is a fraction of the full model, between 0 and 1; "
+            f"else give {named}"
         )
     if number == 0:
         raise UserError(f"--budget {text} leaves nothing; give {EXAMPLES}")

@@ -117,10 +117,9 @@ def limit_of(budget: Budget, cost: Cost) -> int:
         )
     if limit < least:
         raise UserError(
-            f"--budget {budget.quantity}: {show(budget.quantity, limit)} cannot be met by dropping blocks: {full}, "
-            "and one block with what "
-            f"is outside the blocks takes {show(budget.quantity, least)} ({least / cost.total:.3f}); ask for no less "
-            "than that"
+            f"--budget {budget.quantity}: {show(budget.quantity, limit)} cannot be met by dropping blocks: "
+            f"{full}, and one block with what is outside the blocks takes {show(budget.quantity, least)} "
+            f"({least / cost.total:.3f}); ask for no less than that"
         )
     return limit
 

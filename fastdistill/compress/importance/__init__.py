@@ -22,8 +22,8 @@ CRITERIA: Table[Criterion] = Table(
         "probe": ("probe:score", "how badly a linear map stands for the block"),
         "learned": (
             "learned:score",
-            "masks learned together with a small update of the weights, for how well the rest can recover; --verify "
-            "1 cuts just these",
+            "masks learned together with a small update of the weights, for how well the rest can recover; "
+            "--verify 1 cuts just these",
         ),
         "random": ("random_order:score", "chance"),
     },

@@ -52,9 +52,9 @@ class ConsistencyOptions(MethodOptions):
         super().check_steps(steps)
         if self.grid_steps % steps:
             raise UserError(
-                f"the times of {steps} steps are not among those of {self.grid_steps}: --grid-steps must be a "
-                "multiple of the steps, "
-                f"such as {steps * max(1, round(self.grid_steps / steps))}"
+                f"the times of {steps} steps are not among those of {self.grid_steps}: "
+                "--grid-steps must be a multiple of the steps, such as "
+                f"{steps * max(1, round(self.grid_steps / steps))}"
             )
 
 

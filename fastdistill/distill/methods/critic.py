@@ -154,8 +154,8 @@ class Critic(Denoiser):
         """Raise `UserError` if the student's weights cannot be mixed into the critic's."""
         if _shapes(student.network) != _shapes(self.network):
             raise UserError(
-                "ida_decay mixes the student's weights into the critic's, which needs two equal networks: leave out "
-                "critic="
+                "ida_decay mixes the student's weights into the critic's, which needs two equal networks: "
+                "leave out critic="
             )
 
 

@@ -60,9 +60,8 @@ class Denoiser:
         if not bool((a * self.process.sigma(times) - b * self.process.alpha(times)).all()):
             raise UserError(
                 f"the {self.role} predicts {self.prediction.value}, which says nothing about the data where there is "
-                "only noise, as at "
-                f"t = 1 of {type(self.process).__name__}; few-step sampling starts there, so it has to predict the "
-                "velocity, v or x0"
+                f"only noise, as at t = 1 of {type(self.process).__name__}; "
+                "few-step sampling starts there, so it has to predict the velocity, v or x0"
             )
 
 

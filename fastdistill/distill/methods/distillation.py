@@ -127,9 +127,8 @@ class Distillation(StudentMethod, ABC):
     def _check_guidance(self) -> None:
         if self.teacher.guided_by_rule and self.teacher.unconditional is None:
             raise UserError(
-                "classifier-free guidance needs what the teacher predicts for the empty prompt: give its "
-                "conditioning as "
-                "unconditional=, or set true_cfg_scale to 1 and no guidance_range"
+                "classifier-free guidance needs what the teacher predicts for the empty prompt: "
+                "give its conditioning as unconditional=, or set true_cfg_scale to 1 and no guidance_range"
             )
         if (
             self.options.guidance_range is not None

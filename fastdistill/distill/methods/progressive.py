@@ -50,9 +50,8 @@ class ProgressiveOptions(MethodOptions):
         phases = max(1, round(self.teacher_steps / steps)).bit_length() - 1
         if phases < 1 or self.teacher_steps != steps << phases:
             raise UserError(
-                f"{self.teacher_steps} steps cannot be halved to {steps}: set --teacher-steps to {steps} times 2, 4, "
-                "8, ..., "
-                f"such as {steps << max(1, phases)}"
+                f"{self.teacher_steps} steps cannot be halved to {steps}: "
+                f"set --teacher-steps to {steps} times 2, 4, 8, ..., such as {steps << max(1, phases)}"
             )
         return phases
 

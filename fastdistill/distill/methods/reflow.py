@@ -68,8 +68,8 @@ class Reflow(Distillation):
         super().__init__(options, **setup)
         if not isinstance(self.process, RectifiedFlow):
             raise UserError(
-                f"reflow straightens rectified flow, not {type(self.process).__name__}; choose progressive or "
-                "consistency"
+                f"reflow straightens rectified flow, not {type(self.process).__name__}; "
+                "choose progressive or consistency"
             )
         self.distribution = time_distribution(options.times, self.shift)
         self.distilling = options.straighten == 0

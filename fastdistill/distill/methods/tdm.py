@@ -36,8 +36,8 @@ class TDMOptions(RolloutOptions):
         super().__post_init__()
         if self.time_low == 0:
             raise UserError(
-                "scores are compared behind noise, of which the end of the last step has none: give a --time-low "
-                "above 0"
+                "scores are compared behind noise, of which the end of the last step has none: "
+                "give a --time-low above 0"
             )
 
 

@@ -59,8 +59,8 @@ def family_of(transformer: nn.Module) -> Family:
     anatomy = anatomy_of(transformer)
     if not isinstance(anatomy, Family):
         raise UserError(
-            f"{type(transformer).__name__} can only be cut, from Python: fastdistill.compress.cut(transformer, "
-            "drop=...). "
-            "Calibration, scores and recovery know FluxTransformer2DModel"
+            f"{type(transformer).__name__} can only be cut, from Python: "
+            "fastdistill.compress.cut(transformer, drop=...). Calibration, "
+            "scores and recovery know FluxTransformer2DModel"
         )
     return anatomy

@@ -28,9 +28,8 @@ class Chroma(Anatomy):
 
     name = "chroma"
     remark = (
-        "Chroma's approximator is counted as it is. In the cut model it works on fewer rows, and its first layer may "
-        "have a few million "
-        "parameters more."
+        "Chroma's approximator is counted as it is. In the cut model it works on fewer rows, "
+        "and its first layer may have a few million parameters more."
     )
     stacks = (
         Stack(attribute=DOUBLE, config_field="num_layers", short="double", pass_through=both_streams),
