@@ -41,6 +41,7 @@ QUICK = [
     "--evaluate-images",
     "4",
 ]
+PACKAGE = Path(job.__file__).parents[1]
 EXTRA = {
     "dmd2": ["--critic-updates", "2", "--gan-depths", "0.5", "1"],
     "consistency": ["--grid-steps", "4"],
@@ -115,7 +116,7 @@ def test_few_calls_lead_from_the_command_to_the_loss(command, pipeline_folder, t
     calls = []
 
     def loss(self, role, batch, rng):
-        frames = [frame.function for frame in inspect.stack() if "fastdistill" in Path(frame.filename).parts]
+        frames = [frame.function for frame in inspect.stack() if PACKAGE in Path(frame.filename).parents]
         calls.append([*reversed(frames[: frames.index("run_job") + 1]), "loss"])
         raise KeyboardInterrupt
 
