@@ -9,7 +9,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-SOURCES := setup.py CMakeLists.txt constraints.txt $(shell find csrc _build -type f 2>/dev/null)
+# Not the byte code of _build: the tests import it, and would have the next target build everything.
+SOURCES := setup.py CMakeLists.txt constraints.txt $(shell find csrc _build -type f -not -name '*.pyc' 2>/dev/null)
 # Threads of several processes that share the cores would take each other's time by waiting actively.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
