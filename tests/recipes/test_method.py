@@ -26,6 +26,7 @@ from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction
 from fastdistill.distill.methods.distillation import Distillation, time_distribution
 from fastdistill.distill.options import MethodOptions
+from fastdistill.run.options import at_least
 from fastdistill.train.method import Loss
 
 
@@ -35,6 +36,10 @@ class PulledOptions(MethodOptions):
 
     pull: float = 1.0
     """Weight of the loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "pull")
 
 
 class Pulled(Distillation):
