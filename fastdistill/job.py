@@ -43,6 +43,7 @@ class Job(ABC, Generic[ConfigT]):
         prompts: the prompts of `--prompts`, else those that come with the model.
         images: the images of `--images`; empty without the option.
         sampling: how `pipeline` is sampled.
+        latent_shape: (C, H, W) of the latents of an image of `sampling`'s size.
         output: the folder to write to.
         workspace: `output` with the results of finished stages.
         gallery: measures models, and keeps their images.
@@ -79,7 +80,8 @@ class Job(ABC, Generic[ConfigT]):
         self.teacher: Any = loaded.pipeline.transformer.requires_grad_(False)
         self.family = family_of(self.teacher)
         self.sampling: SamplingDefaults = loaded.sampling.replaced(config.sampling)
-        if not min(self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)):
+        self.latent_shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
+        if not min(self.latent_shape):
             raise UserError(
                 f"an image of {self.sampling.width} x {self.sampling.height} pixels has no latents; give a larger "
                 "--height and --width, such as 512"

@@ -114,9 +114,7 @@ def score(
     """
     check_known("criterion", criterion, CRITERIA)
     if drop_blocks is not None:
-        if drop_blocks < 1:
-            raise UserError(f"drop_blocks={drop_blocks} drops nothing; give at least 1")
-        check_count(drop_blocks, len(calibration.blocks))
+        _check_drops(drop_blocks, len(calibration.blocks))
     return calibration.score(criterion, drops=drop_blocks)
 
 
@@ -168,9 +166,7 @@ def select(
     request = Request(count=drop_blocks, budget=parse_budget(budget) if budget is not None else None)
     costs = sizes(transformer, anatomy, (dtype or transformer.dtype).itemsize)
     if drop_blocks is not None:
-        if drop_blocks < 1:
-            raise UserError(f"drop_blocks={drop_blocks} drops nothing; give at least 1")
-        check_count(drop_blocks, len(blocks))
+        _check_drops(drop_blocks, len(blocks))
     elif request.budget and (quantity := request.budget.quantity) not in costs:
         size = SamplingOptions(height=height, width=width, max_sequence_length=max_sequence_length)
         load = workload(SamplingDefaults().replaced(size), anatomy.vae_scale_factor)
@@ -179,6 +175,13 @@ def select(
         )
     evidence = Evidence(scores={block_id: scores[block_id] for block_id in blocks}, tied=tied(transformer, anatomy))
     return choose(request, costs, evidence, _trial(calibration, blocks, verify)).dropped
+
+
+def _check_drops(drop_blocks: int, blocks: int) -> None:
+    """Raise `UserError` for a number of blocks to drop that is none, or leaves no model."""
+    if drop_blocks < 1:
+        raise UserError(f"drop_blocks={drop_blocks} drops nothing; give at least 1")
+    check_count(drop_blocks, blocks)
 
 
 def _trial(calibration: Calibration | None, blocks: Sequence[BlockId], sets: int) -> Trial | None:

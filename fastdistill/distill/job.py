@@ -78,8 +78,8 @@ class FewStepStudent(Job[DistillConfig]):
         self.models = Models(teacher=self.teacher, student=student, sampling=self.sampling)
         bare = build(self.config, self.models.without_weights())
         memory, checkpoints = training_bytes(bare, training(self.config, bare))
-        shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
-        require_disk(self.output, checkpoints + 2 * self.config.data.num_images * prod(shape) * torch.float32.itemsize)
+        pairs = 2 * self.config.data.num_images * prod(self.latent_shape) * torch.float32.itemsize
+        require_disk(self.output, checkpoints + pairs)
         remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
         require_memory(
             self.pipeline.device,
@@ -113,8 +113,7 @@ class FewStepStudent(Job[DistillConfig]):
 
     def build(self) -> Distillation:
         """The method with the student, a copy of a network that is not patched yet."""
-        channels, height, width = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
-        image_tokens = channels * height * width // int(self.teacher.config.in_channels)
+        image_tokens = prod(self.latent_shape) // int(self.teacher.config.in_channels)
         shift = self.config.shift or shift_of(self.pipeline.scheduler, image_tokens)
         return build(self.config, self.models, shift=shift, unconditional=self.encoded([""]))
 
@@ -267,8 +266,7 @@ class FewStepStudent(Job[DistillConfig]):
         return encoded.conditioning[:-1], lambda step, rng: pool.batch(self.config.training.batch, rng)
 
     def _no_images(self, conditioning: Conditioning) -> BatchSource:
-        shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
-        blank = torch.zeros(()).expand(len(conditioning), *shape)
+        blank = torch.zeros(()).expand(len(conditioning), *self.latent_shape)
         pool = LatentPool(
             latents=blank, prompts=torch.arange(len(conditioning)), conditioning=conditioning, dropout=0.0
         )
@@ -286,7 +284,7 @@ class FewStepStudent(Job[DistillConfig]):
                     batch=batch,
                 ),
                 conditioning=conditioning,
-                shape=self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width),
+                shape=self.latent_shape,
                 seed=self.config.run.seed,
                 device=self.teacher.device,
                 settings={"teacher": self.config.run.model, "texts": digest({"prompts": list(self.prompts)})},
@@ -299,10 +297,9 @@ class FewStepStudent(Job[DistillConfig]):
         noise."""
         count = min(GRID_IMAGES, len(conditioning))
         rows = torch.arange(count) * len(conditioning) // count
-        shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
-        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.config.run.seed)).to(
-            conditioning.prompt_embeds
-        )
+        noise = torch.randn(
+            count, *self.latent_shape, generator=torch.Generator().manual_seed(self.config.run.seed)
+        ).to(conditioning.prompt_embeds)
         start = Start(noise=noise, conditioning=conditioning[rows.to(noise.device)])
         grid = SampleRows(self.method, self.pipeline, self.scheduler, start)
 

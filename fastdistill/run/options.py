@@ -7,6 +7,7 @@ fields of its config, where `OmitArgPrefixes` gives each a box in `--help` and i
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ Training = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(ABC):
     """Options of a job: a command that trains, writes a pipeline and a report, and goes on after an
     interruption.
 
@@ -138,14 +139,14 @@ class JobConfig:
     """Options that an interrupted run may be continued with other values of."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Name of the default output folder in `runs/`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def image_count(self) -> int:
         """Number of images that are taken from `--images` at most."""
-        raise NotImplementedError
 
     def flags(self) -> dict[str, Any]:
         """Every option by its name, whatever group it is in."""

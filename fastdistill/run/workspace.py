@@ -12,7 +12,6 @@ from typing import Any
 
 from fastdistill.errors import UserError
 from fastdistill.run.files import write_json
-from fastdistill.run.options import flat
 
 
 class Workspace:
@@ -33,7 +32,7 @@ class Workspace:
             UserError: the folder holds a finished run, another run, or other files.
         """
         self.output, self.work = output, output / "work"
-        self.settings = settings = json.loads(json.dumps(flat(settings), default=str))
+        self.settings = settings = json.loads(json.dumps(settings, default=str))
         recorded = self.work / "settings.json"
         if (output / result).exists():
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
