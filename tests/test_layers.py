@@ -92,6 +92,54 @@ def test_triton_is_imported_only_by_its_kernels() -> None:
             assert not any(n == "triton" or n.startswith("triton.") for n in imports(path)), path
 
 
+def reads_text(node: ast.AST) -> bool:
+    """Whether a call reads text by a way of its own: by `read_text` of a path, `json.load`, or
+    `open` for reading."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    if isinstance(node.func, ast.Name) and name != "open":
+        return False
+    if name == "open":
+        # The mode is the first argument of a path's method, the second of the function.
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        modes = [*node.args[0 if isinstance(node.func, ast.Attribute) else 1 :], *(key.value for key in node.keywords)]
+        given = [mode.value for mode in modes if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
+        return owner not in ("Image", "os") and not any(letter in mode for mode in given for letter in "awxb")
+    return name == "read_text" or (name == "load" and getattr(node.func.value, "id", "") in ("json", "csv"))
+
+
+def test_text_is_read_by_one_function() -> None:
+    """`run/files.py` alone knows of byte order marks and encodings."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in FILES
+        if path != PACKAGE / "run" / "files.py"
+        for node in ast.walk(ast.parse(path.read_text(), str(path)))
+        if reads_text(node)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("path.read_text(encoding='utf-8')", True),
+        ("json.load(file)", True),
+        ("open(path)", True),
+        ("path.open()", True),
+        ("open(path, encoding='utf-8')", True),
+        ("read_text(path)", False),
+        ("path.open('a')", False),
+        ("open(path, 'rb')", False),
+        ("Image.open(path)", False),
+        ("checkpoint.load(path)", False),
+    ],
+)
+def test_ways_to_read_text_are_told_apart(code: str, expected: bool) -> None:
+    assert reads_text(ast.parse(code, mode="eval").body) == expected
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_help_waits_for_no_heavy_package(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastdistill.run.files import atomic_write, write_text
+from fastdistill.run.files import atomic_write, read_json, write_text
 
 SIZE = 64
 SHEET_COLUMNS = 20
@@ -77,7 +77,7 @@ class Emoji:
         sheet_path, captions_path = folder / "emoji.png", folder / "captions.json"
         if not sheet_path.exists() or not captions_path.exists():
             raise FileNotFoundError(f"no emoji sheet in {folder}: run `python -m fastdistill.data.emoji` to render it")
-        self.captions: list[str] = json.loads(captions_path.read_text(encoding="utf-8"))
+        self.captions: list[str] = read_json(captions_path)
         sheet = torch.from_numpy(np.array(Image.open(sheet_path).convert("RGBA"))).float() / 255
         rows = sheet.shape[0] // SIZE
         tiles = sheet.view(rows, SIZE, SHEET_COLUMNS, SIZE, 4).permute(0, 2, 4, 1, 3)

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastdistill.errors import UserError
+from fastdistill.run.files import read_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -80,7 +81,4 @@ def _open(path: Path) -> Image.Image:
 
 
 def _caption(path: Path) -> str:
-    try:
-        return " ".join(path.read_text(encoding="utf-8").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save the caption as such") from error
+    return " ".join(read_text(path).split())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import atomic_write, write_json
+from fastdistill.run.files import atomic_write, read_json, write_json
 
 
 def cached_shards(
@@ -37,7 +37,7 @@ def cached_shards(
     recorded = folder / "pairs.json"
     current = json.loads(json.dumps({"count": count, "shard": shard, "seed": seed, **settings}))
     if recorded.exists():
-        earlier = json.loads(recorded.read_text())
+        earlier = read_json(recorded)
         changed = sorted(name for name in current.keys() | earlier.keys() if current.get(name) != earlier.get(name))
         if changed:
             raise UserError(

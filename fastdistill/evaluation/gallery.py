@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import ceil
@@ -18,7 +17,7 @@ from torch import Tensor
 from fastdistill.evaluation.suite import ImageSet, evaluate
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.files import atomic_write, write_json
+from fastdistill.run.files import atomic_write, read_json, write_json
 from fastdistill.run.grid import grid
 from fastdistill.run.progress import bar
 
@@ -63,7 +62,7 @@ class Gallery:
         """
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
-            return dict(json.loads(measured.read_text()))
+            return dict(read_json(measured))
         reference = self._images(self.reference) if self.measure and name != self.reference else None
         image_set = ImageSet(
             prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastdistill.errors import UserError
 from fastdistill.models.families import FAMILIES
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.weights import check_computable, check_finite
+from fastdistill.run.files import begins_with_mark, read_json, read_lines
 
 EMBEDDED = "emoji"
 PIPELINES = ("FluxPipeline",)
@@ -127,10 +127,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise UserError(f"there is no prompt file {path}")
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as such, one prompt a line") from error
+    prompts = read_lines(path)
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one a line")
     return prompts
@@ -157,10 +154,12 @@ def _check_folder(folder: Path) -> None:
         raise UserError(
             f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that save_pretrained wrote"
         )
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{index} is not valid JSON; get a sound copy of the pipeline") from error
+    entries = read_json(index)
+    for path in [index, *sorted(folder.glob("*/*.json"))]:
+        if begins_with_mark(path):
+            raise UserError(
+                f"{path} begins with a byte order mark, which diffusers does not read; save it as UTF-8 without one"
+            )
     transformer = entries.get("transformer")
     _check_class(
         entries.get("_class_name", "a pipeline without a class"),
@@ -192,7 +191,7 @@ def _check_weight_files(part: Path) -> None:
     lost: list[str] = []
     for index in sorted(part.glob("*.index*.json")):
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(read_json(index)["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{index} is not the index of a model's weights; get a sound copy of the pipeline"

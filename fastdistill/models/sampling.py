@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import write_json
+from fastdistill.run.files import read_json, write_json
 
 FILE = "fastdistill.json"
 
@@ -50,7 +49,7 @@ class SamplingDefaults:
         if not path.exists():
             return cls()
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**read_json(path))
         except (ValueError, TypeError) as error:
             names = ", ".join(field.name for field in dataclasses.fields(cls))
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fastdistill.errors import UserError
 from fastdistill.models.families import anatomy_named
 from fastdistill.models.loading import EMBEDDED, embedded_folder
 from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.run.files import read_json
 
 
 def skeleton_of(transformer_class: Any, config: Mapping[str, Any]) -> Any:
@@ -42,7 +42,7 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
             )
         path = _from_hub(model)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         name = config["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no diffusers config: it has to be a JSON object with _class_name") from error
@@ -54,7 +54,7 @@ def read_config(model: str) -> tuple[Any, SamplingDefaults, int]:
     except Exception as error:  # whatever the class makes of a value that it does not expect
         raise UserError(f"{path} does not describe a {name}: {error}") from error
     vae = folder / "vae" / "config.json"
-    channels = json.loads(vae.read_text(encoding="utf-8")).get("block_out_channels") if vae.is_file() else None
+    channels = read_json(vae).get("block_out_channels") if vae.is_file() else None
     return network, SamplingDefaults.load(folder), 2 ** (len(channels) - 1) if channels else anatomy.vae_scale_factor
 
 

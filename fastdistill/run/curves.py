@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # no window: there may be no screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from fastdistill.run.files import atomic_write
+from fastdistill.run.files import atomic_write, read_lines
 
 PREFIX = "evaluation/"
 NO_LOSSES = ("seconds", "learning_rate", "gradient_norm", "student_steps")
@@ -26,7 +26,7 @@ def draw_curves(metrics: Path, image: Path, others: Mapping[str, Mapping[str, An
     Args:
         others: measurements of other models by name, such as the teacher; drawn as dashed lines.
     """
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in read_lines(metrics)]
     series: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for name, value in record.items():

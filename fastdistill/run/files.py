@@ -1,7 +1,9 @@
-"""Files that are written whole or not at all, and short names for settings."""
+"""Files that are written whole or not at all, text in whatever form of Unicode editors save it, and
+short names for settings."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -10,8 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from fastdistill.errors import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# A mark of UTF-32 begins with that of UTF-16.
+ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks, and the encoding of a text that begins with one."""
+MARK = "\ufeff"
 
 
 @contextmanager
@@ -28,6 +43,59 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Lines end with a newline, whatever they end with in the file. No byte order mark is left, not
+    even in the middle, where joining two files puts one.
+
+    Raises:
+        UserError: the file cannot be read, or is no such text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    encoding = next((encoding for mark, encoding in ENCODINGS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{path} is not UTF-8 text: it holds NUL characters; save it as UTF-8")
+    return text.replace(MARK, "").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text without the white space around them, and without empty ones.
+
+    Only a line's end in an editor ends a line: `str.splitlines` also breaks at form feeds and at
+    Unicode's separators, which stand within texts that were copied from elsewhere.
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON value from a text.
+
+    Raises:
+        UserError: as `read_text`, or the text is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); correct it, or get a sound copy") from error
+
+
+def begins_with_mark(path: Path) -> bool:
+    """Whether the file begins with a byte order mark, which diffusers and transformers do not
+    read."""
+    return path.read_bytes()[:4].startswith(tuple(mark for mark, _ in ENCODINGS))
 
 
 def write_text(path: Path, text: str) -> None:

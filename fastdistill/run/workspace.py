@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import write_json
+from fastdistill.run.files import read_json, write_json
 
 
 class Workspace:
@@ -37,7 +37,7 @@ class Workspace:
         if (output / result).exists():
             raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
         if recorded.exists():
-            earlier = json.loads(recorded.read_text())
+            earlier = read_json(recorded)
             changed = sorted(
                 name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name)
             )
@@ -49,7 +49,7 @@ class Workspace:
                 )
             self.resumed = True
             timed = self.work / "seconds.json"
-            self.seconds: dict[str, float] = json.loads(timed.read_text()) if timed.exists() else {}
+            self.seconds: dict[str, float] = read_json(timed) if timed.exists() else {}
             return
         if self._holds_files():
             raise UserError(f"{output} exists and is not empty; choose another --output")
@@ -74,7 +74,7 @@ class Workspace:
         path = self.work / f"{name}.json"
         if not path.exists():
             write_json(path, make())
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def folder(self, name: str) -> Path:
         """Make a folder of its own in `work`."""

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdistill.errors import UserError
+from fastdistill.run.files import read_json
 from fastdistill.train import parallel
 from fastdistill.train.ema import EMA
 
@@ -88,7 +89,7 @@ def load(path: Path, trained: Trained) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is of other networks.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = read_json(path / "state.json")
     for role, optimizer in trained.optimizers.items():
         restore(trained.networks[role].state_dict(), path / f"{role}.safetensors")
         _unflatten(optimizer, path / f"{role}.optimizer.safetensors")

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from rich.console import Console
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import write_image, write_text
+from fastdistill.run.files import read_lines, write_image, write_text
 from fastdistill.run.progress import bar
 
 
@@ -54,7 +54,7 @@ class Log:
         # Steps after the checkpoint that is resumed from are run and logged again: drop their old
         # lines.
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= self.start]
+            lines = [line for line in read_lines(path) if _step(line) <= self.start]
             write_text(path, "".join(line + "\n" for line in lines))
         with ExitStack() as stack:
             self.file = stack.enter_context(path.open("a"))

@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastdistill.errors import UserError
+from fastdistill.run.files import read_json
 from fastdistill.train import checkpoint, optim, parallel
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
@@ -286,7 +287,7 @@ class Trainer:
         path = checkpoint.latest(self.run)
         if path is None:
             return
-        state = json.loads((path / "state.json").read_text())
+        state = read_json(path / "state.json")
         recorded, current = state["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))
         free = self.config.free(self.method.trains)
         changed = {name for name in current if name not in free and recorded.get(name) != current[name]}

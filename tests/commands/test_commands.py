@@ -393,6 +393,10 @@ def poison(copy):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def mark(path):
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+
+
 def truncate(copy):
     path = copy / "vae/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -431,6 +435,8 @@ def cuttable_class(copy):
     [
         (lambda copy: (copy / "model_index.json").unlink(), "no model_index.json"),
         (lambda copy: (copy / "model_index.json").write_text("{"), "not valid JSON"),
+        (lambda copy: mark(copy / "model_index.json"), "model_index.json begins with a byte order mark"),
+        (lambda copy: mark(copy / "vae/config.json"), "config.json begins with a byte order mark"),
         (lambda copy: shutil.rmtree(copy / "vae"), "lacks its part vae"),
         (lambda copy: (copy / "transformer/config.json").unlink(), "transformer has no config.json"),
         (lambda copy: (copy / "text_encoder/config.json").write_text("{"), "does not load"),

@@ -1,5 +1,7 @@
-"""Files are written whole or not at all, and a failure leaves no partial file."""
+"""Files are written whole or not at all, and a failure leaves no partial file; text is read in
+every form of Unicode that editors save."""
 
+import codecs
 import json
 import threading
 from pathlib import Path
@@ -7,7 +9,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastdistill.run.files import atomic_write, digest, write_image, write_json, write_text
+from fastdistill.errors import UserError
+from fastdistill.run.files import (
+    atomic_write,
+    begins_with_mark,
+    digest,
+    read_json,
+    read_lines,
+    read_text,
+    write_image,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -87,3 +100,69 @@ def test_json_text_and_images(tmp_path: Path) -> None:
 
 def test_a_digest_is_of_the_settings_and_not_of_their_order() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+TEXT = "a naïve café,\n猫 on a mat 🐈\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TEXT.encode(),
+        TEXT.encode("utf-8-sig"),
+        codecs.BOM_UTF8 + TEXT.encode("utf-8-sig"),
+        TEXT.encode("utf-16"),
+        codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"),
+        TEXT.encode("utf-32"),
+        codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be"),
+        TEXT.replace("\n", "\r\n").encode("utf-16"),
+        TEXT.replace("\n", "\r\n").encode(),
+        TEXT.replace("\n", "\r").encode(),
+        TEXT.replace("猫", "\ufeff猫").encode(),
+    ],
+)
+def test_text_is_the_same_in_every_form_of_unicode(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    assert read_text(path) == TEXT
+    assert read_lines(path) == TEXT.split("\n")[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("café".encode("latin-1"), r"text\.txt is not UTF-8 text \(byte 3\); save it as UTF-8"),
+        (codecs.BOM_UTF16_LE + b"\0", r"text\.txt is not UTF-8 text"),
+        ("a cat".encode("utf-16-le"), "NUL"),
+        (b"a\0b", "NUL"),
+        (None, r"text\.txt cannot be read: No such file"),
+    ],
+)
+def test_other_text_is_refused_by_name(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_text, read_lines, read_json):
+        with pytest.raises(UserError, match=message):
+            read(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_text(tmp_path)
+
+
+@pytest.mark.parametrize("within", ["\x0b", "\x0c", "\x1c", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_only_the_ends_of_lines_end_lines(tmp_path: Path, within: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(f"  a cat{within}on a mat \t\r\n\r\n \r\n{within}a dog{within}\n".encode())
+    assert read_lines(path) == [f"a cat{within}on a mat", "a dog"]
+
+
+def test_json_with_a_mark_and_json_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text('{"é": 1}', encoding=encoding)
+        assert read_json(path) == {"é": 1}
+        assert begins_with_mark(path) == (encoding != "utf-8")
+    for content in ("{", "", "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"value\.json is not valid JSON"):
+            read_json(path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdistill.run.files import write_text
+from fastdistill.run.files import read_text, write_text
 
 Tick = Callable[[float], None]
 """Called with the share of the work that is done, for the progress bar."""
@@ -27,7 +27,7 @@ class Ledger:
         self._pieces: dict[str, Any] = {}
         self._expected = 1
         if path is not None and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = read_text(path).splitlines(keepends=True)
             # A kill in the middle of a write leaves half a line, and the next one must not continue
             # it.
             whole = [line for line in lines if line.endswith("\n")]
