@@ -3,9 +3,13 @@ made once and held here."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -17,12 +21,15 @@ from fastdistill.data.images import read_folder
 from fastdistill.errors import UserError
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.evaluation.table import summarise
+from fastdistill.models.digest import digests
 from fastdistill.models.families import family_of
 from fastdistill.models.loading import load, read_prompts
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
 from fastdistill.run.files import write_image, write_json, write_text
-from fastdistill.run.options import JobConfig, TrainingOptions
+from fastdistill.run.options import JobConfig, RunOptions, TrainingOptions
+from fastdistill.run.resources import GIB
+from fastdistill.run.store import OFF, Store, default_folder
 from fastdistill.run.versions import versions
 from fastdistill.run.workspace import Workspace
 from fastdistill.train.config import TrainConfig
@@ -46,6 +53,7 @@ class Job(ABC, Generic[ConfigT]):
         latent_shape: (C, H, W) of the latents of an image of `sampling`'s size.
         output: the folder to write to.
         workspace: `output` with the results of finished stages.
+        store: results that other runs can use, too.
         gallery: measures models, and keeps their images.
         console: where progress is shown; quiet by default.
     """
@@ -91,6 +99,7 @@ class Job(ABC, Generic[ConfigT]):
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock
+        self.store = _store(run, self.workspace)
         self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
 
     @classmethod
@@ -115,6 +124,23 @@ class Job(ABC, Generic[ConfigT]):
     def run(self) -> None:
         """Run every stage, or read its result from the workspace if an interrupted run has finished
         it."""
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """Facts for `store.entry` on which everything depends that the full model does: the content
+        of its parts, the device, prompts, images with their captions, and sampling.
+
+        A result adds its own, such as amounts and seeds:
+
+            folder = self.store.entry("calibration", {**self.origin, **asdict(amount)})
+        """
+        return {
+            "parts": digests(self.pipeline),
+            "device": self.pipeline.device.type,
+            "prompts": list(self.prompts),
+            "images": [(image.caption, _content(image.path)) for image in self.images],
+            "sampling": asdict(self.sampling),
+        }
 
     def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
         """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""
@@ -190,6 +216,28 @@ class Job(ABC, Generic[ConfigT]):
         self.workspace.finish()
         self.console.print(headline)
         summarise(record["evaluation"], self.output, self.console)
+
+
+def _store(options: RunOptions, workspace: Workspace) -> Store:
+    """The store of `--cache`; with the run, until it is finished, where nothing is to be kept."""
+    kept = default_folder() if options.cache is None else options.cache
+    folder = workspace.work / "cache" if str(options.cache) == OFF else kept
+    store = Store(folder, int(options.cache_gib * GIB))
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(store.folder, os.W_OK)
+    except OSError:
+        writable = False
+    if writable:
+        store.trim()
+        return store
+    if options.cache is not None:
+        raise UserError(f"--cache {options.cache} cannot be written; choose another folder, or none")
+    return Store(workspace.work / "cache")
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: float = 1.0) -> TrainConfig:

@@ -2,12 +2,25 @@
 tensors."""
 
 import os
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(autouse=True)
+def no_common_cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test begins without results of other runs, the user's among them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches / uuid4().hex))
 
 
 # Before pytest's own hook, which deselects by marker.

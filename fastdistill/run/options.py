@@ -68,12 +68,19 @@ class RunOptions:
     """Type of the saved transformer's weights."""
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
+    cache: Path | None = None
+    """Folder of results that other runs can use: what the full model drew and how it was measured;
+    "none" keeps nothing for other runs. Default: $XDG_CACHE_HOME/fastdistill, or
+    ~/.cache/fastdistill."""
+    cache_gib: float = 20
+    """Size in GiB above which the results in --cache that were not used for the longest time are
+    removed."""
 
     def __post_init__(self) -> None:
-        for name in ("output", "prompts", "images"):
+        for name in ("output", "prompts", "images", "cache"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
-        at_least(self, 0, "seed", "evaluate_images")
+        at_least(self, 0, "seed", "evaluate_images", "cache_gib")
         check_choice(self, "save_dtype")
         if self.seed >= 2**32:
             raise UserError(f"--seed must be less than 2^32, got {self.seed}")
@@ -135,7 +142,7 @@ class JobConfig(ABC):
     training: Training = field(default_factory=TrainingOptions)
     sampling: Sampling = field(default_factory=SamplingOptions)
 
-    results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output",)
+    results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output", "cache", "cache_gib")
     """Options that an interrupted run may be continued with other values of."""
 
     @property
