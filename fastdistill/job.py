@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from rich.console import Console
 
-from fastdistill.data.images import read_folder
+from fastdistill.data.images import Captioned, read_folder
 from fastdistill.errors import UserError
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.evaluation.table import summarise
@@ -80,7 +80,7 @@ class Job(ABC, Generic[ConfigT]):
         self.workspace = Workspace(self.output, config.settings(), self.result)
         _check_installed(config.training)
         prompts = read_prompts(run.prompts) if run.prompts else None
-        self.images = read_folder(run.images, config.image_count) if run.images else []
+        self.images = self._own_images(run.images) if run.images else []
         self.console.print(f"loading {run.model}")
         loaded = load(run.model, run.device)
         self.prompts = prompts or loaded.prompts
@@ -141,6 +141,16 @@ class Job(ABC, Generic[ConfigT]):
             "images": [(image.caption, _content(image.path)) for image in self.images],
             "sampling": asdict(self.sampling),
         }
+
+    def _own_images(self, folder: Path) -> list[Captioned]:
+        """Images of the user's `folder`, of which a line is printed."""
+        if self.output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{self.output} lies in {folder}, whose subfolders are read for images; choose another --output"
+            )
+        found = read_folder(folder, self.config.image_count)
+        self.console.print(str(found), markup=False, soft_wrap=True)
+        return found.images
 
     def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
         """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""

@@ -57,7 +57,7 @@ def calibrate(
     Args:
         pipeline: a diffusers pipeline of a family that can be scored; left as it is.
         prompts: to sample from; `points` images are drawn, in `steps` steps each.
-        images: a folder of images to take instead, with captions in `.txt` files of the same names.
+        images: a folder of images to take instead, with their captions, as docs/images.md lists.
         points: at how many points blocks are scored; the command's 256 give steadier scores for
             four times the time.
         batch: samples per forward pass, here and wherever the calibration is used.
@@ -88,14 +88,18 @@ def calibrate(
         guidance_scale=guidance_scale,
         max_sequence_length=max_sequence_length,
     )
+    console = console or Console(quiet=True)
+    own = read_folder(Path(images), points) if images is not None else None
+    if own:
+        console.print(str(own), markup=False, soft_wrap=True)
     folder = getattr(pipeline, "name_or_path", None)
     source = Source(
         pipeline=pipeline,
         prompts=prompts,
         sampling=(SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults()).replaced(options),
-        images=read_folder(Path(images), points) if images is not None else [],
+        images=own.images if own else [],
     )
-    return calibrated(source, amount, console=console or Console(quiet=True))
+    return calibrated(source, amount, console=console)
 
 
 def score(

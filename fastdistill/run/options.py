@@ -59,9 +59,9 @@ class RunOptions:
     """Text file with one prompt a line; default: the model's own prompts.txt, else a small general
     list."""
     images: Path | None = None
-    """Folder of jpg, png or webp images to use instead of images that the model draws, scaled and
-    cropped to the size to sample at. Their captions are in .txt files of the same names, or there
-    are none."""
+    """Folder of images to use instead of images that the model draws, scaled and cropped to the
+    size to sample at. Their captions are in .txt files of the same names, or in a metadata.jsonl or
+    metadata.csv, or there are none; docs/images.md lists all that is read."""
     evaluate_images: int = 200
     """Images of each model to measure; 0 skips the measurement."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

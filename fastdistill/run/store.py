@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from fastdistill.run.files import digest, write_json
+from fastdistill.run.files import digest, read_json, write_json
 
 FORMAT = 1
 """Counts the changes of this package after which earlier results are no longer what it would make."""
@@ -80,7 +80,7 @@ class Store:
         path = self.entry(kind, facts) / "value.json"
         if not path.exists():
             write_json(path, make())
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
     def size(self) -> int:
         """Bytes of all results."""
@@ -134,7 +134,7 @@ def _bytes(path: Path) -> int:
 def _remove(folder: Path) -> bool:
     """Remove a result, unless a process uses it."""
     try:
-        with (folder / LOCK).open() as file:
+        with (folder / LOCK).open("rb") as file:
             if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return False
             # First its name: nobody finds half of a result.
@@ -146,7 +146,7 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _lock(file: IO[str], how: int) -> bool:
+def _lock(file: IO[Any], how: int) -> bool:
     """Whether `file` could be locked, or is on a disk that knows no locks."""
     try:
         fcntl.flock(file, how)

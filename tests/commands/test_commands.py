@@ -110,7 +110,7 @@ assert image.size == (64, 64)
 
 @pytest.mark.slow_but_first
 @pytest.mark.parametrize("repair", ["scale", "average", "none"])
-def test_without_recovery_the_repaired_model_is_saved_if_it_is_better(command, pipeline_folder, tmp_path, repair):
+def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_folder, tmp_path, repair):
     output = tmp_path / "out"
     quick = ["--recovery-steps", "0", *QUICK[2:], "--repair", repair, "--save-dtype", "float32", "--output", output]
     assert command("compress", "--model", pipeline_folder, "--drop-blocks", "single:1", *quick).code == 0
@@ -121,15 +121,13 @@ def test_without_recovery_the_repaired_model_is_saved_if_it_is_better(command, p
     )
     block, kept = saved.single_transformer_blocks[0], full.single_transformer_blocks[0]
     changed = {name for name, weight in block.state_dict().items() if not torch.equal(weight, kept.state_dict()[name])}
-    repaired = record["saved"] == "repaired"
-    assert repaired == (repair != "none" and record["distances"]["repaired"] < record["distances"]["cut"])
-    if repair == "average" and repaired:
+    if repair == "average":
         assert {"proj_mlp.weight", "attn.to_q.weight", "proj_out.weight"} <= changed
     else:
-        assert changed == ({"proj_out.weight", "proj_out.bias"} if repaired else set())
+        assert changed == ({"proj_out.weight", "proj_out.bias"} if repair == "scale" else set())
     report = (output / "report.md").read_text()
-    assert ("| repaired |" in report) == (repair != "none")
-    assert "| recovered |" not in report
+    assert (f"Repaired by `{repair}`" in report) == (repair != "none")
+    assert "After recovery" not in report
 
 
 @pytest.mark.slow
@@ -188,8 +186,7 @@ def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     assert len(eligible) >= 3
     best = min(eligible, key=lambda found: found["joint"])
     assert choice["dropped"] == best["dropped"]
-    # Measured again with weights as they are saved.
-    assert record["output_errors"]["cut"] == pytest.approx(best["joint"], rel=0.1)
+    assert record["output_errors"]["cut"] == best["joint"]
     assert choice["additivity"]["sets"] == len(choice["verified"])
     report = (output / "report.md").read_text()
     assert "Do errors add up?" in report
@@ -248,6 +245,16 @@ def images(tmp_path):
         Image.new("RGB", (80, 64), (50 * index, 0, 0)).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"a red {index % 2}")
     return folder
+
+
+def test_a_line_says_what_was_read_of_the_images(command, images, tmp_path):
+    """Before the model is looked for; an output folder among the images is refused."""
+    options = ["compress", "--drop-blocks", "1", "--model", tmp_path / "nowhere", "--images", images]
+    ended = command(*options, "--output", tmp_path / "out")
+    assert f"5 images of {images}, with captions (5 from .txt)\n" in ended.message
+    ended = command(*options, "--output", images / "runs" / "out")
+    assert ended.code == 2
+    assert f"lies in {images}, whose subfolders are read for images; choose another --output" in ended.message
 
 
 @pytest.mark.slow
@@ -500,13 +507,11 @@ def test_too_small_a_memory_is_noticed_first(command, pipeline_folder, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_diverging_recovery_loses_nothing(command, pipeline_folder, tmp_path, monkeypatch):
+def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
     ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
-    assert ended.code == 0, ended.message
-    assert "lower the --learning-rate" in ended.message
-    record = json.loads((tmp_path / "out" / "compress.json").read_text())
-    assert record["saved"] == min(record["distances"], key=record["distances"].get)
+    assert ended.code == 2
+    assert "Lower the learning rate" in ended.message
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def score(network: nn.Module, family: Family, material: Material, ledger: Ledger
     """
     blocks = block_ids(network, family)
     runs = shortened(material.runs, STEPS)
-    runs = runs[: max(1, len(material.points) // runs.passes)]
+    forwards = (len(runs.times) - 1) * (2 if runs.true_cfg_scale > 1 else 1)
+    runs = runs[: max(1, len(material.points) // forwards)]
     parts = [runs[start : start + material.batch] for start in range(0, len(runs), material.batch)]
     ledger.expect(len(blocks) * len(parts))
     errors, norm = dict.fromkeys(blocks, 0.0), 0.0

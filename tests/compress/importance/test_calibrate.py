@@ -20,7 +20,7 @@ def images(tmp_path):
     for index, caption in enumerate(CAPTIONS):
         Image.new("RGB", (100, 80), (80 * index, 255, 0)).save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_text(caption)
-    return read_folder(tmp_path, 3)
+    return read_folder(tmp_path, 3).images
 
 
 @pytest.fixture(scope="module")
