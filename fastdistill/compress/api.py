@@ -20,6 +20,7 @@ from fastdistill.compress.choice.choose import Evidence, Request, Trial, choose
 from fastdistill.compress.choice.costs import flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
+from fastdistill.compress.kept import check_kept
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage, mend
 from fastdistill.compress.surgery import CutModel, boundary_map, check, check_count, spelled_out
@@ -27,11 +28,13 @@ from fastdistill.data.images import read_folder
 from fastdistill.data.trajectories import Source
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, tied
+from fastdistill.models.digest import digest_of
 from fastdistill.models.families import anatomy_of, family_of
 from fastdistill.models.families.family import BlockId
 from fastdistill.models.loading import GENERAL_PROMPTS
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.weights import check_computable, check_finite
+from fastdistill.run.numbers import whole
 from fastdistill.run.options import SamplingOptions, check_known
 
 
@@ -80,13 +83,22 @@ def calibrate(
     check_finite(network, type(network).__name__)
     if isinstance(prompts, str) or not (prompts := list(prompts)):
         raise UserError("give prompts as a list of at least one, not as one string")
-    amount = Amount(images=points, points=points, steps=steps, batch=batch, seed=seed)
+    if strangers := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise UserError(f"every prompt must be a string, got {strangers[0]!r}")
+    points = whole("points", points, 1)
+    amount = Amount(
+        images=points,
+        points=points,
+        steps=whole("steps", steps, 1),
+        batch=whole("batch", batch, 1),
+        seed=whole("seed", seed, 0, 2**32 - 1),
+    )
     options = SamplingOptions(
-        height=height,
-        width=width,
+        height=_whole_if_given("height", height),
+        width=_whole_if_given("width", width),
         true_cfg_scale=true_cfg_scale,
         guidance_scale=guidance_scale,
-        max_sequence_length=max_sequence_length,
+        max_sequence_length=_whole_if_given("max_sequence_length", max_sequence_length),
     )
     console = console or Console(quiet=True)
     own = read_folder(Path(images), points) if images is not None else None
@@ -116,10 +128,10 @@ def score(
     Raises:
         UserError: there is no such criterion, or not so many blocks.
     """
+    _check_calibration(calibration)
     check_known("criterion", criterion, CRITERIA)
-    if drop_blocks is not None:
-        _check_drops(drop_blocks, len(calibration.blocks))
-    return calibration.score(criterion, drops=drop_blocks)
+    drops = None if drop_blocks is None else _drops(drop_blocks, len(calibration.blocks))
+    return calibration.score(criterion, drops=drops)
 
 
 def select(
@@ -158,44 +170,88 @@ def select(
     blocks = block_ids(transformer, anatomy)
     if (drop_blocks is None) == (budget is None):
         raise UserError("give either drop_blocks, such as 4, or budget, such as 'params=0.66'")
-    if verify < 1:
-        raise UserError(f"verify must be at least 1, got {verify}")
-    if scores.keys() != set(blocks):
-        raise UserError(
-            f"these are the scores of {len(scores)} blocks, and not of the {len(blocks)} of this "
-            f"{type(transformer).__name__}"
-        )
-    if any(math.isnan(value) for value in scores.values()):
-        raise UserError("a score is not a number; score again with sound weights")
-    request = Request(count=drop_blocks, budget=parse_budget(budget) if budget is not None else None)
+    count = None if drop_blocks is None else _drops(drop_blocks, len(blocks))
+    sets = whole("verify", verify, 1)
+    worth = _scores_of(scores, blocks, type(transformer).__name__)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype must be one of torch's, such as torch.bfloat16, got {dtype!r}")
+    size = SamplingOptions(
+        height=_whole_if_given("height", height),
+        width=_whole_if_given("width", width),
+        max_sequence_length=_whole_if_given("max_sequence_length", max_sequence_length),
+    )
+    if budget is not None and not isinstance(budget, str):
+        raise UserError(f"budget must be a text such as 'params=0.66', got {budget!r}")
+    request = Request(count=count, budget=parse_budget(budget) if budget is not None else None)
     costs = sizes(transformer, anatomy, (dtype or transformer.dtype).itemsize)
-    if drop_blocks is not None:
-        _check_drops(drop_blocks, len(blocks))
-    elif request.budget and (quantity := request.budget.quantity) not in costs:
-        size = SamplingOptions(height=height, width=width, max_sequence_length=max_sequence_length)
+    if request.budget and (quantity := request.budget.quantity) not in costs:
         load = workload(SamplingDefaults().replaced(size), anatomy.vae_scale_factor)
         costs[quantity] = (
             flops(transformer, anatomy, load) if quantity == "flops" else latency(transformer, anatomy, load, dtype)
         )
-    evidence = Evidence(scores={block_id: scores[block_id] for block_id in blocks}, tied=tied(transformer, anatomy))
-    return choose(request, costs, evidence, _trial(calibration, blocks, verify)).dropped
+    evidence = Evidence(scores=worth, tied=tied(transformer, anatomy))
+    return choose(request, costs, evidence, _trial(calibration, transformer, blocks, sets)).dropped
 
 
-def _check_drops(drop_blocks: int, blocks: int) -> None:
-    """Raise `UserError` for a number of blocks to drop that is none, or leaves no model."""
-    if drop_blocks < 1:
-        raise UserError(f"drop_blocks={drop_blocks} drops nothing; give at least 1")
-    check_count(drop_blocks, blocks)
+def _drops(drop_blocks: Any, blocks: int) -> int:
+    """The number of blocks to drop.
+
+    Raises:
+        UserError: it is no number, drops nothing, or leaves no model.
+    """
+    count = whole("drop_blocks", drop_blocks)
+    if count < 1:
+        raise UserError(f"drop_blocks={count} drops nothing; give at least 1")
+    check_count(count, blocks)
+    return count
 
 
-def _trial(calibration: Calibration | None, blocks: Sequence[BlockId], sets: int) -> Trial | None:
+def _whole_if_given(name: str, value: Any) -> int | None:
+    return None if value is None else whole(name, value)
+
+
+def _scores_of(scores: Mapping[BlockId, Any], blocks: Sequence[BlockId], name: str) -> dict[BlockId, float]:
+    """Scores of every block of a transformer of the class `name`, in the order of the forward pass.
+
+    Raises:
+        UserError: there are other blocks, or a score is no number or minus infinity.
+    """
+    if not isinstance(scores, Mapping):
+        raise UserError(f"give scores as score() returns them, by block, not as a {type(scores).__name__}")
+    if scores.keys() != set(blocks):
+        strangers = [key for key in scores if key not in blocks]
+        named = f" ({strangers[0]!r} is none of them)" if strangers else ""
+        raise UserError(
+            f"these are the scores of {len(scores)} blocks, and not of the {len(blocks)} of this {name}{named}"
+        )
+    try:
+        worth = {block_id: float(scores[block_id]) for block_id in blocks}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"every score must be a number: {error}") from error
+    if any(math.isnan(value) or value == -math.inf for value in worth.values()):
+        raise UserError("a score is not a number, or minus infinity; score again with sound weights")
+    return worth
+
+
+def _trial(calibration: Calibration | None, transformer: Any, blocks: Sequence[BlockId], sets: int) -> Trial | None:
     if calibration is None:
         return None
+    _check_calibration(calibration)
     if calibration.blocks != blocks:
         raise UserError(
             f"the calibration is of a transformer of {len(calibration.blocks)} blocks, and this one has {len(blocks)}"
         )
+    if calibration.network is not transformer and digest_of(calibration.network) != digest_of(transformer):
+        raise UserError(
+            f"the calibration is of another {type(transformer).__name__}, with other weights; give that one, or "
+            "calibrate a pipeline with this one"
+        )
     return Trial(joint=lambda positions: calibration.joint_error(blocks[position] for position in positions), sets=sets)
+
+
+def _check_calibration(calibration: Any) -> None:
+    if not isinstance(calibration, Calibration):
+        raise UserError(f"calibration must be what calibrate() returns, got a {type(calibration).__name__}")
 
 
 def repair(
@@ -211,7 +267,8 @@ def repair(
 
     Args:
         calibration: of the full transformer.
-        smaller: what `cut` made of that transformer by dropping `drop`.
+        smaller: what `cut` made of that transformer by dropping `drop`, in any floating-point
+            dtype.
         kind: a name that `python -m fastdistill.compress --help` lists under `--repair`.
         points: noised images that the repair is fitted to; together some thirty tokens for each
             input of the last layer of a block.
@@ -220,17 +277,13 @@ def repair(
         UserError: there is no such repair, or `smaller` is not the transformer without these
             blocks.
     """
+    _check_calibration(calibration)
     check_known("repair", kind, REPAIRS)
-    if points < 1:
-        raise UserError(f"points must be at least 1, got {points}")
+    points = whole("points", points, 1)
     teacher, family = calibration.network, calibration.family
     dropped = spelled_out(drop, family)
     check(teacher, family, dropped)
     boundaries = boundary_map(calibration.blocks, dropped)
-    if len(block_ids(smaller, family)) != len(boundaries):
-        raise UserError(
-            f"the smaller model has {len(block_ids(smaller, family))} blocks, "
-            f"and without these {len(boundaries)} would be left"
-        )
     model = CutModel(student=smaller, teacher=teacher, family=family, boundaries=boundaries)
+    check_kept(model)
     mend(Damage.of(model, calibration, points), kind, calibration.console)

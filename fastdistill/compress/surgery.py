@@ -14,6 +14,7 @@ from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, blocks_of, tied
 from fastdistill.models.families import anatomy_of
 from fastdistill.models.families.family import Anatomy, BlockId, Family
+from fastdistill.run.numbers import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +142,35 @@ def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dic
 
 
 def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
-    """Blocks that `cut` is told to drop, in either way."""
-    if isinstance(drop, str):
-        raise UserError(f'give the blocks to drop as {{"double": [1, 2]}}, not as {drop!r}')
+    """Blocks that `cut` is told to drop, in either way.
+
+    Raises:
+        UserError: neither way, a list or an index that is none, or a block twice.
+    """
     if isinstance(drop, Mapping):
         attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
-        return {
-            BlockId(stack=attributes.get(name, name), index=index)
-            for name, indices in drop.items()
-            for index in indices
-        }
-    return set(drop)
+        named = {stack.attribute for stack in anatomy.stacks}
+        blocks = []
+        for name, indices in drop.items():
+            if isinstance(indices, str) or not isinstance(indices, Iterable):
+                raise UserError(f'give the blocks to drop as {{"{name}": [1, 2]}}, not as {{"{name}": {indices!r}}}')
+            stack = attributes.get(name, name)
+            own = [BlockId(stack=stack, index=whole(f"index of {name!r}", index)) for index in indices]
+            # `check` names a block that does not exist, and here there is none.
+            if not own and stack not in named:
+                raise UserError(f"there is no list of blocks {name!r}; this model has {', '.join(attributes)}")
+            blocks += own
+    else:
+        blocks = [] if isinstance(drop, str) or not isinstance(drop, Iterable) else list(drop)
+        if isinstance(drop, str) or not isinstance(drop, Iterable) or not all(isinstance(b, BlockId) for b in blocks):
+            raise UserError(f'give the blocks to drop as {{"double": [1, 2]}}, not as {drop!r}')
+        blocks = [
+            BlockId(stack=block_id.stack, index=whole(f"index of {block_id.stack!r}", block_id.index))
+            for block_id in blocks
+        ]
+    if twice := [block_id for block_id, count in Counter(blocks).items() if count > 1]:
+        raise UserError(f"{twice[0].stack} {twice[0].index} is to be dropped twice; name every block once")
+    return set(blocks)
 
 
 def _new_name(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:

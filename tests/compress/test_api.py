@@ -1,10 +1,12 @@
 """`calibrate`, `score`, `select`, `cut` and `repair` from Python."""
 
+import copy
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -207,6 +209,198 @@ def test_a_repair_brings_the_smaller_model_closer(pipeline):
     assert before == pytest.approx(calibration.joint_error(drop), rel=1e-4)
     repair(calibration, smaller, {"single": [1]}, points=64)
     assert calibration.output_error(smaller) < before
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    pipeline = tiny_flux_pipeline()
+    pipeline.transformer = mixing_transformer()
+    return calibrate(pipeline, ["a cat"], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("cut_away", "named", "is_really"),
+    [
+        ({"single": [0]}, {"single": [1]}, "single:1"),
+        ({"single": [1]}, {"single": [2]}, "single:2"),
+        ({"single": [1]}, {"single": [0]}, "single:0"),
+        ({"double": [0]}, {"double": [1]}, "double:1"),
+        ({"double": [0]}, {"single": [0]}, ""),
+        ({"double": [0], "single": [1]}, {"double": [0], "single": [2]}, "single:2"),
+    ],
+)
+def test_a_repair_of_another_cut_is_refused(calibration, cut_away, named, is_really):
+    smaller = cut(calibration.network, cut_away)
+    before = {name: value.clone() for name, value in smaller.state_dict().items()}
+    with pytest.raises(UserError, match="give the blocks that were cut") as refused:
+        repair(calibration, smaller, named, points=4)
+    assert f"it is {is_really}" in str(refused.value) or not is_really
+    assert all(torch.equal(value, before[name]) for name, value in smaller.state_dict().items())
+    repair(calibration, smaller, cut_away, points=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_cast_model_is_compared_within_the_cast(calibration, dtype, cast):
+    smaller = cut(calibration.network, {"single": [1]}).to(cast).to(dtype)
+    repair(calibration, smaller, {"single": [1]}, kind="scale", points=4)
+    with pytest.raises(UserError, match="give the blocks that were cut"):
+        repair(calibration, smaller, {"single": [0]}, kind="scale", points=4)
+
+
+def test_a_repaired_model_may_be_repaired_again(calibration):
+    smaller = cut(calibration.network, {"single": [1]})
+    repair(calibration, smaller, {"single": [1]}, points=8)
+    once = calibration.output_error(smaller)
+    repair(calibration, smaller, {"single": [1]}, points=64)
+    assert calibration.output_error(smaller) < once
+
+
+def trained(smaller):
+    smaller.single_transformer_blocks[0].attn.to_q.weight.data.mul_(1.001)
+    return smaller
+
+
+def other_head(smaller):
+    smaller.proj_out.weight.data.add_(0.01)
+    return smaller
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (trained, "single:0 of the smaller model is not the full model's single:0"),
+        (other_head, "proj_out.weight of the smaller model is not the full model's"),
+        (lambda smaller: smaller.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda smaller: smaller.to("meta"), "not in memory"),
+        (lambda smaller: tiny.tiny_sd3(), "a SD3Transformer2DModel; give the FluxTransformer2DModel"),
+        (lambda smaller: None, "a NoneType"),
+    ],
+)
+def test_a_repair_of_what_cut_did_not_return_is_refused(calibration, spoil, message):
+    smaller = spoil(cut(calibration.network, {"single": [1]}))
+    with pytest.raises(UserError, match=message):
+        repair(calibration, smaller, {"single": [1]}, points=4)
+
+
+WHOLE = [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3), torch.tensor(3, dtype=torch.int16)]
+NOT_WHOLE = [True, np.True_, torch.tensor(True), 3.0, 2.5, "3", [3], np.float32(3), torch.tensor([3]), float("nan")]
+
+
+@pytest.mark.parametrize("three", WHOLE, ids=repr)
+def test_a_number_of_any_whole_type_is_that_number(calibration, pipeline, three):
+    scores = score(calibration)
+    assert select(calibration.network, scores, drop_blocks=three, verify=three, calibration=calibration) == select(
+        calibration.network, scores, drop_blocks=3, verify=3, calibration=calibration
+    )
+    assert score(calibration, "greedy", drop_blocks=three) == score(calibration, "greedy", drop_blocks=3)
+    assert len(block_ids(cut(tiny.tiny_sd3(5), {"transformer_blocks": [three]}), anatomy_of(tiny.tiny_sd3(5)))) == 4
+    names = {"points": three, "steps": three, "batch": three, "seed": three, "height": three * 16}
+    plain = {"points": 3, "steps": 3, "batch": 3, "seed": 3, "height": 48}
+    fixed = {"width": 64, "max_sequence_length": 8}
+    first, second = (calibrate(pipeline, ["a cat"], **amounts, **fixed) for amounts in (names, plain))
+    assert torch.equal(first.points.x_t, second.points.x_t)
+    assert first.points.x_t.shape[-2:] == (6, 8)
+
+
+@pytest.mark.parametrize("value", NOT_WHOLE, ids=repr)
+def test_what_is_no_whole_number_is_refused(calibration, pipeline, value, monkeypatch):
+    monkeypatch.setattr("fastdistill.compress.api.calibrated", lambda *args, **kwargs: pytest.fail("calibrated"))
+    scores = dict.fromkeys(calibration.blocks, 1.0)
+    smaller = cut(calibration.network, {"single": [1]})
+    calls = [
+        lambda: select(calibration.network, scores, drop_blocks=value),
+        lambda: select(calibration.network, scores, drop_blocks=1, verify=value),
+        lambda: select(calibration.network, scores, drop_blocks=1, width=value),
+        lambda: score(calibration, drop_blocks=value),
+        lambda: cut(calibration.network, {"single": [value]}),
+        lambda: cut(calibration.network, [BlockId(stack=SINGLE, index=value)]),
+        lambda: repair(calibration, smaller, {"single": [1]}, points=value),
+        lambda: calibration.joint_error({"single": [value]}),
+        *(
+            lambda name=name: calibrate(pipeline, ["a cat"], **{**SMALL, name: value})
+            for name in ("points", "steps", "batch", "seed", "height", "width", "max_sequence_length")
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="whole number"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ({"tripel": [1]}, "no block tripel:1; this model has double: 0-1, single: 0-2"),
+        ({"tripel": []}, "no list of blocks 'tripel'; this model has double, single"),
+        ({"single": [-1]}, "no block single:-1"),
+        ({"single": [3]}, "no block single:3; this model has double: 0-1, single: 0-2"),
+        ({"single": [1, 1]}, "dropped twice"),
+        ({"single": [1], "single_transformer_blocks": [1]}, "dropped twice"),
+        (ids(single_transformer_blocks=[1, 1]), "dropped twice"),
+        ({"single": 1}, r'as \{"single": \[1, 2\]\}'),
+        ({"single": "1"}, r'as \{"single": \[1, 2\]\}'),
+        (["double:1"], r'as \{"double": \[1, 2\]\}'),
+        (1, r'as \{"double": \[1, 2\]\}'),
+    ],
+)
+def test_blocks_that_cannot_be_dropped_are_named_everywhere(calibration, drop, message):
+    smaller = cut(calibration.network, {"single": [1]})
+    for call in (
+        lambda: cut(calibration.network, drop),
+        lambda: repair(calibration, smaller, drop),
+        lambda: calibration.joint_error(drop),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_generators_are_read_once(calibration):
+    blocks = ids(single_transformer_blocks=[0, 2])
+    once = cut(calibration.network, (block_id for block_id in blocks))
+    assert len(block_ids(once, anatomy_of(once))) == 3
+    assert calibration.joint_error(block_id for block_id in blocks) == calibration.joint_error({"single": [0, 2]})
+    repair(calibration, once, (block_id for block_id in blocks), points=4)
+    assert calibration.joint_error({"single": (index for index in (0, 2))}) == calibration.joint_error(blocks)
+
+
+def test_a_calibration_of_other_weights_is_refused(calibration):
+    other = mixing_transformer(seed=1)
+    scores = dict.fromkeys(calibration.blocks, 1.0)
+    with pytest.raises(UserError, match="of another FluxTransformer2DModel, with other weights"):
+        select(other, scores, drop_blocks=1, calibration=calibration)
+    same = copy.deepcopy(calibration.network)
+    assert select(same, scores, drop_blocks=1, calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0] * 5, "not as a list"),
+        ({f"single:{index}": 1.0 for index in range(5)}, "'single:0' is none of them"),
+        (dict.fromkeys(ids(transformer_blocks=range(2), single_transformer_blocks=range(3)), "a"), "must be a number"),
+        (dict.fromkeys(ids(transformer_blocks=range(2), single_transformer_blocks=range(3)), -math.inf), "minus inf"),
+    ],
+)
+def test_scores_that_are_none_are_refused(calibration, scores, message):
+    with pytest.raises(UserError, match=message):
+        select(calibration.network, scores, drop_blocks=1)
+
+
+def test_arguments_of_other_kinds_are_refused(calibration, pipeline):
+    scores = {block_id: np.float32(index) for index, block_id in enumerate(calibration.blocks)}
+    assert select(calibration.network, scores, drop_blocks=1) == calibration.blocks[:1]
+    for call, message in (
+        (lambda: select(calibration.network, scores, budget=0.66), "'params=0.66'"),
+        (lambda: select(calibration.network, scores, drop_blocks=1, dtype="bfloat16"), "torch.bfloat16"),
+        (lambda: select(calibration.network, scores, drop_blocks=1, calibration=pipeline), "what calibrate"),
+        (lambda: score(pipeline), "what calibrate"),
+        (lambda: repair(pipeline, None, {}), "what calibrate"),
+        (lambda: calibrate(pipeline, ["a cat", None]), "must be a string"),
+        (lambda: calibrate(pipeline, ["a cat"], seed=-1), "at least 0"),
+        (lambda: calibrate(pipeline, ["a cat"], seed=2**32), "at most"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 def test_a_repair_of_something_else_is_refused(pipeline):

@@ -3,7 +3,7 @@ trajectories, or from images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import OutputError
+from fastdistill.compress.surgery import check, spelled_out
 from fastdistill.data.latents import LatentPool
 from fastdistill.data.trajectories import Source, TrajectoryOptions, trajectories
 from fastdistill.errors import UserError
@@ -83,8 +84,15 @@ class Calibration:
             scores = CRITERIA[criterion](self.network, self.family, material, Ledger(pieces, tick))
         return {block_id: scores[block_id] for block_id in self.blocks}
 
-    def joint_error(self, dropped: Iterable[BlockId]) -> float:
-        """Relative output error of the network without all of `dropped` at once."""
+    def joint_error(self, dropped: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> float:
+        """Relative output error of the network without all of `dropped` at once, which are given as
+        to `cut`.
+
+        Raises:
+            UserError: the network has no such block.
+        """
+        dropped = spelled_out(dropped, self.family)
+        check(self.network, self.family, dropped)
         error = self._error
         with patched(self.network):
             return error.without(dropped)
