@@ -10,7 +10,7 @@ import tyro
 
 from fastdistill.errors import UserError
 from fastdistill.run.cli import run
-from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output
+from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output, check_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_prompt", "batch")
+        check_seeds(self, "seeds")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("--seeds needs at least one seed and none twice")
 
@@ -57,6 +58,7 @@ def main(config: EvaluateConfig) -> None:
 
     from fastdistill.evaluation.suite import ImageSet, evaluate
     from fastdistill.evaluation.table import rows
+    from fastdistill.models.checks import check_call, tell_of_long_prompts
     from fastdistill.models.loading import load, read_prompts
     from fastdistill.models.patch import patched
     from fastdistill.run.files import write_json
@@ -65,11 +67,11 @@ def main(config: EvaluateConfig) -> None:
     console = Console(stderr=True, highlight=False)
     loaded = load(config.model, config.device)
     distinct = read_prompts(config.prompts) if config.prompts else loaded.prompts
+    sampling = loaded.sampling.replaced(config.sampling)
+    check_call(loaded.pipeline, sampling)
+    tell_of_long_prompts(loaded.pipeline, distinct, sampling.max_sequence_length)
     image_set = ImageSet(
-        prompts=distinct * config.per_prompt,
-        seeds=config.seeds,
-        sampling=loaded.sampling.replaced(config.sampling),
-        batch=config.batch,
+        prompts=distinct * config.per_prompt, seeds=config.seeds, sampling=sampling, batch=config.batch
     )
 
     reference = None

@@ -21,11 +21,13 @@ from fastdistill.data.images import Captioned, read_folder
 from fastdistill.errors import UserError
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.evaluation.table import summarise
+from fastdistill.models.checks import check_call, tell_of_long_prompts
 from fastdistill.models.digest import digests
 from fastdistill.models.families import family_of
 from fastdistill.models.loading import load, read_prompts
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
+from fastdistill.models.weights import check_computable
 from fastdistill.run.files import write_image, write_json, write_text
 from fastdistill.run.options import JobConfig, RunOptions, TrainingOptions
 from fastdistill.run.resources import GIB
@@ -88,12 +90,11 @@ class Job(ABC, Generic[ConfigT]):
         self.teacher: Any = loaded.pipeline.transformer.requires_grad_(False)
         self.family = family_of(self.teacher)
         self.sampling: SamplingDefaults = loaded.sampling.replaced(config.sampling)
+        check_computable(self.teacher, f"{run.model}: transformer")
+        check_call(self.pipeline, self.sampling)
+        captions = [image.caption for image in self.images]
+        tell_of_long_prompts(self.pipeline, captions or self.prompts, self.sampling.max_sequence_length)
         self.latent_shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
-        if not min(self.latent_shape):
-            raise UserError(
-                f"an image of {self.sampling.width} x {self.sampling.height} pixels has no latents; give a larger "
-                "--height and --width, such as 512"
-            )
         self.check()
         self.workspace.claim()
         if self.workspace.resumed:

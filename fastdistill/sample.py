@@ -10,7 +10,7 @@ import tyro
 
 from fastdistill.errors import UserError
 from fastdistill.run.cli import run
-from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output
+from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output, check_seeds
 
 EMOJI_PROMPTS = ("cat face", "rocket", "strawberry", "panda", "alarm clock", "penguin", "birthday cake", "robot")
 
@@ -42,6 +42,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_prompt", "batch")
+        check_seeds(self, "seed")
         if self.output.suffix.lower() != ".png":
             raise UserError(f"--output names a PNG file, such as grid.png, got {self.output}")
 
@@ -51,6 +52,7 @@ def main(config: SampleConfig) -> None:
 
     from rich.console import Console
 
+    from fastdistill.models.checks import check_call, tell_of_long_prompts
     from fastdistill.models.loading import load
     from fastdistill.models.patch import patched
     from fastdistill.models.sampling import sample
@@ -64,6 +66,8 @@ def main(config: SampleConfig) -> None:
     prompts = config.prompts or tuple(known) or tuple(loaded.prompts[:4])
     everything = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     seeds = [config.seed + i for _ in prompts for i in range(config.per_prompt)]
+    check_call(loaded.pipeline, sampling)
+    tell_of_long_prompts(loaded.pipeline, prompts, sampling.max_sequence_length)
     console = Console(stderr=True, highlight=False)
     with patched(loaded.pipeline.transformer), bar(console, "sample", len(everything)) as tick:
         images = sample(loaded.pipeline, everything, sampling, seeds=seeds, batch=config.batch, tick=tick)

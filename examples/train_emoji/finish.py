@@ -34,8 +34,11 @@ def main(run: Path, true_cfg_scale: float = 1.25) -> None:
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
         # Where this machine had the weights concerns nobody else.
-        if config.pop("_name_or_path", None):
-            write_text(path, json.dumps(config, indent=2) + "\n")
+        config.pop("_name_or_path", None)
+        # Without `dtype=` transformers loads what this says, and diffusers loads float32.
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        write_text(path, json.dumps(config, indent=2) + "\n")
     SamplingDefaults(true_cfg_scale=true_cfg_scale, height=64, width=64, max_sequence_length=8).save(folder)
     write_text(folder / PROMPTS_FILE, "\n".join(Emoji().captions) + "\n")
     size = sum(path.stat().st_size for path in assets().rglob("*") if path.is_file())

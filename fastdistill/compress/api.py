@@ -28,6 +28,7 @@ from fastdistill.data.images import read_folder
 from fastdistill.data.trajectories import Source
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, tied
+from fastdistill.models.checks import check_call, check_pipeline, tell_of_long_prompts
 from fastdistill.models.digest import digest_of
 from fastdistill.models.families import anatomy_of, family_of
 from fastdistill.models.families.family import BlockId
@@ -79,6 +80,7 @@ def calibrate(
             f"calibration needs the pipeline, which samples and encodes prompts, and got a {type(pipeline).__name__}"
         )
     family_of(network)
+    check_pipeline(pipeline)
     check_computable(network, type(network).__name__)
     check_finite(network, type(network).__name__)
     if isinstance(prompts, str) or not (prompts := list(prompts)):
@@ -100,17 +102,17 @@ def calibrate(
         guidance_scale=guidance_scale,
         max_sequence_length=_whole_if_given("max_sequence_length", max_sequence_length),
     )
+    folder = getattr(pipeline, "name_or_path", None)
+    sampling = (SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults()).replaced(options)
+    check_call(pipeline, sampling)
     console = console or Console(quiet=True)
     own = read_folder(Path(images), points) if images is not None else None
     if own:
         console.print(str(own), markup=False, soft_wrap=True)
-    folder = getattr(pipeline, "name_or_path", None)
-    source = Source(
-        pipeline=pipeline,
-        prompts=prompts,
-        sampling=(SamplingDefaults.load(Path(folder)) if folder else SamplingDefaults()).replaced(options),
-        images=own.images if own else [],
-    )
+    captioned = own.images if own else []
+    captions = [image.caption for image in captioned]
+    tell_of_long_prompts(pipeline, captions or prompts, sampling.max_sequence_length)
+    source = Source(pipeline=pipeline, prompts=prompts, sampling=sampling, images=captioned)
     return calibrated(source, amount, console=console)
 
 

@@ -4,7 +4,6 @@ once."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -139,7 +138,7 @@ class CompressConfig(JobConfig):
     @property
     def name(self) -> str:
         asked = "-".join(self.drop_blocks) or self.budget or ""
-        return f"compress-{Path(self.run.model).name}-{asked.translate(str.maketrans('', '', ':='))}"
+        return f"compress-{self.run.model_name}-{asked.translate(str.maketrans('', '', ':='))}"
 
     @property
     def image_count(self) -> int:

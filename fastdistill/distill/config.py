@@ -128,7 +128,7 @@ class DistillConfig(JobConfig):
 
     @property
     def name(self) -> str:
-        return f"distill-{Path(self.run.model).name}-{self.method}-{self.steps}"
+        return f"distill-{self.run.model_name}-{self.method}-{self.steps}"
 
     @property
     def image_count(self) -> int:

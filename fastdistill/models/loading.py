@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdistill.errors import UserError
-from fastdistill.models.families import FAMILIES
-from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.models.weights import check_computable, check_finite
-from fastdistill.run.files import begins_with_mark, read_json, read_lines
+from fastdistill.errors import UserError, first_line, notice
+from fastdistill.models.checks import check_pipeline
+from fastdistill.models.folder import Part, holds_weights, is_complete, parts_of, read_index, variant_of
+from fastdistill.models.sampling import FILE, SamplingDefaults
+from fastdistill.models.weights import check_finite, check_loaded
+from fastdistill.run.files import read_lines
 
 EMBEDDED = "emoji"
-PIPELINES = ("FluxPipeline",)
 PROMPTS_FILE = "prompts.txt"
 """Prompts of a pipeline's folder, one a line."""
 
@@ -73,41 +75,107 @@ def dtype_on(device: str) -> torch.dtype:
 def load(model: str, device: str | None = None) -> Loaded:
     """Load a FLUX pipeline, in float32 on a CPU and in bfloat16 on a GPU.
 
+    A part whose weights are there only as a variant, such as fp16, is loaded from that variant, and
+    a `Notice` says so. Quantised parts stay quantised.
+
     Args:
         model: `"emoji"` for the embedded pipeline, a local folder, or a hub id.
 
     Raises:
-        UserError: there is no such pipeline, it is of another class, a part is missing, or a weight
-            is not finite, or not of a type to compute with.
+        UserError: there is no such pipeline, it is of another class, a part is missing, weights and
+            config of a part do not belong together, or a weight is not finite.
     """
     device = device or default_device()
-    folder = embedded_folder() if model == EMBEDDED else Path(model)
-    local = model == EMBEDDED or folder.exists()
     _check_device(device)
-    if local:
-        _check_folder(folder)
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(
-            f"there is no folder {model}; give a FLUX pipeline's folder, a hub id such as owner/name, or {EMBEDDED!r}"
-        )
+    folder = _folder(model)
+    parts, dtype = parts_of(folder), dtype_on(device)
+    variants = {part.name: variant_of(folder / part.name, dtype) for part in parts if holds_weights(folder / part.name)}
+    for variant in sorted({variant for variant in variants.values() if variant}):
+        names = ", ".join(name for name, found in variants.items() if found == variant)
+        notice(f"{model} has the weights of {names} only as the variant {variant}, which is loaded")
     quiet()
     from diffusers import DiffusionPipeline
 
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if local else model, dtype=dtype_on(device))
-    except (
-        Exception
-    ) as error:  # diffusers, transformers, tokenizers and safetensors each raise their own on a damaged file
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{model} does not load as a diffusers pipeline: {first_line}") from error
-    _check_class(type(pipeline).__name__, type(getattr(pipeline, "transformer", None)).__name__, model)
+    with _errors_of(model):
+        models = {
+            part.name: _load_part(folder, part, class_, variants[part.name], dtype)
+            for part in parts
+            if part.name in variants and (class_ := _model_class(part))
+        }
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **models)
+    check_pipeline(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    for part, module in pipeline.components.items():
+    for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
-            check_finite(module, f"{model}: {part}")
-    check_computable(pipeline.transformer, f"{model}: transformer")
+            check_finite(module, f"{model}: {name}")
     return Loaded(name=model, pipeline=pipeline, sampling=SamplingDefaults.load(folder), prompts=_prompts(folder))
+
+
+def _folder(model: str) -> Path:
+    """Folder of the pipeline that `load` is asked for; one on the hub is downloaded.
+
+    Raises:
+        UserError: there is no such folder, and nothing of that name comes from the hub.
+    """
+    if model == EMBEDDED:
+        return embedded_folder()
+    if (folder := Path(model)).exists():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no folder {model}; give a FLUX pipeline's folder, a hub id such as owner/name, or {EMBEDDED!r}"
+        )
+    with _errors_of(model):
+        return _downloaded(model)
+
+
+def _downloaded(model: str) -> Path:
+    """Folder of a pipeline of the hub, with the weights that are there, plain or of a variant."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    # The class first: another pipeline's gigabytes would come for nothing.
+    read_index(Path(hf_hub_download(model, "model_index.json")))
+    folder = Path(DiffusionPipeline.download(model))
+    for variant in ("bf16", "fp16"):
+        if not is_complete(folder):
+            with suppress(ValueError):  # there is no such variant
+                DiffusionPipeline.download(model, variant=variant)
+    for name in (FILE, PROMPTS_FILE):
+        with suppress(EntryNotFoundError, LocalEntryNotFoundError):
+            hf_hub_download(model, name)
+    return folder
+
+
+def _model_class(part: Part) -> Any:
+    """Class of a part that has weights, or None if only the pipeline knows how to load it."""
+    if part.library not in ("diffusers", "transformers"):
+        return None
+    class_ = getattr(import_module(part.library), part.class_name, None)
+    return class_ if isinstance(class_, type) and issubclass(class_, nn.Module) else None
+
+
+def _load_part(folder: Path, part: Part, class_: Any, variant: str | None, dtype: torch.dtype) -> Any:
+    """Model of `part`, which has every weight that its files hold, and no other."""
+    module, loading = class_.from_pretrained(
+        folder, subfolder=part.name, dtype=dtype, variant=variant, output_loading_info=True
+    )
+    check_loaded(module, loading, f"{folder}: {part.name}")
+    return module
+
+
+@contextmanager
+def _errors_of(model: str) -> Iterator[None]:
+    """Turn every error of the block into a `UserError`: diffusers, transformers, tokenizers and
+    safetensors each raise their own on a damaged file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{model} does not load as a diffusers pipeline: {first_line(error)}") from error
 
 
 def _check_device(device: str) -> None:
@@ -146,72 +214,6 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     # rms_norm under autocast: the fused path is not taken, the result is right.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-
-
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(
-            f"{folder} is no diffusers pipeline: it has no model_index.json; give the folder that save_pretrained wrote"
-        )
-    entries = read_json(index)
-    for path in [index, *sorted(folder.glob("*/*.json"))]:
-        if begins_with_mark(path):
-            raise UserError(
-                f"{path} begins with a byte order mark, which diffusers does not read; save it as UTF-8 without one"
-            )
-    transformer = entries.get("transformer")
-    _check_class(
-        entries.get("_class_name", "a pipeline without a class"),
-        transformer[1] if isinstance(transformer, list) else None,
-        str(folder),
-    )
-    parts = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0]]
-    missing = [name for name in parts if not (folder / name).is_dir()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks its part{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
-            "get a complete copy of the pipeline"
-        )
-    if not (folder / "transformer" / "config.json").is_file():
-        raise UserError(f"{folder}: transformer has no config.json; get a complete copy of the pipeline")
-    for name in parts:
-        # Only models have one; schedulers and tokenizers call theirs otherwise.
-        if (folder / name / "config.json").is_file():
-            _check_weight_files(folder / name)
-
-
-def _check_weight_files(part: Path) -> None:
-    """Raise `UserError` unless a set of weights is complete.
-
-    A set is one file, or the files that an index names. There may be several sets, such as one of
-    half precision. One complete set suffices.
-    """
-    files = {path.name for pattern in ("*.safetensors", "*.bin") for path in part.glob(pattern)}
-    lost: list[str] = []
-    for index in sorted(part.glob("*.index*.json")):
-        try:
-            shards = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{index} is not the index of a model's weights; get a sound copy of the pipeline"
-            ) from error
-        if shards <= files:
-            return
-        lost += sorted(shards - files)
-    if all("-of-" in name for name in files):
-        what = f"lacks {', '.join(lost)}" if lost else "has no weights"
-        raise UserError(f"{part.parent}: {part.name} {what}; get a complete copy of the pipeline")
-
-
-def _check_class(name: str, transformer: str | None, model: str) -> None:
-    if name not in PIPELINES:
-        from_python = (
-            f". Its {transformer} can be cut from Python, with fastdistill.compress.cut"
-            if transformer in FAMILIES
-            else ""
-        )
-        raise UserError(f"{model} is a {name}; supported: {', '.join(PIPELINES)}{from_python}")
 
 
 def _prompts(folder: Path) -> list[str]:

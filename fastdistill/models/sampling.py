@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import UserError
+from fastdistill.models.checks import check_call, check_dtypes
 from fastdistill.run.files import read_json, write_json
+from fastdistill.run.options import at_least
 
 FILE = "fastdistill.json"
 
@@ -36,6 +38,10 @@ class SamplingDefaults:
     max_sequence_length: int = 512
     """T5 tokens."""
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_inference_steps", "true_cfg_scale", "height", "width", "max_sequence_length")
+        at_least(self, 0, "guidance_scale")
+
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
         """Read the defaults of `folder`, or FLUX.1-dev's if the folder has none.
@@ -43,14 +49,18 @@ class SamplingDefaults:
         diffusers ignores the file.
 
         Raises:
-            UserError: the file is not JSON, or holds names of no field.
+            UserError: the file is not JSON, or holds names of no field, or values that a field
+                cannot have.
         """
         path = folder / FILE
         if not path.exists():
             return cls()
+        content = read_json(path)
         try:
-            return cls(**read_json(path))
-        except (ValueError, TypeError) as error:
+            return cls(**content)
+        except UserError as error:
+            raise UserError(f"{path} cannot be used: {error}") from error
+        except TypeError as error:
             names = ", ".join(field.name for field in dataclasses.fields(cls))
             raise UserError(
                 f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted"
@@ -84,9 +94,15 @@ def sample(
         seeds: one for each prompt.
         batch: images at once.
         tick: called with the number of images after each batch.
+
+    Raises:
+        UserError: diffusers cannot sample the pipeline in this way, or its parts have different
+            dtypes.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+    check_call(pipeline, sampling)
+    check_dtypes(pipeline)
     images = []
     guided = {"negative_prompt": ""} if sampling.true_cfg_scale > 1 else {}
     for start in range(0, len(prompts), batch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.errors import UserError
+from fastdistill.errors import UserError, first_line
 from fastdistill.models.families import anatomy_named
 from fastdistill.models.loading import EMBEDDED, embedded_folder
 from fastdistill.models.sampling import SamplingDefaults
@@ -64,7 +64,6 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(hf_hub_download(model, "transformer/config.json"))
     except Exception as error:  # no network, no such repository, no permission: each library has its own
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{model} is no folder here, and its config does not come from the hub: {first_line}"
+            f"{model} is no folder here, and its config does not come from the hub: {first_line(error)}"
         ) from error

@@ -7,14 +7,15 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pkgutil import resolve_name
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from fastdistill.errors import UserError
+from fastdistill.errors import Notice, UserError
 from fastdistill.run.options import JobConfig
 
 ConfigT = TypeVar("ConfigT")
@@ -89,7 +90,8 @@ def _errors_in_a_line() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        yield
+        with _notices_in_a_line():
+            yield
     except UserError as error:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -111,6 +113,23 @@ def _errors_in_a_line() -> Iterator[None]:
         if type(error).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(error):
             _leave(DISK_FULL, 1)
         raise
+
+
+@contextmanager
+def _notices_in_a_line() -> Iterator[None]:
+    """Print a `Notice` as one line, and other warnings as Python does."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_notice(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = show_notice
+        warnings.simplefilter("always", Notice)
+        yield
 
 
 def _as_called(prog: str) -> str:

@@ -10,7 +10,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from tempfile import TemporaryFile
+from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import tyro
@@ -80,12 +83,18 @@ class RunOptions:
         for name in ("output", "prompts", "images", "cache"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
-        at_least(self, 0, "seed", "evaluate_images", "cache_gib")
+        at_least(self, 0, "evaluate_images", "cache_gib")
+        check_seeds(self, "seed")
         check_choice(self, "save_dtype")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed must be less than 2^32, got {self.seed}")
         if not self.model:
             raise UserError('--model is empty; give a folder or hub id of a FLUX pipeline, or "emoji"')
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model in the default output folder: that of its folder, or the end of its hub
+        id."""
+        path = Path(self.model)
+        return (path.resolve() if path.exists() else path).name or "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +204,14 @@ def decay(options: object, *names: str) -> None:
             raise UserError(f"{flag(name)} must be at least 0 and less than 1, got {value:g}")
 
 
+def check_seeds(options: object, *names: str) -> None:
+    """Raise `UserError` for a seed that no generator takes."""
+    at_least(options, 0, *names)
+    for name, value in _numbers(options, names):
+        if value >= 2**32:
+            raise UserError(f"{flag(name)} must be less than 2^32, got {value}")
+
+
 def check_choice(options: object, *names: str) -> None:
     """Raise `UserError` for an option of `names` that is none of its literals, as from Python."""
     for name in names:
@@ -218,13 +235,19 @@ def _numbers(options: object, names: tuple[str, ...]) -> Iterator[tuple[str, flo
     """Every number that is given for `names`.
 
     Raises:
-        UserError: a number is infinite or NaN, which every comparison below would let pass.
+        UserError: a value is no number of the annotated type, or infinite or NaN, which every
+            comparison would let pass.
     """
+    hints = get_type_hints(type(options))
     for name in names:
-        value = getattr(options, name)
+        value, kinds = getattr(options, name), get_args(hints[name]) or (hints[name],)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is None:
+            if number is None and NoneType in kinds:
                 continue
+            kind, words = (Real, "a number") if float in kinds else (Integral, "a whole number")
+            is_number = isinstance(number, kind) and not isinstance(number, bool)
+            if not is_number:
+                raise UserError(f"{flag(name)} must be {words}, got {number!r}")
             if not math.isfinite(number):
                 raise UserError(f"{flag(name)} must be a finite number, got {number}")
             yield name, number
@@ -234,5 +257,12 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Raise `UserError` if `path` cannot be written, before the work for it begins."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output, or give --overwrite")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give --output the name of a file")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} for --output")
+    try:
+        # Permissions do not tell: a disk may be read-only, and root passes every check.
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error

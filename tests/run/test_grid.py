@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import ImageFont
 
-from fastdistill.run.grid import grid
+from fastdistill.run.grid import grid, lines
 
 
 def test_images_are_where_their_labels_are():
@@ -23,8 +24,32 @@ def test_small_images_are_enlarged_without_smoothing_and_large_ones_fit():
     assert grid(torch.zeros(1, 1, 3, 256, 256), [], [], cell=64).size == small.size
 
 
-def test_long_labels_are_cut_and_missing_ones_refused():
+@pytest.mark.parametrize("label", ["word " * 1000, "x" * 3000, "\U0001f98a" * 2000])
+def test_a_label_of_any_length_leaves_the_size_of_the_grid_alone(label: str) -> None:
+    images = torch.zeros(3, 2, 3, 8, 8)
+    rows, columns = [label, "full", ""], [label, "a"]
+    canvas = grid(images, rows, columns)
+    assert canvas.width < 3 * 128 + 2 * 128
+    assert canvas.height < 4 * 128
+    assert grid(images, ["x"] * 3, ["a", "b"]).height < canvas.height
+
+
+def test_labels_go_on_in_further_lines() -> None:
+    font = ImageFont.load_default(13)
+    label = "three green apples and two oranges on a wooden table"
+    whole = lines(label, font, 128, 6)
+    assert len(whole) > 2
+    assert " ".join(whole) == label
+    assert all(font.getlength(line) <= 128 for line in whole)
+    cut = lines(label, font, 128, 2)
+    assert cut[0] == whole[0]
+    assert cut[1].endswith("...")
+    assert font.getlength(cut[1]) <= 128
+    assert "".join(lines("x" * 60, font, 128, 9)) == "x" * 60
+    assert lines("", font, 128, 2) == [""]
+
+
+def test_missing_labels_are_refused() -> None:
     images = torch.zeros(1, 2, 3, 8, 8)
-    assert grid(images, [], ["x" * 500, ""], cell=32).size == grid(images, [], ["x", ""], cell=32).size
     with pytest.raises(ValueError, match="1 x 2 images with 0 row and 1 column"):
         grid(images, [], ["one"])

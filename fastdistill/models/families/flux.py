@@ -87,7 +87,11 @@ class Flux(Family):
         guidance = None
         if pipeline.transformer.config.guidance_embeds:
             guidance = torch.full((len(prompts),), guidance_scale, device=prompt_embeds.device)
-        return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, guidance=guidance)
+        # transformers loads text encoders in the dtype of their files, diffusers the transformer in float32.
+        dtype = pipeline.transformer.dtype
+        return Conditioning(
+            prompt_embeds=prompt_embeds.to(dtype), pooled_prompt_embeds=pooled.to(dtype), guidance=guidance
+        )
 
     @torch.no_grad()
     def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
