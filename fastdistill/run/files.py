@@ -115,6 +115,18 @@ def write_image(path: Path, image: Image) -> None:
         image.save(partial)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in `folder` and its subfolders; of a link, the file that it stands for."""
+    return sum(map(_bytes, folder.rglob("*")))
+
+
 def digest(settings: Mapping[str, Any]) -> str:
     """Short name for what was made with `settings`, any JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:  # removed meanwhile
+        return 0

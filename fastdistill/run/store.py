@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from fastdistill.run.files import digest, read_json, write_json
+from fastdistill.run.files import digest, folder_bytes, read_json, write_json
 
 FORMAT = 1
 """Counts the changes of this package after which earlier results are no longer what it would make."""
@@ -84,7 +84,7 @@ class Store:
 
     def size(self) -> int:
         """Bytes of all results."""
-        return sum(map(_size, self._entries()))
+        return sum(map(folder_bytes, self._entries()))
 
     def trim(self) -> None:
         """Remove the results that were not used for the longest time, down to the limit.
@@ -95,7 +95,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
         if self.limit is None:
             return
-        sizes = {folder: _size(folder) for folder in self._entries()}
+        sizes = {folder: folder_bytes(folder) for folder in self._entries()}
         total = sum(sizes.values())
         for folder in sorted(sizes, key=_last_used):
             if total <= self.limit:
@@ -118,17 +118,6 @@ def _last_used(folder: Path) -> float:
         return (folder / LOCK).stat().st_mtime
     except OSError:  # removed by another process
         return 0.0
-
-
-def _size(folder: Path) -> int:
-    return sum(map(_bytes, folder.rglob("*")))
-
-
-def _bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # removed by another process
-        return 0
 
 
 def _remove(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from fastdistill.run.files import (
     atomic_write,
     begins_with_mark,
     digest,
+    folder_bytes,
     read_json,
     read_lines,
     read_text,
@@ -166,3 +167,12 @@ def test_json_with_a_mark_and_json_that_is_none(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match=r"value\.json is not valid JSON"):
             read_json(path)
+
+
+def test_bytes_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder/below").mkdir(parents=True)
+    (tmp_path / "elsewhere").write_bytes(bytes(1000))
+    (tmp_path / "folder/below/file").write_bytes(bytes(30))
+    (tmp_path / "folder/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder/broken").symlink_to(tmp_path / "nowhere")
+    assert folder_bytes(tmp_path / "folder") == 1030
