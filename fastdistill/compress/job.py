@@ -5,25 +5,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdistill.compress.choice.budget import show
 from fastdistill.compress.choice.choose import Evidence, Selection, Trial, choose, limit_of, requested, spell
 from fastdistill.compress.choice.costs import Cost, flops, latency, sizes, workload
 from fastdistill.compress.choice.solve import Interval
-from fastdistill.compress.choice.verify import best_of, intervals
+from fastdistill.compress.choice.verify import intervals
 from fastdistill.compress.config import CompressConfig
+from fastdistill.compress.held_out import HeldOut, images_for, steps_between
 from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
 from fastdistill.compress.plan import plan
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs.damage import Damage, mend
 from fastdistill.compress.report import Outcome, manifest, report
+from fastdistill.compress.stages import Stage, Stages, verdict
 from fastdistill.compress.surgery import CutModel, cut_model
-from fastdistill.data.trajectories import Source
+from fastdistill.data.trajectories import Source, encode_prompts
 from fastdistill.errors import UserError
 from fastdistill.job import Job, dtype_of, train_config, training_bytes
 from fastdistill.models.blocks import block_ids, tied
@@ -31,11 +33,11 @@ from fastdistill.models.families.family import BlockId
 from fastdistill.models.patch import patched
 from fastdistill.models.saving import save
 from fastdistill.models.skeleton import skeleton_of
-from fastdistill.run.files import atomic_write
 from fastdistill.run.progress import bar
 from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.trainer import Trainer
+from fastdistill.train.trainer import Diverged, Trainer
+from fastdistill.train.watch import Evaluation
 
 Scores = dict[str, dict[BlockId, float]]
 """Score of each block in the order of the forward pass, by criterion."""
@@ -70,20 +72,11 @@ class Compression(Job[CompressConfig]):
         scores = self.score(calibration)
         selection = self.choose(calibration, scores)
         model = cut_model(self.teacher, self.family, selection.dropped)
-        student = model.student
-        latency_after = self.time(student, selection.limit)
-        errors = {"cut": best_of(selection.verified).joint}
-        evaluation = {"full": self.measured("full", self.teacher), "cut": self.measured("cut", student)}
-        if self.config.repair.repair != "none":
-            self.repair(model, calibration)
-            errors["repaired"] = self.error("repaired", student, calibration)
-            evaluation["repaired"] = self.measured("repaired", student)
-        if self.config.recovery.recovery_steps:
-            self.recover(model, calibration)
-        self.save(student)
-        if self.config.recovery.recovery_steps:
-            errors["recovered"] = self.error("recovered", student, calibration)
-            evaluation["recovered"] = self.measured("recovered", student)
+        latency_after = self.time(model.student, selection.limit)
+        self.evaluation = {"full": self.measured("full", self.teacher)}
+        held_out = self.hold_out(calibration)
+        stages = self.refine(model, calibration, held_out)
+        self.save(stages)
         self.write(
             Outcome(
                 model=model,
@@ -91,8 +84,9 @@ class Compression(Job[CompressConfig]):
                 costs=self.costs,
                 latency_after=latency_after,
                 scores=scores,
-                output_errors=errors,
-                evaluation=evaluation,
+                stages=stages.done,
+                held_out=len(held_out.runs),
+                evaluation=self.evaluation,
             )
         )
 
@@ -128,7 +122,8 @@ class Compression(Job[CompressConfig]):
         if self.config.recovery.recovery_steps:
             model.student.float()
             memory, checkpoints = training_bytes(self.recovery(model), self.train_config)
-            disk += checkpoints
+            # The best weights lie next to the checkpoint, and are kept once more when it is done.
+            disk += checkpoints + 2 * parameters * torch.float32.itemsize
         require_disk(self.output, disk)
         remedy = "drop more blocks, or give --optimizer adamw8bit, or --recovery-steps 0 to cut without recovery"
         require_memory(
@@ -203,8 +198,6 @@ class Compression(Job[CompressConfig]):
                 tied=tied(self.teacher, self.family),
             )
             selection = choose(self.request, self.costs, evidence, Trial(joint=joint, sets=options.verify))
-        error = best_of(selection.verified).joint
-        self.console.print(f"dropping {spell(selection.dropped, self.family)}: output error {error:.3f}")
         return selection
 
     def score_runs(self, joint: Callable[[Sequence[int]], float]) -> dict[Interval, float] | None:
@@ -234,54 +227,91 @@ class Compression(Job[CompressConfig]):
             )
         return found
 
-    def repair(self, model: CutModel, calibration: Calibration) -> None:
-        """Mend the student in place, or read what an interrupted run made of it."""
-        options, cache = self.config.repair, self.workspace.work / "repaired.safetensors"
-        with self.clock("repair"):
-            if not cache.exists():
-                mend(Damage.of(model, calibration, options.repair_points), options.repair, self.console)
-                with atomic_write(cache) as unfinished:
-                    save_file(model.student.state_dict(), unfinished)
-            model.student.load_state_dict(load_file(cache))
+    def hold_out(self, calibration: Calibration) -> HeldOut:
+        """Measure by which stages are compared, from noise that nothing else uses."""
+        batch = self.config.training.batch
+        count = images_for(self.config.recovery.recovery_steps, batch, calibration.runs.passes)
+        prompts = [self.prompts[index * len(self.prompts) // count] for index in range(count)]
+        with self.clock("compare"):
+            conditioning = encode_prompts(prompts, self.pipeline, self.family, self.sampling, batch)
+            return HeldOut.of(calibration, conditioning, self.latent_shape)
 
-    def recover(self, model: CutModel, calibration: Calibration) -> None:
-        """Train the student in place; it ends with the averaged weights."""
+    def refine(self, model: CutModel, calibration: Calibration, held_out: HeldOut) -> Stages:
+        """Cut, repaired and recovered model, each measured; the evaluation of their images is in
+        `evaluation`."""
+
+        def judge(name: str, student: Any) -> Stage:
+            with self.clock("compare"):
+                distance = self.workspace.cached(f"distance-{name}", lambda: held_out.distance(student))
+                error = self.workspace.cached(f"error-{name}", lambda: calibration.output_error(student))
+            stage = Stage(name=name, distance=distance, output_error=error)
+            if stage.sound:
+                self.evaluation[name] = self.measured(name, student)
+            return stage
+
+        dropped = [block_id for block_id in self.blocks if block_id not in model.boundaries]
+        stages = Stages(model, self.workspace.work, self.save_dtype, judge, self.console)
+        stages.take("cut", f"without {spell(dropped, self.family)}", lambda: None)
+        if (kind := self.config.repair.repair) != "none":
+            stages.take("repaired", f"repaired by {kind}", lambda: self.repair(model, calibration))
+        if self.config.recovery.recovery_steps:
+            stages.take("recovered", "recovered", lambda: self.recover(model, calibration, held_out))
+            self.hand_over(self.training_folder)
+        return stages
+
+    def repair(self, model: CutModel, calibration: Calibration) -> None:
+        """Mend the student in place."""
+        options = self.config.repair
+        with self.clock("repair"):
+            mend(Damage.of(model, calibration, options.repair_points), options.repair, self.console)
+
+    def recover(self, model: CutModel, calibration: Calibration, held_out: HeldOut) -> None:
+        """Train the student in place; it ends with the averaged weights that measured best."""
         student: Any = model.student.float().train()
         if self.config.training.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        batch, folder = self.config.training.batch, self.workspace.work / "recovery"
+        steps, batch = self.config.recovery.recovery_steps, self.config.training.batch
         trainer = Trainer(
-            self.recovery(model), lambda step, rng: calibration.pool.batch(batch, rng), self.train_config, folder
+            self.recovery(model),
+            lambda step, rng: calibration.pool.batch(batch, rng),
+            self.train_config,
+            self.training_folder,
+            evaluation=Evaluation(
+                evaluate=lambda: {"distance": held_out.distance(student)},
+                every=steps_between(steps, batch, held_out.runs.passes, len(held_out.runs)),
+                monitor="distance",
+            ),
         )
         with self.clock("recover"), patched(student), patched(model.teacher):
-            trainer.fit("recover", self.console)
+            try:
+                trainer.fit("recover", self.console)
+            except Diverged:
+                # What was measured before is sound, and so is the model before the training.
+                self.console.print(
+                    f"recovery ends at step {trainer.step}: its gradient is not finite; lower the --learning-rate"
+                )
         trainer.take_best()
-        student.eval()
-        self.hand_over(folder)
+        student.eval().requires_grad_(False)
 
-    def save(self, student: Any) -> None:
-        """Write the pipeline with the student to `OUTPUT/model`; the student is left in the
-        teacher's dtype."""
-        student.to(self.save_dtype)
-        save(self.pipeline, student, self.output / "model", self.sampling, self.prompts)
-        student.to(self.teacher.dtype)
-
-    def error(self, stage: str, student: Any, calibration: Calibration) -> float:
-        """Relative output error of the student after a stage."""
-        found = float(self.workspace.cached(f"error-{stage}", lambda: calibration.output_error(student)))
-        words = f"repaired by {self.config.repair.repair}" if stage == "repaired" else stage
-        self.console.print(f"{words}: output error {found:.3f}")
-        return found
+    def save(self, stages: Stages) -> None:
+        """Write the pipeline with the best stage to `OUTPUT/model`."""
+        student: Any = stages.model.student
+        stages.restore(stages.best)
+        save(self.pipeline, student.to(self.save_dtype), self.output / "model", self.sampling, self.prompts)
 
     def write(self, outcome: Outcome) -> None:
         record = self.record(manifest(self.config, outcome, self.sampling))
         parameters = record["parameters"]
         headline = f"{parameters['full'] / 1e6:.2f} M -> {parameters['compressed'] / 1e6:.2f} M parameters"
-        self.finish(record, report(record), headline)
+        self.finish(record, report(record), f"{verdict(outcome.stages)}\n{headline}")
 
     @property
     def save_dtype(self) -> torch.dtype:
         return dtype_of(self.config.run.save_dtype)
+
+    @property
+    def training_folder(self) -> Path:
+        return self.workspace.work / "recovery"
 
     @property
     def train_config(self) -> TrainConfig:

@@ -13,6 +13,7 @@ from fastdistill.compress.choice.budget import show
 from fastdistill.compress.choice.choose import Selection, spell
 from fastdistill.compress.choice.costs import Costs
 from fastdistill.compress.config import CompressConfig
+from fastdistill.compress.stages import Stage, best, finite, percent, verdict
 from fastdistill.compress.surgery import CutModel
 from fastdistill.evaluation.table import rows
 from fastdistill.models.blocks import block_ids
@@ -22,6 +23,8 @@ from fastdistill.run.versions import CLOSING
 
 REPORT = """\
 # {{ config.model }} without {{ dropped }}
+
+**{{ verdict }}**
 
 {{ "{:.2f}".format(parameters.full / 1e6) }} M parameters in the transformer before, \
 {{ "{:.2f}".format(parameters.compressed / 1e6) }} M after \
@@ -41,6 +44,15 @@ seed {{ evaluation.full.seeds|join(", ") }}. The reference is the full model.
 | {{ name }} | {{ values|join(" | ") }} |
 {% endfor %}
 {%- endif %}
+## Stages
+
+A stage begins with the best one before it. What is saved is the stage whose images are closest to the full model's, of {{ held_out }} prompts from noise that nothing is trained on: the difference is that of the final latents, in parts of their size. The output error is that of single predictions on the way to the images.
+
+| stage | difference of the images | output error | |
+|---|---|---|---|
+{% for row in stages -%}
+| {{ row|join(" | ") }} |
+{% endfor %}
 ## Size
 
 | | full | cut | |
@@ -75,10 +87,8 @@ The Pareto front of the scores over all sets{{ " (every one in compress.json)" i
 ## Blocks
 
 The relative output error of the model without the block (`output`), how much the block turns the image stream (`bi`), and further \
-criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. Without all dropped blocks at once the error is \
-{{ "{:.4f}".format(output_errors.cut) }}; their single errors add up to {{ "{:.4f}".format(predicted_error) }}.\
-{% if "repaired" in output_errors %} Repaired by `{{ config.repair }}` it is {{ "{:.4f}".format(output_errors.repaired) }}.{% endif %}\
-{% if "recovered" in output_errors %} After recovery it is {{ "{:.4f}".format(output_errors.recovered) }}.{% endif %}
+criteria (`--help` says what they are); chosen by `{{ config.criterion }}`. The single errors of the dropped blocks add up to \
+{{ "{:.4f}".format(predicted_error) }}.
 
 | block | {{ scores|join(" | ") }} | |
 |---|{% for _ in scores %}---|{% endfor %}---|
@@ -117,8 +127,8 @@ class Outcome:
         latency_after: nanoseconds of one forward pass of the cut model, if a latency budget had it
             measured.
         scores: of each block, by criterion.
-        output_errors: relative ones of the cut, the repaired and the recovered model. The sum of
-            the single errors would predict the first if they added up.
+        stages: of the smaller model; the best of them is saved.
+        held_out: number of images by which stages are compared.
         evaluation: measurements by model: full, cut, repaired, recovered.
     """
 
@@ -127,7 +137,8 @@ class Outcome:
     costs: Costs
     latency_after: int | None
     scores: Mapping[str, Mapping[BlockId, float]]
-    output_errors: Mapping[str, float]
+    stages: Sequence[Stage]
+    held_out: int
     evaluation: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -155,7 +166,11 @@ def manifest(config: CompressConfig, outcome: Outcome, sampling: SamplingDefault
         "costs": _costs(outcome),
         "at": {"height": sampling.height, "width": sampling.width, "max_sequence_length": sampling.max_sequence_length},
         "predicted_error": sum(scores["output"][block_id] for block_id in outcome.selection.dropped),
-        "output_errors": outcome.output_errors,
+        "verdict": verdict(outcome.stages),
+        "saved": best(outcome.stages).name,
+        "held_out": outcome.held_out,
+        "distances": {stage.name: finite(stage.distance) for stage in outcome.stages},
+        "output_errors": {stage.name: finite(stage.output_error) for stage in outcome.stages},
         "parameters": {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()},
         "evaluation": outcome.evaluation,
     }
@@ -204,6 +219,11 @@ def report(record: Mapping[str, Any]) -> str:
                 for row in _thinned(choice["front"])
             ],
             "adding_up": _adding_up(choice["additivity"]),
+            "stages": [
+                [name, percent(distance), "" if error is None else f"{error:.4f}", "saved" * (name == record["saved"])]
+                for name, distance in record["distances"].items()
+                for error in [record["output_errors"][name]]
+            ],
         }
     )
 

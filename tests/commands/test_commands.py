@@ -110,7 +110,7 @@ assert image.size == (64, 64)
 
 @pytest.mark.slow_but_first
 @pytest.mark.parametrize("repair", ["scale", "average", "none"])
-def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_folder, tmp_path, repair):
+def test_without_recovery_the_repaired_model_is_saved_if_it_is_better(command, pipeline_folder, tmp_path, repair):
     output = tmp_path / "out"
     quick = ["--recovery-steps", "0", *QUICK[2:], "--repair", repair, "--save-dtype", "float32", "--output", output]
     assert command("compress", "--model", pipeline_folder, "--drop-blocks", "single:1", *quick).code == 0
@@ -121,13 +121,15 @@ def test_without_recovery_the_repaired_model_is_what_is_saved(command, pipeline_
     )
     block, kept = saved.single_transformer_blocks[0], full.single_transformer_blocks[0]
     changed = {name for name, weight in block.state_dict().items() if not torch.equal(weight, kept.state_dict()[name])}
-    if repair == "average":
+    repaired = record["saved"] == "repaired"
+    assert repaired == (repair != "none" and record["distances"]["repaired"] < record["distances"]["cut"])
+    if repair == "average" and repaired:
         assert {"proj_mlp.weight", "attn.to_q.weight", "proj_out.weight"} <= changed
     else:
-        assert changed == ({"proj_out.weight", "proj_out.bias"} if repair == "scale" else set())
+        assert changed == ({"proj_out.weight", "proj_out.bias"} if repaired else set())
     report = (output / "report.md").read_text()
-    assert (f"Repaired by `{repair}`" in report) == (repair != "none")
-    assert "After recovery" not in report
+    assert ("| repaired |" in report) == (repair != "none")
+    assert "| recovered |" not in report
 
 
 @pytest.mark.slow
@@ -186,7 +188,8 @@ def test_compress_to_a_budget(command, pipeline_folder, tmp_path, budget):
     assert len(eligible) >= 3
     best = min(eligible, key=lambda found: found["joint"])
     assert choice["dropped"] == best["dropped"]
-    assert record["output_errors"]["cut"] == best["joint"]
+    # Measured again with weights as they are saved.
+    assert record["output_errors"]["cut"] == pytest.approx(best["joint"], rel=0.1)
     assert choice["additivity"]["sets"] == len(choice["verified"])
     report = (output / "report.md").read_text()
     assert "Do errors add up?" in report
@@ -509,11 +512,13 @@ def test_too_small_a_memory_is_noticed_first(command, pipeline_folder, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_diverging_recovery_is_no_traceback(command, pipeline_folder, tmp_path, monkeypatch):
+def test_a_diverging_recovery_loses_nothing(command, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
     ended = command("compress", "--model", pipeline_folder, "--drop-blocks", "1", "--output", tmp_path / "out", *QUICK)
-    assert ended.code == 2
-    assert "Lower the learning rate" in ended.message
+    assert ended.code == 0, ended.message
+    assert "lower the --learning-rate" in ended.message
+    record = json.loads((tmp_path / "out" / "compress.json").read_text())
+    assert record["saved"] == min(record["distances"], key=record["distances"].get)
 
 
 @pytest.mark.parametrize(

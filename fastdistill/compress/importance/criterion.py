@@ -48,6 +48,11 @@ class SamplingRuns:
     def __len__(self) -> int:
         return self.noise.shape[0]
 
+    @property
+    def passes(self) -> int:
+        """Forward passes of the network for one run."""
+        return (len(self.times) - 1) * (2 if self.true_cfg_scale > 1 else 1)
+
     def __getitem__(self, rows: slice) -> SamplingRuns:
         return SamplingRuns(
             noise=self.noise[rows],

@@ -60,8 +60,7 @@ def score(network: nn.Module, family: Family, material: Material, ledger: Ledger
     """
     blocks = block_ids(network, family)
     runs = shortened(material.runs, STEPS)
-    forwards = (len(runs.times) - 1) * (2 if runs.true_cfg_scale > 1 else 1)
-    runs = runs[: max(1, len(material.points) // forwards)]
+    runs = runs[: max(1, len(material.points) // runs.passes)]
     parts = [runs[start : start + material.batch] for start in range(0, len(runs), material.batch)]
     ledger.expect(len(blocks) * len(parts))
     errors, norm = dict.fromkeys(blocks, 0.0), 0.0
