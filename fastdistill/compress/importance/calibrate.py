@@ -110,7 +110,7 @@ class Calibration:
 
 
 def calibrated(source: Source, amount: Amount, *, cache: Path | None = None, console: Console) -> Calibration:
-    """Sample a calibration from the source, or read from the file `cache` what was sampled before.
+    """Sample a calibration from the source, or read from the folder `cache` what was sampled before.
 
     Raises:
         UserError: the family of the pipeline's transformer cannot be scored.
