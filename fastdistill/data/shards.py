@@ -65,7 +65,8 @@ def kept_shards(
 ) -> list[dict[str, Tensor]]:
     """Tensors of each shard of `shard` rows, of `count` in all, by `make(number, rows)`.
 
-    A shard that is in `folder` is read, of which `kept` is told; another is written when it is made.
+    A shard that is in `folder` is read, of which `kept` is told; any other is written when it is
+    made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = []

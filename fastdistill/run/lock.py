@@ -13,6 +13,7 @@ from typing import IO, Any
 import psutil
 
 from fastdistill.errors import UserError
+from fastdistill.run.files import read_json
 
 FILE = "lock"
 CLOCKS_AGREE = 2.0
@@ -91,9 +92,9 @@ def _owner(path: Path, *, patience: float = 0.0) -> dict[str, Any] | None:
 
 def _named(path: Path) -> dict[str, Any] | None:
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = read_json(path)
         return {name: owner[name] for name in ("pid", "host", "began")}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (UserError, TypeError, KeyError):
         return None
 
 

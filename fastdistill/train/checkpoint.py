@@ -51,7 +51,8 @@ def latest(run: Path) -> Path | None:
 
 
 def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep: int = 1) -> Path:
-    """Write `run/checkpoint-<step>`, unless it is there with this `state`, and remove all but the `keep` newest.
+    """Write `run/checkpoint-<step>`, unless it is there with this `state`, and remove all but the
+    `keep` newest.
 
     All processes call this together.
 
@@ -65,7 +66,7 @@ def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep:
     updates = {role: ema.updates for role, ema in trained.emas.items()}
     record = json.loads(json.dumps({"step": step, "ema_updates": updates, **state}))
     # A step has the same bits whenever it is reached, but may have been measured since.
-    if target not in _complete(run) or json.loads((target / "state.json").read_text()) != record:
+    if target not in _complete(run) or read_json(target / "state.json") != record:
         files: dict[str, Mapping[str, Tensor]] = {}
         for role, optimizer in trained.optimizers.items():
             files[role] = trained.networks[role].state_dict()
