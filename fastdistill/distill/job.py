@@ -119,7 +119,7 @@ class FewStepStudent(Job[DistillConfig]):
         return {**found, "student": Input(called=f"the student in {self.config.student}", items=items)}
 
     def build(self) -> Distillation:
-        """The method with the student, a copy of a network that is not patched yet."""
+        """The method with the student, a copy of a network."""
         image_tokens = prod(self.latent_shape) // int(self.teacher.config.in_channels)
         shift = self.config.shift or shift_of(self.pipeline.scheduler, image_tokens)
         return build(self.config, self.models, shift=shift, unconditional=self.encoded([""]))
