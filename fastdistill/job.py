@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -28,8 +29,7 @@ from fastdistill.models.loading import load, read_prompts
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
 from fastdistill.models.weights import check_computable
-from fastdistill.run.files import digest, write_image, write_json, write_text
-from fastdistill.run.inputs import Input
+from fastdistill.run.files import without_folders, write_image, write_json, write_text
 from fastdistill.run.options import JobConfig, RunOptions, TrainingOptions
 from fastdistill.run.resources import GIB
 from fastdistill.run.store import OFF, Store, default_folder
@@ -97,7 +97,7 @@ class Job(ABC, Generic[ConfigT]):
         tell_of_long_prompts(self.pipeline, captions or self.prompts, self.sampling.max_sequence_length)
         self.latent_shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
         self.check()
-        self.workspace.claim(self.inputs())
+        self.workspace.claim()
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock
@@ -125,19 +125,7 @@ class Job(ABC, Generic[ConfigT]):
     @abstractmethod
     def run(self) -> None:
         """Run every stage, or read its result from the workspace if an interrupted run has finished
-        it; inside `workspace.released()`, which leaves the output folder to other processes."""
-
-    def inputs(self) -> dict[str, Input]:
-        """Content of all that the run reads, by which a run that continues is known."""
-        run = self.config.run
-        sampling = {name: str(value) for name, value in asdict(self.sampling).items()}
-        prompts = {f"line {number}": digest({"prompt": prompt}) for number, prompt in enumerate(self.prompts, 1)}
-        return {
-            "model": Input(called=f"the model in {run.model}", items=self.parts),
-            "sampling": Input(called=f"the sampling defaults of {run.model}", items=sampling),
-            "prompts": Input(called=f"the prompts in {run.prompts or run.model}", items=prompts),
-            "images": Input(called=f"the images in {run.images}", items=self.image_digests),
-        }
+        it."""
 
     @cached_property
     def origin(self) -> dict[str, Any]:
@@ -149,10 +137,10 @@ class Job(ABC, Generic[ConfigT]):
             folder = self.store.entry("calibration", {**self.origin, **asdict(amount)})
         """
         return {
-            "parts": self.parts,
+            "parts": digests(self.pipeline),
             "device": self.pipeline.device.type,
             "prompts": list(self.prompts),
-            "images": self.image_digests,
+            "images": [(image.caption, _content(image.path)) for image in self.images],
             "sampling": asdict(self.sampling),
         }
 
@@ -166,26 +154,8 @@ class Job(ABC, Generic[ConfigT]):
         self.console.print(str(found), markup=False, soft_wrap=True)
         return found.images
 
-    @cached_property
-    def parts(self) -> dict[str, str]:
-        """Digest of each part of the pipeline."""
-        return digests(self.pipeline)
-
-    @cached_property
-    def image_digests(self) -> dict[str, str]:
-        """Digest of each image of `--images` with its caption, by its path in the folder."""
-        folder = self.config.run.images
-        return {
-            os.path.relpath(image.path, folder): digest(
-                {"caption": image.caption, "file": hashlib.sha256(image.path.read_bytes()).hexdigest()}
-            )
-            for image in self.images
-        }
-
-    def gallery_in(self, folder: Path, *, count: int, seed: int) -> Gallery:
-        """A gallery of `count` images of each model in `folder`; those of the reference are in the
-        store, where other runs find them."""
-        origin = {name: fact for name, fact in self.origin.items() if name != "images"}
+    def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
+        """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""
         return Gallery(
             folder,
             self.prompts,
@@ -195,7 +165,7 @@ class Job(ABC, Generic[ConfigT]):
             seed=seed,
             batch=self.config.training.batch,
             console=self.console,
-            shared=self.store.entry("measured", {**origin, "count": count, "seed": seed}),
+            shared=shared,
         )
 
     def measured(
@@ -240,6 +210,16 @@ class Job(ABC, Generic[ConfigT]):
             "versions": versions(),
         }
 
+    def _to_hand_on(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The record with names in place of the paths that the user gave, which are nobody else's."""
+        paths = [
+            str(value)
+            for value in self.config.flags().values()
+            if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
+        ]
+        words = without_folders(shlex.split(self.command), paths)
+        return {**without_folders(record, paths), "command": shlex.join(words)}
+
     def finish(self, record: Mapping[str, Any], report: str, headline: str) -> None:
         """Write what people and programs read, and remove what only a continued run would have
         needed.
@@ -253,7 +233,7 @@ class Job(ABC, Generic[ConfigT]):
         write_image(self.output / "grid.png", self.gallery.grid(list(record["evaluation"])))
         write_text(self.output / "report.md", report)
         # The weights travel alone, so the record goes with them, too; diffusers ignores it there.
-        write_json(self.output / "model" / self.result, record)
+        write_json(self.output / "model" / self.result, self._to_hand_on(record))
         write_json(self.output / self.result, record)
         self.workspace.finish()
         self.console.print(headline)
@@ -278,6 +258,10 @@ def _store(options: RunOptions, workspace: Workspace) -> Store:
     return Store(workspace.work / "cache")
 
 
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: float = 1.0) -> TrainConfig:
     """Training of a job's student for `steps`; `scale` multiplies the learning rate."""
     return TrainConfig(
@@ -291,8 +275,7 @@ def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: floa
         precision=options.precision,
         seed=seed,
         log_every=10,
-        checkpoint_every=options.checkpoint_every,
-        checkpoint_minutes=options.checkpoint_minutes,
+        checkpoint_every=100,
         tensorboard=options.tensorboard,
     )
 

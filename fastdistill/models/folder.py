@@ -36,6 +36,24 @@ class Part:
     class_name: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightSet:
+    """All weights of a part: one file, or the files that an index names."""
+
+    variant: str | None
+    paths: list[Path]
+    index: Path | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that the index names, and that are not there."""
+        return [path.name for path in self.paths if not path.exists()]
+
+    def plain(self, name: str) -> str:
+        """Name of one of the files, or of the index, without the variant."""
+        return name.replace(f".{self.variant}", "", 1) if self.variant else name
+
+
 def parts_of(folder: Path) -> list[Part]:
     """Parts of the pipeline in `folder`.
 
@@ -105,28 +123,40 @@ def holds_weights(part: Path) -> bool:
 def variant_of(part: Path, dtype: torch.dtype) -> str | None:
     """Variant of the weights of `part` to load: None for the plain weights, else one that is there.
 
-    A set of weights is one file, or the files that an index names, and has to be complete.
-
     Raises:
         UserError: no set of weights is complete.
     """
-    names = {path.name for path in part.iterdir()}
-    complete: set[str | None] = {
-        match["variant"] or match["older"]
-        for match in map(WEIGHTS.fullmatch, names)
-        if match is not None and not match["shard"]
-    }
-    lost: set[str] = set()
-    for match in filter(None, map(INDEX.fullmatch, names)):
-        shards = _shards(part / match[0])
-        if shards <= names:
-            complete.add(match["variant"] or match["older"])
-        lost |= shards - names
+    sets = weight_sets(part)
+    complete = {files.variant for files in sets if not files.missing}
     if not complete:
-        what = f"lacks {', '.join(sorted(lost))}" if lost else "has no weights"
+        lost = sorted({name for files in sets for name in files.missing})
+        what = f"lacks {', '.join(lost)}" if lost else "has no weights"
         raise UserError(f"{part.parent}: {part.name} {what}; get a complete copy of the pipeline")
     known = (variant for variant in (None, *VARIANTS.get(dtype, ())) if variant in complete)
     return next(known, min(complete, key=str))
+
+
+def weight_sets(part: Path) -> list[WeightSet]:
+    """Sets of weights of `part`, in the order in which stock libraries look for them: plain before
+    variants, safetensors before other files, one file before several."""
+    names = sorted(path.name for path in part.iterdir())
+    sets = [
+        WeightSet(variant=match["variant"] or match["older"], paths=[part / match[0]])
+        for match in map(WEIGHTS.fullmatch, names)
+        if match is not None and not match["shard"]
+    ]
+    sets += [
+        WeightSet(
+            variant=match["variant"] or match["older"],
+            paths=[part / shard for shard in sorted(_shards(part / match[0]))],
+            index=part / match[0],
+        )
+        for match in map(INDEX.fullmatch, names)
+        if match is not None
+    ]
+    return sorted(
+        sets, key=lambda files: (files.variant is not None, files.paths[0].suffix == ".bin", len(files.paths))
+    )
 
 
 def is_complete(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdistill.models.copying import copy_part, forget_origins
 from fastdistill.models.loading import PROMPTS_FILE
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.run.files import write_text
@@ -31,7 +32,9 @@ def save(
 ) -> None:
     """Write the pipeline with `transformer`, sampling defaults and prompts, whole or not at all.
 
-    An existing `folder` stays as it is.
+    Models and tokenizers that are as the files that they were loaded from are copied from there,
+    byte for byte. Nothing that is written says where on this machine anything was loaded from. An
+    existing `folder` stays as it is.
     """
     if folder.exists():
         return
@@ -40,11 +43,23 @@ def save(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir(parents=True)
         with swapped(pipeline, transformer):
-            pipeline.save_pretrained(partial)
+            for name, part in pipeline.components.items():
+                if part is not None and (part is transformer or not copy_part(part, name, partial / name)):
+                    _save_part(part, partial / name)
+            pipeline.save_config(partial)
+        forget_origins(partial)
         sampling.save(partial)
-        write_text(partial / PROMPTS_FILE, "\n".join(prompts) + "\n")
+        write_text(partial / PROMPTS_FILE, "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts))
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _save_part(part: Any, folder: Path) -> None:
+    from transformers import PreTrainedModel
+
+    # With adapters' own names of weights, stock libraries would not load them.
+    part.save_pretrained(folder, **({"save_peft_format": False} if isinstance(part, PreTrainedModel) else {}))

@@ -6,7 +6,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,23 @@ def write_image(path: Path, image: Image) -> None:
     """Write `image` in the format of the suffix of `path`, whole or not at all."""
     with atomic_write(path) as partial:
         image.save(partial)
+
+
+def without_folders(value: Any, paths: Iterable[str]) -> Any:
+    """Replace `paths` in the texts of a JSON value by their last names.
+
+    A name without folders stays, and so does what is no text.
+    """
+    # A path may be the beginning of another.
+    long = sorted((path for path in paths if "/" in path or os.sep in path), key=len, reverse=True)
+    if isinstance(value, Mapping):
+        return {name: without_folders(held, long) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(held, long) for held in value]
+    if isinstance(value, str):
+        for path in long:
+            value = value.replace(path, Path(path).name)
+    return value
 
 
 def folder_bytes(folder: Path) -> int:

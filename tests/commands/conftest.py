@@ -1,7 +1,9 @@
 """A pipeline's folder and a way to call a command as a user does."""
 
+import json
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,24 @@ def command(monkeypatch, capsys):
         return Ended(code, captured.out + captured.err)
 
     return call
+
+
+def check_handed_on(output, pipeline_folder, result):
+    """The model travels alone: with the record of its run, with parts that are the original's byte
+    for byte, and without a path of this machine."""
+    model, record = output / "model", json.loads((output / result).read_text())
+    handed_on = json.loads((model / result).read_text())
+    assert handed_on["model"] == pipeline_folder.name
+    assert f"--model {pipeline_folder.name} " in handed_on["command"]
+    for name in ("model", "command", "config"):
+        del record[name], handed_on[name]
+    assert handed_on == record
+    for path in filter(Path.is_file, model.rglob("*")):
+        content = path.read_bytes()
+        for folder in (pipeline_folder, output):
+            assert str(folder.parent).encode() not in content, path
+        if path.parent.name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            assert content == (pipeline_folder / path.relative_to(model)).read_bytes()
 
 
 def interrupt(*args, **kwargs):

@@ -18,6 +18,7 @@ from fastdistill.run.files import (
     read_json,
     read_lines,
     read_text,
+    without_folders,
     write_image,
     write_json,
     write_text,
@@ -176,3 +177,9 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "folder/broken").symlink_to(tmp_path / "nowhere")
     assert folder_bytes(tmp_path / "folder") == 1030
+
+
+def test_names_in_place_of_paths() -> None:
+    record = {"a": ["/home/me/cats", "x /home/me/cats/out --y=/home/me/cats"], "b": {"c": 3, "/home/me": "0.1.0"}}
+    paths = ["/home/me/cats", "/home/me/cats/out", ".", "0"]
+    assert without_folders(record, paths) == {"a": ["cats", "x out --y=cats"], "b": {"c": 3, "/home/me": "0.1.0"}}
