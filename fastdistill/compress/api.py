@@ -8,7 +8,7 @@ so that a long run goes on after a kill.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from fastdistill.compress.choice.costs import flops, latency, sizes, workload
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
 from fastdistill.compress.kept import check_kept
+from fastdistill.compress.naming import Drop, spelled_out
 from fastdistill.compress.repairs import REPAIRS
 from fastdistill.compress.repairs.damage import Damage, mend
-from fastdistill.compress.surgery import CutModel, boundary_map, check, check_count, spelled_out
+from fastdistill.compress.surgery import CutModel, boundary_map, check, check_count
 from fastdistill.data.images import read_folder
 from fastdistill.data.trajectories import Source
 from fastdistill.errors import UserError
@@ -259,7 +260,7 @@ def _check_calibration(calibration: Any) -> None:
 def repair(
     calibration: Calibration,
     smaller: Any,
-    drop: Mapping[str, Sequence[int]] | Iterable[BlockId],
+    drop: Drop,
     *,
     kind: str = "ridge",
     points: int = 256,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from fastdistill.compress.naming import Drop, spelled_out
+from fastdistill.compress.settings import check_present, keep_settings, new_name_of
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids, blocks_of, tied
 from fastdistill.models.families import anatomy_of
 from fastdistill.models.families.family import Anatomy, BlockId, Family
-from fastdistill.run.numbers import whole
+from fastdistill.models.weights import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ def cut_model(teacher: nn.Module, family: Family, dropped: Iterable[BlockId]) ->
     return CutModel(student=cut(teacher, gone), teacher=teacher, family=family, boundaries=boundaries)
 
 
-def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId]) -> Any:
+def cut(transformer: Any, drop: Drop) -> Any:
     """A new transformer without the dropped blocks; the kept ones are re-indexed without gaps and
     copied bit by bit.
 
@@ -49,19 +52,26 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
     of the same class with a smaller config, so that `save_pretrained` and stock `from_pretrained`
     work. What depends on a block's place follows (`Anatomy.adapt_to_cut`).
 
+    Every parameter keeps its dtype, its device and whether it is trained, every module whether it
+    is in training. Gradient checkpointing, attention processors with their backends, quantised
+    layers and layerwise casting are kept. Patches, forward hooks, caches, offloading and
+    compilation are not: set them up on the result.
+
     Args:
         transformer: a diffusers transformer of a supported family; it is left as it is.
-        drop: block lists, by attribute or short name, with the indices to drop,
-            `{"transformer_blocks": [1], "single": [0, 2]}`, or the same as `BlockId`.
+        drop: the blocks, as the command takes them (`"double:1 single:0,2"`), as lists of blocks by
+            attribute or short name with the indices
+            (`{"transformer_blocks": [1], "single": [0, 2]}`), or as `BlockId`.
 
     Raises:
         UserError: an unsupported class, an unknown block, nothing left, lists with one count cut
-            unequally, or parameters that the config does not describe, as adapters and fused
-            projections are.
+            unequally, weights that are not in memory, or parameters that the config does not
+            describe, as adapters and fused projections are.
     """
     anatomy = anatomy_of(transformer)
     dropped = spelled_out(drop, anatomy)
     check(transformer, anatomy, dropped)
+    check_present(transformer)
     stacks = [stack for stack in anatomy.stacks if blocks_of(transformer, stack)]
     kept = {
         stack.attribute: [
@@ -74,26 +84,39 @@ def cut(transformer: Any, drop: Mapping[str, Sequence[int]] | Iterable[BlockId])
     # from_config puts the defaults back where the record says that they were used.
     config = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
     config |= {stack.config_field: len(kept[stack.attribute]) for stack in stacks}
+    layers = _quantised_layers(transformer, kept)
     state = {
         new_name: tensor.detach().clone()
         for name, tensor in transformer.state_dict().items()
-        if (new_name := _new_name(name, kept)) is not None
+        if (new_name := new_name_of(name, kept)) is not None and _owner(new_name, layers) is None
     }
-    anatomy.adapt_to_cut(transformer, kept, config, state)
+    try:
+        anatomy.adapt_to_cut(transformer, kept, config, state)
+    except (KeyError, RuntimeError, NotImplementedError) as error:
+        if all(map(is_plain, transformer.parameters())):
+            raise
+        raise UserError(
+            f"this cut changes weights of the {type(transformer).__name__} that are quantised; "
+            "cut the model first, and quantise the result"
+        ) from error
     # Initialising billions of weights only to overwrite them takes minutes. What is no parameter is
     # built as it will be when stock diffusers, which does the same, loads the result: Qwen-Image's
     # rotary tables, Chroma's row numbers.
     with init_empty_weights():
         result = type(transformer).from_config(config)
-    strangers = sorted(state.keys() ^ result.state_dict().keys())
+    described = {name for name in result.state_dict() if _owner(name, layers) is None}
+    strangers = sorted(state.keys() ^ described)
     if strangers:
         raise UserError(
             f"the config of this {type(transformer).__name__} does not account for {strangers[0]} and "
             f"{len(strangers) - 1} more; load it again, or unload adapters and unfuse projections before cutting"
         )
-    result.load_state_dict(state, assign=True)
+    result.load_state_dict(state, assign=True, strict=not layers)
     _place_buffers(result, transformer, state)
-    return result.train(transformer.training)
+    for name, layer in layers.items():
+        result.set_submodule(name, _copied(layer))
+    keep_settings(result, transformer, kept)
+    return result
 
 
 def check(transformer: nn.Module, anatomy: Anatomy, dropped: Iterable[BlockId]) -> None:
@@ -141,45 +164,44 @@ def boundary_map(existing: Sequence[BlockId], dropped: Iterable[BlockId]) -> dic
     return {existing[start]: existing[end] for start, end in zip(kept, ends, strict=True)}
 
 
-def spelled_out(drop: Mapping[str, Sequence[int]] | Iterable[BlockId], anatomy: Anatomy) -> set[BlockId]:
-    """Blocks that `cut` is told to drop, in either way.
+def _quantised_layers(transformer: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[str, nn.Module]:
+    """Layers of a class for quantised weights, by their names after the cut: of bitsandbytes,
+    quanto, GGUF.
 
-    Raises:
-        UserError: neither way, a list or an index that is none, or a block twice.
+    torchao's weights are in stock layers, and are copied as others are.
     """
-    if isinstance(drop, Mapping):
-        attributes = {stack.short: stack.attribute for stack in anatomy.stacks}
-        named = {stack.attribute for stack in anatomy.stacks}
-        blocks = []
-        for name, indices in drop.items():
-            if isinstance(indices, str) or not isinstance(indices, Iterable):
-                raise UserError(f'give the blocks to drop as {{"{name}": [1, 2]}}, not as {{"{name}": {indices!r}}}')
-            stack = attributes.get(name, name)
-            own = [BlockId(stack=stack, index=whole(f"index of {name!r}", index)) for index in indices]
-            # `check` names a block that does not exist, and here there is none.
-            if not own and stack not in named:
-                raise UserError(f"there is no list of blocks {name!r}; this model has {', '.join(attributes)}")
-            blocks += own
-    else:
-        blocks = [] if isinstance(drop, str) or not isinstance(drop, Iterable) else list(drop)
-        if isinstance(drop, str) or not isinstance(drop, Iterable) or not all(isinstance(b, BlockId) for b in blocks):
-            raise UserError(f'give the blocks to drop as {{"double": [1, 2]}}, not as {drop!r}')
-        blocks = [
-            BlockId(stack=block_id.stack, index=whole(f"index of {block_id.stack!r}", block_id.index))
-            for block_id in blocks
-        ]
-    if twice := [block_id for block_id, count in Counter(blocks).items() if count > 1]:
-        raise UserError(f"{twice[0].stack} {twice[0].index} is to be dropped twice; name every block once")
-    return set(blocks)
+    return {
+        new_name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module) is not nn.Linear
+        and not is_plain(module.weight)
+        and (new_name := new_name_of(name, kept)) is not None
+    }
 
 
-def _new_name(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
-    """Name of an entry of the state dict after the cut; `None` if the entry goes."""
-    for attribute, indices in kept.items():
-        if name.startswith(f"{attribute}."):
-            index, _, rest = name.removeprefix(f"{attribute}.").partition(".")
-            return f"{attribute}.{indices.index(int(index))}.{rest}" if int(index) in indices else None
-    return name
+def _copied(layer: nn.Module) -> nn.Module:
+    """Copy of a quantised layer.
+
+    quanto's weights cannot be cloned, and deepcopy would try to: their inner tensors are.
+    """
+    memo: dict[int, Any] = {}
+    for weight in layer.parameters():
+        if hasattr(weight, "__tensor_flatten__"):
+            names, context = weight.__tensor_flatten__()
+            inner = {name: getattr(weight, name).detach().clone() for name in names}
+            class_: Any = type(weight)
+            whole = class_.__tensor_unflatten__(inner, context, weight.size(), weight.stride())
+            memo[id(weight)] = nn.Parameter(whole, requires_grad=weight.requires_grad)
+    return copy.deepcopy(layer, memo)
+
+
+def _owner(name: str, layers: Mapping[str, nn.Module]) -> str | None:
+    """The one of `layers` that has the tensor `name`; `None` if none has."""
+    while name := name.rpartition(".")[0]:
+        if name in layers:
+            return name
+    return None
 
 
 def _place_buffers(result: nn.Module, source: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
@@ -18,7 +20,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 from fastdistill.errors import Notice, UserError
 from fastdistill.models.folder import variant_of
 from fastdistill.models.loading import embedded_folder, load
-from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.patch import patched
+from fastdistill.models.sampling import SamplingDefaults, sample
 from tests.tiny import tiny_flux_pipeline
 
 CLASSES = {
@@ -205,6 +208,28 @@ def test_the_embedded_pipeline_opens_in_one_dtype() -> None:
         pipeline = FluxPipeline.from_pretrained(embedded_folder(), **options)
         found = {part.dtype for part in pipeline.components.values() if isinstance(part, torch.nn.Module)}
         assert found == {expected}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_a_quantised_part_is_sampled_as_it_is(folder: Path, part: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config_class = diffusers.TorchAoConfig if part == "transformer" else transformers.TorchAoConfig
+    quantised = CLASSES[part].from_pretrained(
+        folder / part, quantization_config=config_class(quantization.Int8WeightOnlyConfig()), dtype=torch.float32
+    )
+    sampling = SamplingDefaults(num_inference_steps=2, height=64, width=64, max_sequence_length=8)
+    stock = FluxPipeline.from_pretrained(folder, dtype=torch.float32, **{part: quantised})
+    stock.set_progress_bar_config(disable=True)
+    expected = sample(stock, ["a cat"], sampling, seeds=[3], batch=1)
+    stock.save_pretrained(folder / "quantised")
+    loaded = load(str(folder / "quantised")).pipeline
+    weights = {type(weight.data).__name__ for weight in getattr(loaded, part).parameters()}
+    assert "Int8Tensor" in weights
+    assert torch.equal(sample(loaded, ["a cat"], sampling, seeds=[3], batch=1), expected)
+    with patched(loaded.transformer):
+        images = sample(loaded, ["a cat"], sampling, seeds=[3], batch=1)
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
 
 
 def other_class(folder: Path) -> None:

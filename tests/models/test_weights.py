@@ -9,7 +9,14 @@ from fastdistill.models.weights import check_computable, check_finite
 
 
 class Quantised(torch.Tensor):
-    """Tensor like torchao's: of a class of its own, with the type that it stands for."""
+    """Tensor like torchao's: of a class of its own, with the type that it stands for, and without
+    most operations."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        if function in (torch.isfinite, torch.abs):
+            raise NotImplementedError(f"Quantised dispatch: no {function}")
+        return super().__torch_function__(function, types, arguments, keywords)
 
 
 def of(tensor):

@@ -12,12 +12,13 @@ from fastdistill.compress.choice.budget import Budget, show
 from fastdistill.compress.choice.costs import Cost, Costs
 from fastdistill.compress.choice.solve import Choice, Interval, Problem, pareto, solve, within
 from fastdistill.compress.choice.verify import Additivity, Verified, additivity, best_of, to_verify, verify
+from fastdistill.compress.naming import BLOCKS, read_words
 from fastdistill.compress.surgery import check, check_count
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import block_ids
 from fastdistill.models.families.family import Anatomy, BlockId, Stack
 
-HELP = "a count such as 4, or blocks such as double:1,2 single:0,5-7"
+HELP = f"a count such as 4, or {BLOCKS}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +69,10 @@ def parse(words: Sequence[str], anatomy: Anatomy) -> Request:
         if (count := int(words[0])) == 0:
             raise UserError(f"--drop-blocks 0 drops nothing; give {HELP}")
         return Request(count=count)
-    stacks = {stack.short: stack.attribute for stack in anatomy.stacks} | {
-        stack.attribute: stack.attribute for stack in anatomy.stacks
-    }
-    blocks: list[BlockId] = []
-    for word in words:
-        name, colon, ranges = word.partition(":")
-        if not colon or name not in stacks or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", ranges):
-            raise UserError(f"cannot read --drop-blocks {word!r}; give {HELP}")
-        for part in ranges.split(","):
-            first, _, last = part.partition("-")
-            indices = range(int(first), int(last or first) + 1)
-            if not indices:
-                raise UserError(f"--drop-blocks {word!r}: the range {part} is empty; write it from low to high")
-            blocks += [BlockId(stack=stacks[name], index=index) for index in indices]
+    try:
+        blocks = read_words(words, anatomy)
+    except UserError as error:
+        raise UserError(f"--drop-blocks: {error}") from error
     if len(set(blocks)) < len(blocks):
         raise UserError(f"--drop-blocks {' '.join(words)} names a block twice")
     return Request(blocks=tuple(blocks))

@@ -15,7 +15,8 @@ from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
 from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.importance.output_error import OutputError
-from fastdistill.compress.surgery import check, spelled_out
+from fastdistill.compress.naming import spelled_out
+from fastdistill.compress.surgery import check
 from fastdistill.data.latents import LatentPool
 from fastdistill.data.trajectories import Source, TrajectoryOptions, trajectories
 from fastdistill.errors import UserError

@@ -32,9 +32,17 @@ def anatomy_of(transformer: nn.Module) -> Anatomy:
     """Anatomy of a diffusers transformer, which cutting needs.
 
     Raises:
-        UserError: the class is not supported.
+        UserError: the class is not supported, or wraps one that is.
     """
-    return anatomy_named(type(transformer).__name__)
+    names = [class_.__name__ for class_ in type(transformer).__mro__]
+    supported = next((name for name in names if name in FAMILIES), None)
+    if supported is None:
+        for place, inside in transformer.named_modules():
+            if type(inside).__name__ in FAMILIES:
+                raise UserError(
+                    f"this {names[0]} is a wrapper; give the {type(inside).__name__} inside it, its attribute {place}"
+                )
+    return anatomy_named(supported or names[0])
 
 
 def anatomy_named(name: str) -> Anatomy:
