@@ -12,7 +12,9 @@ from fastdistill.lazy import lazily
 if TYPE_CHECKING:
     from fastdistill import ops as ops
     from fastdistill.info import info as info
+    from fastdistill.models.patch import is_patched as is_patched
     from fastdistill.models.patch import patched as patched
+    from fastdistill.models.patch import unpatch as unpatch
     from fastdistill.ops.backend import use_backend as use_backend
 
 # Also the version of the distribution: the build reads this literal.
@@ -21,7 +23,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "ops": "fastdistill.ops",
     "info": "fastdistill.info",
+    "is_patched": "fastdistill.models.patch",
     "patched": "fastdistill.models.patch",
+    "unpatch": "fastdistill.models.patch",
     "use_backend": "fastdistill.ops.backend",
 }
 

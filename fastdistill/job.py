@@ -29,7 +29,8 @@ from fastdistill.models.loading import load, read_prompts
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import swapped
 from fastdistill.models.weights import check_computable
-from fastdistill.run.files import without_folders, write_image, write_json, write_text
+from fastdistill.run.files import digest, without_folders, write_image, write_json, write_text
+from fastdistill.run.inputs import Input
 from fastdistill.run.options import JobConfig, RunOptions, TrainingOptions
 from fastdistill.run.resources import GIB
 from fastdistill.run.store import OFF, Store, default_folder
@@ -97,7 +98,7 @@ class Job(ABC, Generic[ConfigT]):
         tell_of_long_prompts(self.pipeline, captions or self.prompts, self.sampling.max_sequence_length)
         self.latent_shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
         self.check()
-        self.workspace.claim()
+        self.workspace.claim(self.inputs())
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock
@@ -125,7 +126,19 @@ class Job(ABC, Generic[ConfigT]):
     @abstractmethod
     def run(self) -> None:
         """Run every stage, or read its result from the workspace if an interrupted run has finished
-        it."""
+        it; inside `workspace.released()`, which leaves the output folder to other processes."""
+
+    def inputs(self) -> dict[str, Input]:
+        """Content of all that the run reads, by which a run that continues is known."""
+        run = self.config.run
+        sampling = {name: str(value) for name, value in asdict(self.sampling).items()}
+        prompts = {f"line {number}": digest({"prompt": prompt}) for number, prompt in enumerate(self.prompts, 1)}
+        return {
+            "model": Input(called=f"the model in {run.model}", items=self.parts),
+            "sampling": Input(called=f"the sampling defaults of {run.model}", items=sampling),
+            "prompts": Input(called=f"the prompts in {run.prompts or run.model}", items=prompts),
+            "images": Input(called=f"the images in {run.images}", items=self.image_digests),
+        }
 
     @cached_property
     def origin(self) -> dict[str, Any]:
@@ -137,10 +150,10 @@ class Job(ABC, Generic[ConfigT]):
             folder = self.store.entry("calibration", {**self.origin, **asdict(amount)})
         """
         return {
-            "parts": digests(self.pipeline),
+            "parts": self.parts,
             "device": self.pipeline.device.type,
             "prompts": list(self.prompts),
-            "images": [(image.caption, _content(image.path)) for image in self.images],
+            "images": self.image_digests,
             "sampling": asdict(self.sampling),
         }
 
@@ -154,8 +167,26 @@ class Job(ABC, Generic[ConfigT]):
         self.console.print(str(found), markup=False, soft_wrap=True)
         return found.images
 
-    def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
-        """A gallery of `count` images of each model in `folder`; `shared` is as in `Gallery`."""
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """Digest of each part of the pipeline."""
+        return digests(self.pipeline)
+
+    @cached_property
+    def image_digests(self) -> dict[str, str]:
+        """Digest of each image of `--images` with its caption, by its path in the folder."""
+        folder = self.config.run.images
+        return {
+            os.path.relpath(image.path, folder): digest(
+                {"caption": image.caption, "file": hashlib.sha256(image.path.read_bytes()).hexdigest()}
+            )
+            for image in self.images
+        }
+
+    def gallery_in(self, folder: Path, *, count: int, seed: int) -> Gallery:
+        """A gallery of `count` images of each model in `folder`; those of the reference are in the
+        store, where other runs find them."""
+        origin = {name: fact for name, fact in self.origin.items() if name != "images"}
         return Gallery(
             folder,
             self.prompts,
@@ -165,7 +196,7 @@ class Job(ABC, Generic[ConfigT]):
             seed=seed,
             batch=self.config.training.batch,
             console=self.console,
-            shared=shared,
+            shared=self.store.entry("measured", {**origin, "count": count, "seed": seed}),
         )
 
     def measured(
@@ -258,10 +289,6 @@ def _store(options: RunOptions, workspace: Workspace) -> Store:
     return Store(workspace.work / "cache")
 
 
-def _content(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: float = 1.0) -> TrainConfig:
     """Training of a job's student for `steps`; `scale` multiplies the learning rate."""
     return TrainConfig(
@@ -275,7 +302,8 @@ def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: floa
         precision=options.precision,
         seed=seed,
         log_every=10,
-        checkpoint_every=100,
+        checkpoint_every=options.checkpoint_every,
+        checkpoint_minutes=options.checkpoint_minutes,
         tensorboard=options.tensorboard,
     )
 

@@ -4,6 +4,7 @@ measure, write."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,28 +68,29 @@ class Compression(Job[CompressConfig]):
         self.require_resources(self.largest_student())
 
     def run(self) -> None:
-        self.measure_costs()
-        calibration = self.calibrate()
-        scores = self.score(calibration)
-        selection = self.choose(calibration, scores)
-        model = cut_model(self.teacher, self.family, selection.dropped)
-        latency_after = self.time(model.student, selection.limit)
-        self.evaluation = {"full": self.measured("full", self.teacher)}
-        held_out = self.hold_out(calibration)
-        stages = self.refine(model, calibration, held_out)
-        self.save(stages)
-        self.write(
-            Outcome(
-                model=model,
-                selection=selection,
-                costs=self.costs,
-                latency_after=latency_after,
-                scores=scores,
-                stages=stages.done,
-                held_out=len(held_out.runs),
-                evaluation=self.evaluation,
+        with self.workspace.released():
+            self.measure_costs()
+            calibration = self.calibrate()
+            scores = self.score(calibration)
+            selection = self.choose(calibration, scores)
+            model = cut_model(self.teacher, self.family, selection.dropped)
+            latency_after = self.time(model.student, selection.limit)
+            self.evaluation = {"full": self.measured("full", self.teacher)}
+            held_out = self.hold_out(calibration)
+            stages = self.refine(model, calibration, held_out)
+            self.save(stages)
+            self.write(
+                Outcome(
+                    model=model,
+                    selection=selection,
+                    costs=self.costs,
+                    latency_after=latency_after,
+                    scores=scores,
+                    stages=stages.done,
+                    held_out=len(held_out.runs),
+                    evaluation=self.evaluation,
+                )
             )
-        )
 
     def largest_student(self) -> CutModel:
         """The largest model that the request can leave, without weights.
@@ -165,9 +167,9 @@ class Compression(Job[CompressConfig]):
         )
         source = Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images)
         with self.clock("calibrate"):
-            return calibrated(
-                source, amount, cache=self.workspace.work / "calibration.safetensors", console=self.console
-            )
+            sampled = {name: value for name, value in asdict(amount).items() if name != "points"}
+            cache = self.store.entry("calibration", {**self.origin, **sampled})
+            return calibrated(source, amount, cache=cache, console=self.console)
 
     def score(self, calibration: Calibration) -> Scores:
         """Scores by `output` and `bi`, which every report has, by the criterion that chooses, and

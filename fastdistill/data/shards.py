@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,25 +36,62 @@ def cached_shards(
         UserError: the folder holds shards of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    recorded = folder / "pairs.json"
+    recorded = folder / "settings.json"
     current = json.loads(json.dumps({"count": count, "shard": shard, "seed": seed, **settings}))
-    if recorded.exists():
-        earlier = read_json(recorded)
-        changed = sorted(name for name in current.keys() | earlier.keys() if current.get(name) != earlier.get(name))
-        if changed:
-            raise UserError(
-                f"{folder} holds pairs of another {', '.join(changed)}: use the recorded values, or another folder"
-            )
-    else:
-        write_json(recorded, current)
+    if not recorded.exists():
+        _write_first(recorded, current)
+    earlier = read_json(recorded)
+    changed = sorted(name for name in current.keys() | earlier.keys() if current.get(name) != earlier.get(name))
+    if changed:
+        raise UserError(
+            f"{folder} holds pairs of another {', '.join(changed)}: use the recorded values, or another folder"
+        )
+
+    def seeded(number: int, rows: range) -> Mapping[str, Tensor]:
+        # A large odd stride keeps the shards of different seeds apart.
+        return make(len(rows), torch.Generator().manual_seed(seed * 1_000_003 + number))
+
+    parts = kept_shards(folder, count=count, shard=shard, make=seeded)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def kept_shards(
+    folder: Path,
+    *,
+    count: int,
+    shard: int,
+    make: Callable[[int, range], Mapping[str, Tensor]],
+    kept: Callable[[int], None] = lambda rows: None,
+) -> list[dict[str, Tensor]]:
+    """Tensors of each shard of `shard` rows, of `count` in all, by `make(number, rows)`.
+
+    A shard that is in `folder` is read, of which `kept` is told; any other is written when it is
+    made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for number, start in enumerate(range(0, count, shard)):
-        path = folder / f"pairs-{number:05d}.safetensors"
-        if not path.exists():
-            # A large odd stride keeps the shards of different seeds apart.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            made = make(min(shard, count - start), generator)
+        rows = range(start, min(start + shard, count))
+        path = folder / f"shard-{number:05d}.safetensors"
+        if path.exists():
+            kept(len(rows))
+        else:
+            made = make(number, rows)
             with atomic_write(path) as partial:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)
         parts.append(load_file(path))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return parts
+
+
+def _write_first(path: Path, value: Any) -> None:
+    """Write `value` as JSON, unless another process writes `path` at the same time and is first."""
+    own = path.with_name(f"{path.stem}.partial-{uuid4().hex[:12]}{path.suffix}")
+    try:
+        write_json(own, value)
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a disk without links
+        write_json(path, value)
+    finally:
+        own.unlink(missing_ok=True)

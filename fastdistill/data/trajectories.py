@@ -9,21 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistill.data.images import Captioned, pixels
 from fastdistill.data.latents import LatentPool
+from fastdistill.data.shards import kept_shards
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.errors import UserError
 from fastdistill.models.families import family_of
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.sampling import SamplingDefaults
-from fastdistill.run.files import atomic_write
 
 UNPROMPTED = 0.1
 """Share of states with the empty prompt, as guidance evaluates that prompt, too."""
@@ -125,22 +125,16 @@ class _Maker:
     prompts: Tensor
     choices: _Choices
 
-    def make(self, images: Sequence[Captioned], batch: int, tick: Callable[[int], None]) -> dict[str, Tensor]:
-        """`x_t` and `latents` (N, C, H, W) and `times` (K + 1,), on the CPU."""
+    def make(self, images: Sequence[Captioned], rows: range) -> dict[str, Tensor]:
+        """`x_t` and `latents` (`len(rows)`, C, H, W) and `times` (K + 1,), on the CPU."""
+        index = torch.tensor(rows)
+        return self._encoded([images[row] for row in rows], index) if images else self._sampled(index)
+
+    @cached_property
+    def _times(self) -> Tensor:
         # The schedule may depend on the size of the images; the pipeline knows it once it has
         # sampled one.
-        times = self._run(torch.zeros(1, dtype=torch.long))[1].float().cpu() if images else None
-        parts = []
-        for rows in torch.arange(len(self.prompts)).split(batch):
-            parts.append(
-                self._sampled(rows)
-                if times is None
-                else self._encoded([images[row] for row in rows.tolist()], rows, times)
-            )
-            tick(len(rows))
-        return {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")} | {
-            "times": parts[0]["times"]
-        }
+        return self._run(torch.zeros(1, dtype=torch.long))[1].float().cpu()
 
     def _run(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         conditioning, device = self.conditioning, self.conditioning.prompt_embeds.device
@@ -159,7 +153,8 @@ class _Maker:
         chosen = torch.stack(states).cpu()[self.choices.steps[rows], torch.arange(len(rows))]
         return {"x_t": chosen, "latents": states[-1].cpu(), "times": times.float().cpu()}
 
-    def _encoded(self, images: Sequence[Captioned], rows: Tensor, times: Tensor) -> dict[str, Tensor]:
+    def _encoded(self, images: Sequence[Captioned], rows: Tensor) -> dict[str, Tensor]:
+        times = self._times
         dtype, noise = self.conditioning.prompt_embeds.dtype, self.choices.noise[rows]
         height, width = (side * self.pipeline.vae_scale_factor for side in noise.shape[2:])
         x_0 = (
@@ -178,7 +173,11 @@ def trajectories(
     cache: Path | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Trajectories:
-    """Sample `count` images in `steps` steps, or read the images from `cache` if it is there.
+    """Sample `options.images` images in `options.steps` steps.
+
+    Each batch is kept in the folder `cache`, if there is one, and read from there if it is there: a
+    sampling that was stopped continues. The folder has to be one of this source and these options,
+    such as an entry of `fastdistill.run.store`.
 
     The images are spread evenly over the prompts. The step of each state is chosen with equal odds.
     Given `images` and their captions stand in for the ends and the prompts, and a state is
@@ -190,28 +189,34 @@ def trajectories(
     conditioning = encode_prompts([*prompts, ""], pipeline, family, sampling, options.batch)
     shape = family.latent_shape(pipeline, sampling.height, sampling.width)
     choices = _Choices.draw(options, len(prompt_of), shape)
-    if cache is not None and cache.exists():
-        tensors = load_file(cache)
+    maker = _Maker(
+        pipeline=pipeline,
+        family=family,
+        sampling=dataclasses.replace(sampling, num_inference_steps=options.steps),
+        conditioning=conditioning,
+        prompts=prompt_of,
+        choices=choices,
+    )
+
+    def make(_: int, rows: range) -> dict[str, Tensor]:
+        made = maker.make(source.images, rows)
+        tick(len(rows))
+        return made
+
+    count = len(prompt_of)
+    if cache is None:
+        parts = [make(0, range(start, min(start + options.batch, count))) for start in range(0, count, options.batch)]
     else:
-        maker = _Maker(
-            pipeline=pipeline,
-            family=family,
-            sampling=dataclasses.replace(sampling, num_inference_steps=options.steps),
-            conditioning=conditioning,
-            prompts=prompt_of,
-            choices=choices,
-        )
-        tensors = maker.make(source.images, options.batch, tick)
-        if cache is not None:
-            with atomic_write(cache) as partial:
-                save_file(tensors, partial)
+        parts = kept_shards(cache, count=count, shard=options.batch, make=make, kept=tick)
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")}
+    times = parts[0]["times"]
     return Trajectories(
         noise=choices.noise,
         latents=tensors["latents"],
         x_t=tensors["x_t"],
-        t=tensors["times"][choices.steps],
+        t=times[choices.steps],
         state_prompts=torch.where(choices.unprompted, len(prompts), prompt_of),
-        times=tensors["times"],
+        times=times,
         prompts=prompt_of,
         conditioning=conditioning,
     )

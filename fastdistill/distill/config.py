@@ -107,7 +107,11 @@ class DistillConfig(JobConfig):
     """Options of the method. From Python begin with `config_for`, which knows their class and their
     defaults."""
 
-    results_do_not_depend_on: ClassVar[tuple[str, ...]] = (*JobConfig.results_do_not_depend_on, "teacher_cache")
+    results_do_not_depend_on: ClassVar[tuple[str, ...]] = (
+        *JobConfig.results_do_not_depend_on,
+        "teacher_cache",
+        "student",
+    )
 
     def __post_init__(self) -> None:
         check_known("method", self.method, METHODS)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property, partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from fastdistill.distill.report import Outcome, report
 from fastdistill.distill.sample_rows import SampleRows, Start
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.job import Job, dtype_of, training_bytes
+from fastdistill.models.digest import digest_of
 from fastdistill.models.families.family import Conditioning
 from fastdistill.models.few_step_scheduler import few_step_scheduler, shift_of
 from fastdistill.models.guidance_embedder import embeds_guidance
@@ -33,6 +33,7 @@ from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
 from fastdistill.run.curves import draw_curves
 from fastdistill.run.files import digest
+from fastdistill.run.inputs import Input
 from fastdistill.run.progress import bar
 from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.train.trainer import BatchSource, Trainer
@@ -89,30 +90,36 @@ class FewStepStudent(Job[DistillConfig]):
         )
 
     def run(self) -> None:
-        self.method = self.build()
-        conditioning, batches = self.draw()
-        evaluation = {name: self.measured(name, self.teacher, sampling=how) for name, how in self.teachers.items()}
-        watched = self.watch_teachers()
-        trainer = self.train(conditioning, batches)
-        student = self.save()
-        evaluation["student"] = self.measured(
-            "student", student, scheduler=self.scheduler, sampling=self.student_sampling
-        )
-        self.hand_over(trainer.run)
-        draw_curves(self.output / "metrics.jsonl", self.output / "curves.png", watched)
-        self.write(
-            Outcome(
-                evaluation=evaluation,
-                calls=self.calls(),
-                parameters={"teacher": self.teacher.num_parameters(), "student": student.num_parameters()},
-                shift=self.method.shift,
-                watched=watched,
-                chosen=trainer.best.record() if trainer.best else None,
+        with self.workspace.released():
+            self.method = self.build()
+            conditioning, batches = self.draw()
+            evaluation = {name: self.measured(name, self.teacher, sampling=how) for name, how in self.teachers.items()}
+            watched = self.watch_teachers()
+            trainer = self.train(conditioning, batches)
+            student = self.save()
+            evaluation["student"] = self.measured(
+                "student", student, scheduler=self.scheduler, sampling=self.student_sampling
             )
-        )
+            self.hand_over(trainer.run)
+            draw_curves(self.output / "metrics.jsonl", self.output / "curves.png", watched)
+            self.write(
+                Outcome(
+                    evaluation=evaluation,
+                    calls=self.calls(),
+                    parameters={"teacher": self.teacher.num_parameters(), "student": student.num_parameters()},
+                    shift=self.method.shift,
+                    watched=watched,
+                    chosen=trainer.best.record() if trainer.best else None,
+                )
+            )
+
+    def inputs(self) -> dict[str, Input]:
+        found, student = super().inputs(), self.models.student
+        items = {} if student is None else {"transformer": digest_of(student)}
+        return {**found, "student": Input(called=f"the student in {self.config.student}", items=items)}
 
     def build(self) -> Distillation:
-        """The method with the student, a copy of a network that is not patched yet."""
+        """The method with the student, a copy of a network."""
         image_tokens = prod(self.latent_shape) // int(self.teacher.config.in_channels)
         shift = self.config.shift or shift_of(self.pipeline.scheduler, image_tokens)
         return build(self.config, self.models, shift=shift, unconditional=self.encoded([""]))
@@ -149,14 +156,6 @@ class FewStepStudent(Job[DistillConfig]):
     def watch(self) -> Gallery:
         count, seed = self.config.watch.watch_images, self.config.run.seed + WATCH_SEEDS
         return self.gallery_in(self.workspace.folder("watch"), count=count, seed=seed)
-
-    def gallery_in(self, folder: Path, *, count: int, seed: int, shared: Path | None = None) -> Gallery:
-        """Gallery of `count` images of each model; measurements of the teacher lie in the cache
-        that runs share, if there is one."""
-        if cache := self.config.data.teacher_cache:
-            teacher = {"model": self.config.run.model, "prompts": self.prompts, "sampling": asdict(self.sampling)}
-            shared = cache / f"measured-{digest({**teacher, 'images': count, 'seed': seed})}"
-        return super().gallery_in(folder, count=count, seed=seed, shared=shared)
 
     def encoded(self, prompts: list[str]) -> Conditioning:
         return encode_prompts(prompts, self.pipeline, self.family, self.sampling, self.config.training.batch)
@@ -248,17 +247,17 @@ class FewStepStudent(Job[DistillConfig]):
         )
 
     def _encode_images(self) -> tuple[Conditioning, BatchSource]:
-        options = self.config.data
+        options = TrajectoryOptions(
+            images=len(self.images),
+            steps=self.config.data.image_steps or self.sampling.num_inference_steps,
+            batch=self.config.training.batch,
+            seed=self.config.run.seed,
+        )
         with bar(self.console, "encode images", len(self.images)) as tick:
             encoded = trajectories(
                 Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images),
-                TrajectoryOptions(
-                    images=len(self.images),
-                    steps=options.image_steps or self.sampling.num_inference_steps,
-                    batch=self.config.training.batch,
-                    seed=self.config.run.seed,
-                ),
-                cache=self.workspace.work / "images.safetensors",
+                options,
+                cache=self.store.entry("images", {**self.origin, **asdict(options)}),
                 tick=tick,
             )
         # The student is not sampled with the empty prompt.
@@ -273,21 +272,36 @@ class FewStepStudent(Job[DistillConfig]):
         return lambda step, rng: pool.batch(self.config.training.batch, rng)
 
     def _draw_pairs(self, conditioning: Conditioning) -> BatchSource:
-        options, batch = self.config.data, self.config.training.batch
-        with bar(self.console, "let the teacher draw", options.num_images) as tick:
+        data, batch, seed = self.config.data, self.config.training.batch, self.config.run.seed
+        options = PairOptions(
+            count=data.num_images, steps=data.image_steps or self.sampling.num_inference_steps, batch=batch
+        )
+        folder = data.teacher_cache or self.store.entry(
+            "pairs",
+            {
+                **self.origin,
+                **asdict(options),
+                "guidance_range": self.config.options.guidance_range,
+                "shift": self.method.shift,
+                "seed": seed,
+            },
+        )
+        encoders = {name: found for name, found in self.parts.items() if name.startswith(("text", "token"))}
+        with bar(self.console, "let the teacher draw", options.count) as tick:
             pairs = teacher_pairs(
                 self.method,
-                options.teacher_cache or self.workspace.work / "pairs",
-                PairOptions(
-                    count=options.num_images,
-                    steps=options.image_steps or self.sampling.num_inference_steps,
-                    batch=batch,
-                ),
+                folder,
+                options,
                 conditioning=conditioning,
                 shape=self.latent_shape,
-                seed=self.config.run.seed,
+                seed=seed,
                 device=self.teacher.device,
-                settings={"teacher": self.config.run.model, "texts": digest({"prompts": list(self.prompts)})},
+                settings={
+                    "teacher": self.parts["transformer"],
+                    "text encoders": digest(encoders),
+                    "texts": digest({"prompts": list(self.prompts)}),
+                    "max_sequence_length": self.sampling.max_sequence_length,
+                },
                 tick=tick,
             )
         return lambda step, rng: pairs.batch(batch, rng)

@@ -17,6 +17,7 @@ import tyro
 
 from fastdistill.errors import Notice, UserError
 from fastdistill.run.options import JobConfig
+from fastdistill.run.signals import Stopped, stopping_in_order
 
 ConfigT = TypeVar("ConfigT")
 
@@ -30,7 +31,8 @@ MEMORY_FULL = (
 def run(config_type: type[ConfigT], main: Callable[[ConfigT], None], *, prog: str) -> None:
     """Parse `config_type` from the command line and call `main`.
 
-    Exit codes: 2 wrong input, 1 a file that cannot be read or written, 130 Ctrl-C.
+    Exit codes: 2 wrong input, 1 a file that cannot be read or written, 128 and the number of a
+    signal that ended it in order: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
     with _errors_in_a_line():
         main(_parsed(config_type, _as_called(prog)))
@@ -90,12 +92,14 @@ def _errors_in_a_line() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        with _notices_in_a_line():
+        _check_one_process()
+        with _notices_in_a_line(), stopping_in_order():
             yield
     except UserError as error:
         _leave(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        _leave("interrupted; what was finished is kept, the same command continues", 130)
+    except KeyboardInterrupt as stop:
+        code = stop.exit_code if isinstance(stop, Stopped) else 130
+        _leave("interrupted; what was finished is kept, the same command continues", code)
     except BrokenPipeError:
         # The reader, `head` perhaps, has gone; the interpreter would complain once more when it
         # flushes at exit.
@@ -130,6 +134,20 @@ def _notices_in_a_line() -> Iterator[None]:
         warnings.showwarning = show_notice
         warnings.simplefilter("always", Notice)
         yield
+
+
+def _check_one_process() -> None:
+    """Raise `UserError` if torchrun started several processes of a command; all but the first end
+    without a word."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdigit() or int(count) < 2:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise SystemExit(2)
+    raise UserError(
+        f"this command runs in one process, and WORLD_SIZE is {count}; give it without torchrun, or share out the "
+        "training of a method over processes from Python (fastdistill.train.trainer.Trainer)"
+    )
 
 
 def _as_called(prog: str) -> str:

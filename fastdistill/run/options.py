@@ -118,11 +118,16 @@ class TrainingOptions:
     """Recompute activations in the backward pass: slower, far less memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of training; bf16 is autocast over float32 weights."""
+    checkpoint_every: int = 100
+    """Training steps between checkpoints, from which a killed run continues."""
+    checkpoint_minutes: float = 10
+    """Minutes after which a checkpoint is written, too, whatever the step; 0: by steps alone."""
     tensorboard: bool = False
     """Write curves and images for TensorBoard, too, to OUTPUT/tensorboard."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch", "micro_batches")
+        at_least(self, 1, "batch", "micro_batches", "checkpoint_every")
+        at_least(self, 0, "checkpoint_minutes")
         if self.batch % self.micro_batches:
             raise UserError(
                 f"a batch of {self.batch} cannot be cut into {self.micro_batches} equal parts: change --micro-batches"
@@ -151,8 +156,19 @@ class JobConfig(ABC):
     training: Training = field(default_factory=TrainingOptions)
     sampling: Sampling = field(default_factory=SamplingOptions)
 
-    results_do_not_depend_on: ClassVar[tuple[str, ...]] = ("output", "cache", "cache_gib")
-    """Options that an interrupted run may be continued with other values of."""
+    results_do_not_depend_on: ClassVar[tuple[str, ...]] = (
+        "output",
+        "cache",
+        "cache_gib",
+        "model",
+        "prompts",
+        "images",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "tensorboard",
+    )
+    """Options that an interrupted run may be continued with other values of. Paths are among them,
+    as what lies there is compared by its content (`Job.inputs`)."""
 
     @property
     @abstractmethod

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from fastdistill.errors import UserError
 
-GIB = 2**30
+if TYPE_CHECKING:
+    import torch
+
+GIB, MIB = 2**30, 2**20
+
+
+def require_writable(output: Path) -> None:
+    """Raise `UserError` if `output`, which need not exist yet, cannot be written."""
+    folder = _existing(output)
+    if not folder.is_dir():
+        if folder == output:
+            return  # said by whoever wants a folder there
+        raise UserError(f"{output} cannot be made, as {folder} is a file; choose another --output")
+    if os.access(folder, os.W_OK | os.X_OK):
+        return
+    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    reason = f"the disk of {folder} is read-only" if read_only else f"you may not write to {folder}"
+    raise UserError(f"{output} cannot be written: {reason}; choose another --output")
 
 
 def require_disk(output: Path, needed_bytes: int) -> None:
@@ -18,19 +38,30 @@ def require_disk(output: Path, needed_bytes: int) -> None:
 
     `output` need not exist yet.
     """
-    folder = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(output)).free
     if free < needed_bytes:
         raise UserError(
-            f"{output} needs about {needed_bytes / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free; "
-            "free some space, or choose an --output on another disk"
+            f"{output} needs about {show(needed_bytes)}, and the disk of {_existing(output)} has "
+            f"{show(free, math.floor)} free; free some space, or choose an --output on another disk"
         )
 
 
 def require_memory(device: torch.device, needed_bytes: int, what: str, remedy: str) -> None:
     """Raise `UserError`, with the `remedy`, if `device` has less than `needed_bytes` for `what`."""
+    import torch
+
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if free < needed_bytes:
         raise UserError(
-            f"{what} needs about {needed_bytes / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free; {remedy}"
+            f"{what} needs about {show(needed_bytes)} and {device} has {show(free, math.floor)} free; {remedy}"
         )
+
+
+def show(size: int, rounded: Callable[[float], int] = math.ceil) -> str:
+    """Size in whole MiB, or from a GiB on in GiB with a decimal."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{rounded(size / MIB)} MiB"
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

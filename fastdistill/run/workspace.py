@@ -12,12 +12,22 @@ from typing import Any
 
 from fastdistill.errors import UserError
 from fastdistill.run.files import read_json, write_json
+from fastdistill.run.inputs import Input, difference
+from fastdistill.run.lock import FILE as LOCK
+from fastdistill.run.lock import Lock, refuse_if_held
+from fastdistill.run.resources import require_writable
+
+SETTINGS = "settings.json"
 
 
 class Workspace:
     """Folder `output` with its folder `work`, where every finished stage leaves its result.
 
     A run that is started again reads the results.
+
+    Attributes:
+        resumed: whether `output` holds this run, interrupted.
+        seconds: time of each stage, over all runs of the command.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
@@ -29,45 +39,90 @@ class Workspace:
             result: file that a run writes when it ends.
 
         Raises:
-            UserError: the folder holds a finished run, another run, or other files.
+            UserError: the folder holds a finished run, another run, or other files, another process
+                works in it, or it cannot be written.
         """
-        self.output, self.work = output, output / "work"
-        self.settings = settings = json.loads(json.dumps(settings, default=str))
-        recorded = self.work / "settings.json"
-        if (output / result).exists():
-            raise UserError(f"{output} holds a finished run; see {output / 'report.md'}, or choose another --output")
-        if recorded.exists():
-            earlier = read_json(recorded)
-            changed = sorted(
-                name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name)
+        self.output, self.work, self.result = output, output / "work", result
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self._lock: Lock | None = None
+        refuse_if_held(self.work)
+        require_writable(output)
+        self._check()
+
+    def claim(self, inputs: Mapping[str, Input]) -> None:
+        """Make the folder that of this process and this run, until `release`.
+
+        Args:
+            inputs: all that the run reads, each by a name that stays when the input is moved.
+
+        Raises:
+            UserError: another process works in the folder, or has finished a run there since, or
+                the run that the folder holds began with other `inputs`.
+        """
+        current = {name: dict(found.items) for name, found in inputs.items()}
+        self._lock = Lock(self.work)
+        try:
+            self._check()
+            if not self.resumed:
+                write_json(self.work / SETTINGS, {"options": self.settings, "inputs": current})
+            earlier = read_json(self.work / SETTINGS)["inputs"]
+            for name in current:
+                if told := difference(earlier.get(name, {}), current[name]):
+                    raise UserError(
+                        f"{inputs[name].called} changed since the run in {self.output} began ({told}); "
+                        "restore what was there, or choose another --output"
+                    )
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Leave the folder to other processes, and remove `work` if it holds nothing."""
+        if self._lock is not None:
+            self._lock.release()
+            if self.work.is_dir() and not any(self.work.iterdir()):
+                self.work.rmdir()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Release the folder at the end of the block."""
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _check(self) -> None:
+        """Raise `UserError` unless the folder is free or holds this run; note which."""
+        recorded, timed = self.work / SETTINGS, self.work / "seconds.json"
+        if (self.output / self.result).exists():
+            raise UserError(
+                f"{self.output} holds a finished run; see {self.output / 'report.md'}, or choose another --output"
             )
+        self.resumed = recorded.exists()
+        self.seconds: dict[str, float] = read_json(timed) if timed.exists() else {}
+        if not self.resumed and self._holds_files():
+            raise UserError(f"{self.output} exists and is not empty; choose another --output")
+        if self.resumed:
+            earlier = read_json(recorded).get("options")
+            if earlier is None:
+                raise UserError(
+                    f"{self.output} holds an interrupted run of an earlier fastdistill; choose another --output"
+                )
+            changed = sorted(name for name in self.settings | earlier if self.settings.get(name) != earlier.get(name))
             if changed:
                 names = ", ".join("--" + name.replace("_", "-") for name in changed)
                 raise UserError(
-                    f"{output} holds an interrupted run with another {names}; "
+                    f"{self.output} holds an interrupted run with another {names}; "
                     "repeat its options, or choose another --output"
                 )
-            self.resumed = True
-            timed = self.work / "seconds.json"
-            self.seconds: dict[str, float] = read_json(timed) if timed.exists() else {}
-            return
-        if self._holds_files():
-            raise UserError(f"{output} exists and is not empty; choose another --output")
-        self.resumed, self.seconds = False, {}
-
-    def claim(self) -> None:
-        """Make the folder that of this run."""
-        # An empty one is left by a run that ended before it had written its settings.
-        self.work.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            write_json(self.work / "settings.json", self.settings)
 
     def _holds_files(self) -> bool:
-        """Whether `output` is there and holds more than an empty `work`."""
+        """Whether `output` is there and holds more than a `work` that is empty but for a lock."""
         if not self.output.is_dir():
             return self.output.exists()
         others = [path for path in self.output.iterdir() if path != self.work or not path.is_dir()]
-        return bool(others) or (self.work.is_dir() and any(self.work.iterdir()))
+        left = {path.name for path in self.work.iterdir()} if self.work.is_dir() else set()
+        return bool(others) or bool(left - {LOCK})
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the JSON value of stage `name`: read if it is there, else made and written."""
@@ -93,5 +148,10 @@ class Workspace:
             write_json(self.work / "seconds.json", self.seconds)
 
     def finish(self) -> None:
-        """Remove `work`, which only a restart would have needed."""
-        shutil.rmtree(self.work)
+        """Remove `work`, which only a restart would have needed, and release the folder."""
+        # First its name: a process that begins now must not find half of it.
+        done = self.output / f"{self.work.name}.done"
+        shutil.rmtree(done, ignore_errors=True)
+        self.work.rename(done)
+        self.release()
+        shutil.rmtree(done)

@@ -51,7 +51,8 @@ def latest(run: Path) -> Path | None:
 
 
 def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep: int = 1) -> Path:
-    """Write `run/checkpoint-<step>`, unless it is there, and remove all but the `keep` newest.
+    """Write `run/checkpoint-<step>`, unless it is there with this `state`, and remove all but the
+    `keep` newest.
 
     All processes call this together.
 
@@ -62,8 +63,10 @@ def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = run / f"{PREFIX}{step}"
-    # A step has the same bits whenever it is reached.
-    if target not in _complete(run):
+    updates = {role: ema.updates for role, ema in trained.emas.items()}
+    record = json.loads(json.dumps({"step": step, "ema_updates": updates, **state}))
+    # A step has the same bits whenever it is reached, but may have been measured since.
+    if target not in _complete(run) or read_json(target / "state.json") != record:
         files: dict[str, Mapping[str, Tensor]] = {}
         for role, optimizer in trained.optimizers.items():
             files[role] = trained.networks[role].state_dict()
@@ -72,8 +75,7 @@ def save(run: Path, step: int, trained: Trained, state: Mapping[str, Any], keep:
             files[f"{role}.ema"] = ema.shadow
         if trained.method_state:
             files["method"] = trained.method_state
-        updates = {role: ema.updates for role, ema in trained.emas.items()}
-        write(target, files, {"state": {"step": step, "ema_updates": updates, **state}})
+        write(target, files, {"state": record})
     if parallel.rank() == 0:
         for path in sorted(_complete(run), key=_step)[:-keep]:
             _remove(path)

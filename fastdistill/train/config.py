@@ -61,6 +61,10 @@ class TrainConfig(RoleConfig):
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which a checkpoint is written, too, whatever the step; 0: by steps alone. A
+    checkpoint waits until ten times the time has passed that the last one took to write."""
     keep_checkpoints: int = 1
     """Number of checkpoints to keep, the newest."""
     tensorboard: bool = False
@@ -72,6 +76,8 @@ class TrainConfig(RoleConfig):
         for name in ("steps", "micro_batches", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.checkpoint_minutes >= 0:
+            raise ValueError(f"checkpoint_minutes must be at least 0, got {self.checkpoint_minutes}")
 
     def of(self, role: str) -> RoleConfig:
         """Return the configuration of `role`."""
@@ -88,5 +94,5 @@ class TrainConfig(RoleConfig):
 
     def free(self, trained: Collection[str]) -> set[str]:
         """Settings that may change when a run is resumed: no result so far depends on them."""
-        free = {"log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
+        free = {"log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "tensorboard"}
         return free | ({"steps"} if all(self.of(role).schedule == "wsd" for role in trained) else set())

@@ -122,6 +122,17 @@ def averaged(values: Mapping[str, Tensor]) -> dict[str, float]:
     return numbers
 
 
+def agreed(decision: bool) -> bool:
+    """Decision of the first process, in every process; all call this together."""
+    if world_size() == 1:
+        return decision
+    told = torch.tensor([decision], dtype=torch.float64)
+    if rank() > 0:
+        told.zero_()
+    distributed.all_reduce(told)
+    return bool(told.item())
+
+
 def wait() -> None:
     """Wait until all processes are here."""
     if world_size() > 1:

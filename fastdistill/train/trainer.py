@@ -12,7 +12,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from fastdistill.errors import UserError
 from fastdistill.run.files import read_json
+from fastdistill.run.lock import Lock
+from fastdistill.run.signals import held_back
 from fastdistill.train import checkpoint, optim, parallel
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
@@ -33,6 +35,8 @@ from fastdistill.train.watch import Best, Evaluation, Observer
 # Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as
 # many parts as a batch may have.
 GOLDEN = 0x9E3779B1
+# Checkpoints by the clock take a tenth of the time at most.
+SAVE_SHARE = 10
 
 BatchSource = Callable[[int, torch.Generator], Any]
 """`(step, generator) -> batch`; all randomness from the generator. Of `micro_batches` the batch has
@@ -90,35 +94,42 @@ class Trainer:
         self.logs: dict[str, float] = {}
         """Latest values; of a role that has no turn in a step, those of its last turn."""
         self._mid_step = False
+        self._unwatched = False
+        """Whether observers and evaluation have not seen the last step, nor the log."""
+        self._saved, self._save_seconds = time.monotonic(), 0.0
 
     def fit(self, describe: str = "train", console: Console | None = None) -> None:
         """Run to `config.steps`; called again after an interruption, from the newest checkpoint.
 
-        Ctrl-C saves a checkpoint first. The progress is shown on `console`, by default on standard
-        error.
+        Ctrl-C saves a checkpoint first, after the step that is being done. The progress is shown on
+        `console`, by default on standard error.
+
+        Raises:
+            UserError: another process trains in the folder.
         """
-        self.run.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        config = self.config
-        silent = parallel.rank() > 0
-        log = Log(
-            self.run,
-            describe,
-            start=self.step,
-            total=config.steps,
-            tensorboard=config.tensorboard,
-            console=console,
-            silent=silent,
-        )
-        with log:
+        with ExitStack() as stack:
+            if parallel.rank() == 0:
+                stack.callback(Lock(self.run).release)
+            parallel.wait()
+            self._resume()
+            log = stack.enter_context(
+                Log(
+                    self.run,
+                    describe,
+                    start=self.step - self._unwatched,
+                    total=self.config.steps,
+                    tensorboard=self.config.tensorboard,
+                    console=console,
+                    silent=parallel.rank() > 0,
+                )
+            )
             try:
+                if self._unwatched:
+                    self._end_step(log)
                 while not self._finished():
-                    self.logs |= self._advance()
-                    measured = self._watch(log)
-                    self._mid_step = False
-                    write = bool(measured) or self.step % config.log_every == 0 or self._finished()
-                    log.advance(self.step, self.logs | measured, write=write)
-                    if self.step % config.checkpoint_every == 0 and not self._finished():
+                    self._advance()
+                    self._end_step(log)
+                    if self._checkpoint_due() and not self._finished():
                         self.save()
             except KeyboardInterrupt:
                 # Within a step there is no state to go on from once a role has been updated, and
@@ -126,15 +137,19 @@ class Trainer:
                 if not self._mid_step and parallel.world_size() == 1:
                     self.save()
                 raise
-        self.save()
+            self.save()
 
     def save(self) -> Path:
         state = {
             "config": dataclasses.asdict(self.config),
             "best": self.best.record() if self.best else None,
             "logs": self.logs,
+            "unwatched": self._unwatched,
         }
-        return checkpoint.save(self.run, self.step, self._trained(), state, keep=self.config.keep_checkpoints)
+        began = time.monotonic()
+        path = checkpoint.save(self.run, self.step, self._trained(), state, keep=self.config.keep_checkpoints)
+        self._saved, self._save_seconds = time.monotonic(), time.monotonic() - began
+        return path
 
     def take_best(self) -> None:
         """Give the student the weights that are the result of the run: the best evaluated, else the
@@ -153,7 +168,8 @@ class Trainer:
             method_state=self.method.state_dict() if isinstance(self.method, Stateful) else {},
         )
 
-    def _advance(self) -> dict[str, float]:
+    def _advance(self) -> None:
+        """One step, which is done whole once its first role is updated, whatever signal comes."""
         began = time.perf_counter()
         shared = self._generator(stream=0)
         parts = self._split(self.batches(self.step, shared))
@@ -161,16 +177,34 @@ class Trainer:
             self.method.before_step(self.step, shared)
         rngs = {part: self._generator(stream=1, part=part) for part in parts}
         logs: dict[str, Tensor] = {}
-        for role in self.method.turns(self.step):
-            prefix = f"{role}/" if len(self.method.trains) > 1 else ""
-            logs |= {f"{prefix}{name}": value for name, value in self._update(role, parts, rngs).items()}
-        self.method.after_step(self.step)
-        rates = self._learning_rates()
-        self.step += 1
-        return parallel.averaged(logs) | rates | {"seconds": time.perf_counter() - began}
+        with ExitStack() as whole:
+            for role in self.method.turns(self.step):
+                prefix = f"{role}/" if len(self.method.trains) > 1 else ""
+                logs |= {f"{prefix}{name}": value for name, value in self._update(role, parts, rngs, whole).items()}
+            self.method.after_step(self.step)
+            rates = self._learning_rates()
+            self.step += 1
+            self.logs |= parallel.averaged(logs) | rates | {"seconds": time.perf_counter() - began}
+            self._mid_step, self._unwatched = False, True
 
-    def _update(self, role: str, parts: dict[int, Any], rngs: dict[int, torch.Generator]) -> dict[str, Tensor]:
-        """One optimizer step of `role`."""
+    def _end_step(self, log: Log) -> None:
+        """Measure and log the step that was done."""
+        measured = self._watch(log)
+        write = bool(measured) or self.step % self.config.log_every == 0 or self._finished()
+        log.advance(self.step, self.logs | measured, write=write)
+        self._unwatched = False
+
+    def _checkpoint_due(self) -> bool:
+        config = self.config
+        if self.step % config.checkpoint_every == 0:
+            return True
+        wait = max(60 * config.checkpoint_minutes, SAVE_SHARE * self._save_seconds)
+        return config.checkpoint_minutes > 0 and parallel.agreed(time.monotonic() - self._saved >= wait)
+
+    def _update(
+        self, role: str, parts: dict[int, Any], rngs: dict[int, torch.Generator], whole: ExitStack
+    ) -> dict[str, Tensor]:
+        """One optimizer step of `role`; from here on signals wait until `whole` is left."""
         config, optimizer = self.config.of(role), self.optimizers[role]
         logs: dict[str, Tensor] = {}
         give_turn(role, self.parameters)
@@ -194,7 +228,9 @@ class Trainer:
         nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step, self.config.steps)
-        self._mid_step = True
+        if not self._mid_step:
+            whole.enter_context(held_back())
+            self._mid_step = True
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if role in self.emas:
@@ -301,4 +337,4 @@ class Trainer:
             self.method.load_state_dict(checkpoint.load_method_state(path, self.method.state_dict()))
         if self.best and state["best"]:
             self.best.continue_from(state["best"])
-        self.logs = state["logs"]
+        self.logs, self._unwatched = state["logs"], state.get("unwatched", False)

@@ -22,6 +22,7 @@ from fastdistill.compress.importance.output_error import OutputError
 from fastdistill.compress.repairs import ridge
 from fastdistill.data import trajectories
 from fastdistill.run.options import RunOptions, TrainingOptions
+from fastdistill.run.store import default_folder
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import COMMANDS, check_handed_on, interrupt
 
@@ -277,8 +278,8 @@ def test_calibration_on_images(command, pipeline_folder, images, tmp_path, monke
     choose = Compression.choose
     monkeypatch.setattr(Compression, "choose", interrupt)
     assert command("compress", *options, "--output", output).code == 130
-    cached = load_file(output / "work" / "calibration.safetensors")
-    assert cached["latents"].shape == (5, 16, 8, 8)
+    cached = [load_file(path)["latents"] for path in sorted(default_folder().glob("calibration-*/*.safetensors"))]
+    assert [tuple(part.shape) for part in cached] == [(4, 16, 8, 8), (1, 16, 8, 8)]
     monkeypatch.setattr(Compression, "choose", choose)
     # Encoded once: a run that goes on does not look at the images again but to see that they are
     # there.

@@ -23,6 +23,7 @@ from fastdistill.distill.methods.output_kd import OutputKDOptions
 from fastdistill.errors import UserError
 from fastdistill.models import loading
 from fastdistill.run.options import RunOptions
+from fastdistill.run.store import default_folder
 from fastdistill.train.trainer import Trainer
 from tests.commands.conftest import check_handed_on, interrupt, save_tiny
 from tests.tiny import tiny_flux_pipeline
@@ -235,7 +236,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(command, pipeline_fold
     changed = command("distill", *options, "--gan-weight", "0.5", "--output", tmp_path / "broken")
     assert changed.code == 2
     assert "--gan-weight" in changed.message
-    pairs = {path: path.stat().st_mtime_ns for path in (tmp_path / "broken" / "work" / "pairs").iterdir()}
+    pairs = {path: path.stat().st_mtime_ns for path in default_folder().glob("pairs-*/shard-*")}
+    assert pairs
     real = job.save
 
     def look(*args):
@@ -468,7 +470,7 @@ def test_an_interruption_before_training_keeps_what_the_teacher_drew(command, pi
     options = ["--method", "reflow", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out", *QUICK]
     monkeypatch.setattr(job, "Trainer", interrupt)
     assert command("distill", *options).code == 130
-    assert len(list((tmp_path / "out" / "work" / "pairs").glob("*.safetensors"))) == 2
+    assert len(list(default_folder().glob("pairs-*/*.safetensors"))) == 2
 
 
 @pytest.mark.slow

@@ -1,17 +1,26 @@
 """A run that is killed, at any moment, and started again ends with the same bits."""
 
+import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastdistill.errors import UserError
+from fastdistill.run.lock import Lock
+from fastdistill.run.signals import Stopped, stopping_in_order
 from fastdistill.train import checkpoint
+from fastdistill.train import trainer as trainer_module
 from fastdistill.train.trainer import Trainer
+from fastdistill.train.watch import Evaluation
 from tests.train.rivals import Rivals, batches, folders, rivals_config, weights
 
 
@@ -63,6 +72,100 @@ def test_ctrl_c_between_the_turns_of_a_step_saves_no_half_step(tmp_path: Path, t
         trained(tmp_path / "broken", Interrupted())
     result = trained(tmp_path / "broken", Rivals())
     assert all(torch.equal(result[name], value) for name, value in expected.items())
+
+
+def measured(trainer: Trainer) -> dict[str, float]:
+    student, teacher = trainer.method.networks["student"], trainer.method.networks["teacher"]
+    with torch.no_grad():
+        probe = torch.linspace(-1, 1, 12).view(4, 3)
+        return {"error": float((student(probe) - teacher(probe)).square().mean())}
+
+
+def observed(run: Path, method: Rivals, *, at: int = -1, **changes: Any) -> dict[str, torch.Tensor]:
+    """Weights of a run that is measured after every second step, and by SIGTERM in measurement
+    `at`."""
+    calls = itertools.count()
+
+    def evaluate() -> dict[str, float]:
+        if next(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return measured(trainer)
+
+    evaluation = Evaluation(evaluate=evaluate, every=2, monitor="error")
+    trainer = Trainer(method, batches, rivals_config(**{"checkpoint_every": 100, **changes}), run, (), evaluation)
+    with stopping_in_order():
+        trainer.fit()
+    return weights(method, trainer.emas)
+
+
+def same_run(first: Path, second: Path) -> bool:
+    names = ("student.safetensors", "best.json")
+    files = [[(run / "best" / name).read_bytes() for name in names] for run in (first, second)]
+    return files[0] == files[1] and without_seconds(first) == without_seconds(second)
+
+
+@pytest.mark.parametrize(("turn", "reached"), [(7, 2), (8, 2), (9, 3), (10, 3), (11, 3), (12, 3)])
+def test_sigterm_ends_after_the_step_that_is_being_done(tmp_path: Path, turn: int, reached: int) -> None:
+    """In two parts of the student and two of the critic; before the student's update nothing of the
+    step has happened."""
+
+    class Asked(Rivals):
+        calls = 0
+
+        def loss(self, *arguments: Any) -> Any:
+            self.calls += 1
+            if self.calls == turn:
+                signal.raise_signal(signal.SIGTERM)
+            return super().loss(*arguments)
+
+    expected = observed(tmp_path / "whole", Rivals())
+    with pytest.raises(Stopped, match="SIGTERM"):
+        observed(tmp_path / "broken", Asked())
+    assert folders(tmp_path / "broken") == ["best", f"checkpoint-{reached}"]
+    result = observed(tmp_path / "broken", Rivals())
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
+    assert same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_step_that_was_not_measured_is_measured_later(tmp_path: Path, at: int) -> None:
+    """The last one among them, and one that is stopped twice."""
+    expected = observed(tmp_path / "whole", Rivals())
+    for again in (at, 0):
+        with pytest.raises(Stopped):
+            observed(tmp_path / "broken", Rivals(), at=again)
+        assert f"checkpoint-{2 * at + 2}" in folders(tmp_path / "broken")
+    for _ in range(2):
+        result = observed(tmp_path / "broken", Rivals())
+        assert all(torch.equal(result[name], value) for name, value in expected.items())
+        assert same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_checkpoints_by_the_clock_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = observed(tmp_path / "whole", Rivals())
+    written, save, clock = [], checkpoint.save, itertools.count()
+
+    def told(run: Path, step: int, *rest: Any, **more: Any) -> Path:
+        written.append(step)
+        return save(run, step, *rest, **more)
+
+    monkeypatch.setattr(checkpoint, "save", told)
+    # 20 seconds from look to look: a minute is over after three steps.
+    ticking = SimpleNamespace(monotonic=lambda: 20.0 * next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(trainer_module, "time", ticking)
+    result = observed(tmp_path / "timed", Rivals(), checkpoint_minutes=1)
+    assert written == [3, 12], "writing took 20 seconds, and waits for ten times as long"
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
+    assert same_run(tmp_path / "whole", tmp_path / "timed")
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    held = Lock(tmp_path)
+    with pytest.raises(UserError, match="in use by process"):
+        Trainer(Rivals(), batches, rivals_config(), tmp_path).fit()
+    held.release()
+    Trainer(Rivals(), batches, rivals_config(), tmp_path).fit()
+    assert not (tmp_path / "lock").exists()
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

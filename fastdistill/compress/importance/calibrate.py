@@ -111,7 +111,10 @@ class Calibration:
 
 
 def calibrated(source: Source, amount: Amount, *, cache: Path | None = None, console: Console) -> Calibration:
-    """Sample a calibration from the source, or read from the file `cache` what was sampled before.
+    """Sample a calibration from the source.
+
+    What was sampled before is read from the folder `cache`, and what is sampled now is written
+    there, batch by batch.
 
     Raises:
         UserError: the family of the pipeline's transformer cannot be scored.

@@ -45,3 +45,6 @@ def _continuous(
 ZERO = Patch(norms_stay("norm"), _zero)
 ZERO_SINGLE = Patch(norms_stay("norm"), _zero_single)
 CONTINUOUS = Patch(norms_stay("norm"), _continuous)
+
+# Patches of what stands before and after the blocks of a model, whatever its family.
+AROUND_BLOCKS = {"AdaLayerNormContinuous": CONTINUOUS}

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Set on every forward that `patched` gives to a module.
-PATCH_MARK = "_fastdistill_patch"
-
 # Reason that no report counts: the class's own forward is as fast.
 NOTHING_TO_GAIN = "nothing to gain"
 
@@ -28,7 +25,3 @@ class Patch:
 
     why_not: Callable[..., str | None]
     forward: Callable[..., Any]
-
-
-def is_patch(forward: Any) -> bool:
-    return hasattr(forward, PATCH_MARK)

@@ -29,11 +29,20 @@ class Fusions:
     Args:
         backend: of the operators; None leaves the choice to `use_backend`.
         attention: an attention backend of diffusers by name, or `auto`.
+
+    Attributes:
+        seen: device and dtype of the latest stream; None before the first call, and under
+            torch.compile.
     """
 
     def __init__(self, backend: Request | None, attention: str) -> None:
         self.backend = backend
         self.attention = attention
+        self.seen: tuple[torch.device, torch.dtype] | None = None
+
+    def copy(self) -> Fusions:
+        """Operators of another model, with the same backends."""
+        return Fusions(self.backend, self.attention)
 
     def modulate(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         x = _repeated(x, scale)
@@ -58,6 +67,8 @@ class Fusions:
         (gate,) = _fitting(x, gate)
         if torch.compiler.is_compiling():
             return GATED_RESIDUAL.reference(x, y, gate, clip_limit(clip))
+        # Every block of every family comes by here.
+        self.seen = x.device, x.dtype
         return ops.gated_residual(x, y, gate, clip=clip, backend=self.backend)
 
     def gated_residual_modulate(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdistill.models.patches.contract import is_patch
+from fastdistill.models.patches.forwards import wrapped
 from fastdistill.ops.heads import MAX_HEAD_SIZE
 
 
@@ -77,8 +77,7 @@ def hooked(*modules: nn.Module) -> bool:
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
-        forward = module.__dict__.get("forward")
-        if forward is not None and not is_patch(forward):
+        if wrapped(module):
             return True
     return False
 

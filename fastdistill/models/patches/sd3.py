@@ -121,8 +121,16 @@ def joint_block(
     return encoder_hidden_states, hidden_states
 
 
+def single_block(block: Any, fusions: Fusions, /, hidden_states: Tensor, temb: Tensor) -> Tensor:
+    """Block of a ControlNet, which has the image alone."""
+    normed, *modulation = block.norm1(hidden_states, emb=temb)
+    attn_output = block.attn(hidden_states=normed, encoder_hidden_states=None)
+    return residuals(fusions, hidden_states, attn_output, modulation, block.norm2.eps, block.ff, clip=False)
+
+
 PATCHES = {
     "JointTransformerBlock": Patch(why_not_joint_block, joint_block),
+    "SD3SingleTransformerBlock": Patch(norms_stay("norm2"), single_block),
     "Attention": Patch(why_not_attention, attention),
     "GELU": GELU,
     "AdaLayerNormZero": adaln.ZERO,

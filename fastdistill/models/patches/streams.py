@@ -26,8 +26,17 @@ def joined(text: Tensor, image: Tensor) -> Tensor:
 
 
 def halves(both: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-    """Text and image as a single block returns them, for `joined` to find their common tensor."""
-    return both[:, :text_tokens], both[:, text_tokens:]
+    """Text and image as a single block returns them, for `joined` to find their common tensor.
+
+    A compiled block writes two tensors instead, at no cost: the first single block, which follows
+    a double block, then sees the strides that all others see, and one graph serves all.
+    """
+    text, image = both[:, :text_tokens], both[:, text_tokens:]
+    if not torch.compiler.is_compiling():
+        return text, image
+    # `contiguous()` would keep the strides of a single sample.
+    fresh = torch.contiguous_format
+    return text.clone(memory_format=fresh), image.clone(memory_format=fresh)
 
 
 def split(both: Tensor, first_tokens: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdistill.models.patches.attention import OWN_PROJECTIONS, heads_of, own_norms, real_tables, self_attention
@@ -87,6 +88,36 @@ def transformer_block(
     adaln_noisy: Tensor | None = None,
     adaln_clean: Tensor | None = None,
 ) -> Tensor:
+    return _modulated(block, fusions, x, attn_mask, freqs_cis, adaln_input)
+
+
+def why_not_control_block(block: Any, /, *_: Any, **__: Any) -> str | None:
+    return None if block.modulation else NOTHING_TO_GAIN
+
+
+def control_block(
+    block: Any,
+    fusions: Fusions,
+    /,
+    c: Tensor,
+    x: Tensor,
+    attn_mask: Tensor | None,
+    freqs_cis: Tensor,
+    adaln_input: Tensor,
+) -> Tensor:
+    """Block of a ControlNet: `c` stacks what the blocks before it give to the model, and their
+    stream.
+
+    The first block receives the control alone.
+    """
+    *given, stream = [block.before_proj(c) + x] if block.block_id == 0 else c.unbind()
+    stream = _modulated(block, fusions, stream, attn_mask, freqs_cis, adaln_input)
+    return torch.stack([*given, block.after_proj(stream), stream])
+
+
+def _modulated(
+    block: Any, fusions: Fusions, x: Tensor, attn_mask: Tensor | None, freqs_cis: Tensor, adaln_input: Tensor
+) -> Tensor:
     scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
     normed = block.attention_norm1(x) * (1 + scale_msa)
     attn_output = block.attention(normed, attention_mask=attn_mask, freqs_cis=freqs_cis)
@@ -97,5 +128,6 @@ def transformer_block(
 
 PATCHES = {
     "ZImageTransformerBlock": Patch(why_not_transformer_block, transformer_block),
+    "ZImageControlTransformerBlock": Patch(why_not_control_block, control_block),
     "Attention": Patch(why_not_attention, attention),
 }

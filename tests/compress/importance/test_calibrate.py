@@ -68,7 +68,7 @@ def test_captions_are_encoded_once_and_the_empty_prompt_is_last(calibration, pip
 
 
 def test_the_same_seed_and_the_cache_give_the_same_points(calibration, tmp_path, monkeypatch):
-    cache = tmp_path / "calibration.safetensors"
+    cache = tmp_path / "calibration"
     first, second = calibration(cache=cache), calibration()
     assert torch.equal(first.points.x_t, second.points.x_t)
     assert not torch.equal(first.points.x_t, calibration(seed=1).points.x_t)
@@ -77,3 +77,22 @@ def test_the_same_seed_and_the_cache_give_the_same_points(calibration, tmp_path,
     third = calibration(cache=cache)
     assert torch.equal(first.points.x_t, third.points.x_t)
     assert torch.equal(first.pool.latents, third.pool.latents)
+
+
+def test_a_calibration_that_was_stopped_continues_with_the_next_batch(calibration, tmp_path, monkeypatch):
+    cache, encoded, whole = tmp_path / "calibration", [], Flux.encode_images
+
+    def stopped(*args):
+        if len(encoded) == 1:
+            raise KeyboardInterrupt
+        encoded.append(1)
+        return whole(*args)
+
+    monkeypatch.setattr(Flux, "encode_images", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        calibration(cache=cache)
+    monkeypatch.setattr(Flux, "encode_images", lambda self, *args: encoded.append(2) or whole(self, *args))
+    continued = calibration(cache=cache)
+    assert encoded == [1, 2], "two images before, the third after"
+    assert torch.equal(continued.pool.latents, calibration().pool.latents)
+    assert torch.equal(continued.points.x_t, calibration().points.x_t)

@@ -278,7 +278,7 @@ def test_a_trajectory_in_all_steps_is_the_pipelines_own(true_cfg_scale, tmp_path
     )
     source = Source(pipeline=pipeline, prompts=["a", "b"], sampling=sampling)
     amount = Amount(images=4, steps=5, points=3, batch=2)
-    calibration = calibrated(source, amount, cache=tmp_path / "calibration.safetensors", console=Console(quiet=True))
+    calibration = calibrated(source, amount, cache=tmp_path / "calibration", console=Console(quiet=True))
     runs = calibration.runs
     torch.testing.assert_close(
         ends(pipeline.transformer, family, runs), calibration.pool.latents[:3], rtol=1e-4, atol=1e-4

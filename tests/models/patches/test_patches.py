@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.errors import UserError
 from fastdistill.models.patch import patched
-from fastdistill.models.patches import PATCHES
+from fastdistill.models.patches import PATCHES, fused_forms
+from fastdistill.models.patches.adaln import AROUND_BLOCKS
+from tests.models.patches.controlnets import CONTROLNETS
 from tests.tiny import tiny_flux_pipeline
 from tests.tiny_families import (
     flux2_inputs,
@@ -166,26 +168,24 @@ def identical(first: Any, second: Any) -> bool:
     return all(same)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: tiny_flux_pipeline().transformer, *(family.make for family in FAMILIES.values())],
-    ids=["flux", *FAMILIES],
-)
-def test_a_patch_takes_the_arguments_of_its_class(make: Callable[[], Any]) -> None:
+def test_a_patch_takes_the_arguments_of_its_class() -> None:
     """By position and by name: `why_not` and `forward` repeat diffusers' signature after the slash."""
-    model = make()
-    patches = PATCHES[type(model).__name__]
-    # torch has a GELU as well.
-    classes = {cls.__name__: cls for cls in map(type, model.modules()) if cls.__module__.startswith("diffusers.")}
-    classes = {name: cls for name, cls in classes.items() if name in patches}
-    assert classes.keys() == patches.keys()
-    for name, stock in classes.items():
-        (_, *expected) = positional(stock.forward)
-        (_, _, *forward) = positional(patches[name].forward)
-        assert forward == expected, name
-        (_, *why_not) = positional(patches[name].why_not)
-        takes_any = "_" in inspect.signature(patches[name].why_not).parameters
-        assert takes_any or why_not == expected, name
+    checked = set()
+    for make in (
+        lambda: tiny_flux_pipeline().transformer,
+        *(make for make, _ in CONTROLNETS.values()),
+        *(f.make for f in FAMILIES.values()),
+    ):
+        for module, patch in fused_forms(make()):
+            assert patch is not None
+            (_, *expected) = positional(type(module).forward)
+            (_, _, *forward) = positional(patch.forward)
+            assert forward == expected, patch
+            (_, *why_not) = positional(patch.why_not)
+            takes_any = "_" in inspect.signature(patch.why_not).parameters
+            assert takes_any or why_not == expected, patch
+            checked.add(patch)
+    assert checked == {patch for block in PATCHES for patch in PATCHES[block].values()} | {*AROUND_BLOCKS.values()}
 
 
 def positional(function: Callable[..., Any]) -> list[str]:
@@ -602,7 +602,5 @@ def test_other_models_are_refused_with_the_list_of_those_covered() -> None:
     model = AuraFlowTransformer2DModel(
         num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2
     )
-    families = ("Flux", "Flux2", "SD3", "QwenImage", "ZImage")
-    covered = ", ".join(f"{family}Transformer2DModel" for family in families)
-    with pytest.raises(UserError, match=f"AuraFlowTransformer2DModel has no fused form; covered are {covered}"):
+    with pytest.raises(UserError, match=f"AuraFlowTransformer2DModel has no block .* {', '.join(PATCHES)}"):
         patched(model)
