@@ -100,6 +100,8 @@ def find_captions(images: Sequence[Path], others: Sequence[Path]) -> Captions:
                 captions.add(owner, Caption(text=text, file=path, kind=suffix, order=(order, path.name)))
         elif suffix not in TABLES or not _read_table(path, names, captions):
             captions.unread.append(path)
+            if path.stem.lower() == METADATA:
+                captions.remarks.append(f"{path.name} is not read; save it as {METADATA}.jsonl or {METADATA}.csv")
     for found in captions.by_image.values():
         found.sort(key=lambda caption: caption.order)
     return captions

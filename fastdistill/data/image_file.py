@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from fastdistill.errors import UserError
@@ -51,14 +51,15 @@ def read_image(path: Path, at_least: int = 1) -> Image.Image:
     bounded by what the decoder needs.
 
     Args:
-        at_least: pixels that the shorter side keeps at least, unless it has fewer.
+        at_least: pixels of which the shorter side keeps twice as many, unless it has fewer or the
+            image is a long strip.
 
     Raises:
-        UnusableImage: the file is damaged, would take more than `LARGEST` bytes, or holds numbers
-            of which none is known to be white.
+        UnusableImage: the file is damaged, would take more than `LARGEST` bytes, holds numbers of
+            which none is known to be white, or has nothing to see on white.
     """
     try:
-        with _any_size(), warnings.catch_warnings():
+        with _no_limits(), warnings.catch_warnings():
             # Of tags and palettes; what they are about is dealt with here.
             warnings.simplefilter("ignore")
             # A file and not its name: Pillow maps files that it knows by name into memory, and
@@ -118,14 +119,25 @@ def _read(path: Path, image: ImageFile.ImageFile, at_least: int) -> Image.Image:
         image.draft(image.mode, (side, side))
     if math.prod(image.size) * BYTES.get(image.mode, 4) > LARGEST:
         raise UnusableImage(path, "too large", f"{image.width} x {image.height} pixels")
+    if _tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2 and _tag(image, TiffImagePlugin.BITSPERSAMPLE, 8) > 8:
+        raise UnusableImage(path, "of separate planes", "Pillow mixes up planes of more than 8 bits")
     _scale_transparency(image)
     image.load()
     white = white_of(image)
     if white is None and image.mode in ("I", "F"):
         low, high = _range(image)
         raise UnusableImage(path, "of unknown brightness", f"its numbers go from {low:g} to {high:g}")
-    factor = max(1, min(image.size) // (2 * at_least)) if large else 1
-    return _upright(_reduced(image, converter(image, white), factor), image)
+    factor = _factor(image.size, at_least) if large else 1
+    result = _reduced(image, converter(image, white), factor)
+    if image.has_transparency_data and result.getextrema() == ((255, 255),) * 3:
+        raise UnusableImage(path, "blank", "what is not transparent is white, as the background")
+    return _upright(result, image)
+
+
+def _factor(size: tuple[int, int], at_least: int) -> int:
+    """Factor that leaves the shorter side twice `at_least`, but no more than four `LARGE` images:
+    long strips lose more."""
+    return max(1, min(size) // (2 * at_least), math.ceil(math.sqrt(math.prod(size) / (4 * LARGE))))
 
 
 def _scale_transparency(image: ImageFile.ImageFile) -> None:
@@ -177,7 +189,7 @@ def _to_srgb(profile: bytes | None, mode: str) -> Callable[[Image.Image], Image.
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         for_mode = COLOUR_SPACES.get(source.profile.xcolor_space.strip())
-        if for_mode != colours or "sRGB" in ImageCms.getProfileDescription(source):
+        if for_mode != colours or "sRGB" in (source.profile.profile_description or ""):
             return plain
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), colours, "RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError, TypeError):
@@ -220,11 +232,12 @@ def _formats() -> list[str]:
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Lift Pillow's limit of pixels inside the block, where `LARGEST` stands for it."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+def _no_limits() -> Iterator[None]:
+    """Lift Pillow's limit of pixels inside the block, where `LARGEST` stands for it, and that of a
+    PNG's texts and profile: other programs keep whole projects there."""
+    limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits

@@ -48,7 +48,7 @@ def tiff(
     """An uncompressed TIFF; `kind` is 1 for unsigned numbers, 2 for signed ones, 3 for floats."""
     tags = {256: [size[0]], 257: [size[1]], 258: [bits] * channels, 259: [1], 262: [photometric], 273: [8]}
     tags |= {277: [channels], 278: [size[1]], 279: [len(row)], 339: [kind] * channels}
-    tags |= {{"alpha": 338, "orientation": 274}[name]: [value] for name, value in more.items()}
+    tags |= {{"alpha": 338, "orientation": 274, "planes": 284}[name]: [value] for name, value in more.items()}
     body = row + b"\0" * (len(row) % 2)
     directory = 8 + len(body)
     entries, tail, place = b"", b"", directory + 2 + 12 * len(tags) + 4
@@ -91,6 +91,23 @@ def swapped_profile() -> bytes:
     red, blue = content.index(b"rXYZ", 128), content.index(b"bXYZ", 128)
     content[red : red + 4], content[blue : blue + 4] = b"bXYZ", b"rXYZ"
     return bytes(content)
+
+
+def linear_grey() -> bytes:
+    """A grey profile whose numbers are proportional to light: 55 of 255 look like 128 in sRGB."""
+    tags = {
+        b"wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061),
+        b"kTRC": b"curv" + bytes(4) + struct.pack(">I", 0),
+    }
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    header = bytearray(128)
+    header[0:4] = struct.pack(">I", 128 + len(table) + len(body))
+    header[8:12], header[12:24], header[36:40] = b"\x02\x40\0\0", b"mntrGRAYXYZ ", b"acsp"
+    header[68:80] = struct.pack(">3i", 63190, 65536, 54061)
+    return bytes(header) + table + body
 
 
 def bad_tags() -> bytes:
@@ -169,7 +186,7 @@ CASES: dict[str, list[Case]] = {
         (written(row_of("P", [1, 0]), ".gif", transparency=0), [(1, 1, 1), (255,) * 3]),
     ],
     "one colour that is transparent, any depth": [
-        (png(3, 1, 0, b"\x40", chunk(b"tRNS", words([0]))), greys([255, 255, 255])),
+        (png(3, 1, 0, b"\x40", chunk(b"tRNS", words([1]))), greys([0, 255, 0])),
         (png(4, 2, 0, b"\x1b", chunk(b"tRNS", words([1]))), greys([0, 255, 170, 255])),
         (png(4, 4, 0, b"\x0f\x5a", chunk(b"tRNS", words([10]))), greys([0, 255, 85, 255])),
         (png(3, 8, 0, bytes([5, 6, 7]), chunk(b"tRNS", words([6]))), greys([5, 255, 7])),
@@ -234,6 +251,9 @@ CASES: dict[str, list[Case]] = {
         (written(row_of("RGBA", [(200, 20, 10, 0), (200, 20, 10, 255)]), ".png", icc_profile=swapped_profile()),
          [(255,) * 3, (10, 20, 200)]),
         (written(row_of("RGB", [(200, 20, 10)]), ".png", icc_profile=profile("sRGB")), [(200, 20, 10)]),
+        (written(row_of("L", [0, 55, 255]), ".png", icc_profile=linear_grey()), greys([0, 128, 255])),
+        (png(2, 16, 0, words([0x3737, 0xFFFF]), chunk(b"iCCP", b"grey\0\0" + zlib.compress(linear_grey()))),
+         greys([128, 255])),
     ],
     "damaged profile, or for other colours": [
         (written(row_of("RGB", [(200, 20, 10)]), ".png", icc_profile=b"no profile"), [(200, 20, 10)]),
@@ -246,7 +266,9 @@ CASES: dict[str, list[Case]] = {
         *((tiff((3, 2), bytes([1, 2, 3, 4, 5, 6]), bits=8, photometric=1, orientation=turn), greys(turned))
           for turn, turned in ((6, [4, 1, 5, 2, 6, 3]), (3, [6, 5, 4, 3, 2, 1]), (8, [3, 6, 2, 5, 1, 4]))),
     ],
-    "damaged tags": [
+    "damaged tags, or texts of many megabytes": [
+        (png(2, 8, 0, bytes([1, 9]), chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3_000_000)))), greys([1, 9])),
+        (png(2, 8, 0, bytes([1, 9]), chunk(b"iCCP", b"huge\0\0" + zlib.compress(bytes(3_000_000)))), greys([1, 9])),
         (bad_tags(), [(10, 20, 30)]),
         (written(row_of("RGB", [(1, 1, 1), (9, 9, 9)]), ".png", exif=orientation(77)), [(1, 1, 1), (9, 9, 9)]),
     ],
@@ -260,6 +282,16 @@ CASES: dict[str, list[Case]] = {
     ],
     "more than 67 megapixels": [],  # below, with a smaller limit
     "more than 2 GiB when decoded": [(png(100_000, 1, 0, b"", height=100_000), "too large")],
+    "white or nothing, once it is on white": [
+        (written(row_of("RGBA", [(1, 2, 3, 0), (4, 5, 6, 0)]), ".png"), "blank"),
+        (written(row_of("RGBA", [(255, 255, 255, 255), (4, 5, 6, 0)]), ".webp", lossless=True), "blank"),
+        (png(3, 1, 0, b"\x40", chunk(b"tRNS", words([0]))), "blank"),
+        (png(2, 8, 0, bytes([255, 255])), greys([255, 255])),
+    ],
+    "TIFF of more than 8 bits in separate planes, which Pillow mixes up": [
+        (tiff((1, 1), words([1, 2, 3], order), bits=16, photometric=2, channels=3, order=order, planes=2),
+         "of separate planes") for order in "<>"
+    ],
     "truncated": [
         (written(noise((64, 64)), ".png")[:-3000], "broken"),
         (written(noise((64, 64)), ".jpg")[:-1000], "broken"),
@@ -315,8 +347,11 @@ def test_every_image_has_the_right_colours_or_a_reason(tmp_path: Path, content: 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 def test_avif(tmp_path: Path) -> None:
-    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.avif")
-    assert read_image(tmp_path / "a.avif").getpixel((3, 3)) == (255, 255, 255)
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (8, 0, 16, 16))
+    image.save(tmp_path / "a.avif")
+    found = read_image(tmp_path / "a.avif")
+    assert (found.getpixel((3, 3)), found.getpixel((12, 3))) == ((255, 255, 255), (0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +373,12 @@ def test_modes_that_only_plug_ins_give(mode: str, colour: tuple[int, ...], right
     np.testing.assert_allclose(np.asarray(found)[0, 0].astype(int), right, atol=1)
 
 
+def test_long_strips_are_made_smaller_too() -> None:
+    assert image_file._factor((20_000, 20_000), 512) == 19
+    assert image_file._factor((3_000, 300_000), 1024) == 2
+    assert image_file._factor((8_192, 8_192), 4_096) == 1
+
+
 @pytest.mark.parametrize(("suffix", "mode"), [(".png", "1"), (".png", "P"), (".png", "RGBA"), (".jpg", "RGB")])
 def test_large_images_are_made_smaller_strip_by_strip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, mode: str
@@ -348,7 +389,7 @@ def test_large_images_are_made_smaller_strip_by_strip(
     path = tmp_path / f"a{suffix}"
     whole.convert(mode).save(path, exif=orientation(6))
     expected = np.asarray(read_image(path).resize((50, 75), Image.Resampling.BOX)).astype(int)
-    monkeypatch.setattr(image_file, "LARGE", 20_000)
+    monkeypatch.setattr(image_file, "LARGE", 100_000)
     small = read_image(path, at_least=32)
     assert 64 <= min(small.size) < 403
     assert small.height > small.width, "upright"

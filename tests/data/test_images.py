@@ -219,6 +219,8 @@ def test_tables_that_name_other_files_are_told_of(tmp_path: Path) -> None:
     assert "skipped: 2 .json; " in line
     assert "metadata.jsonl names 5 files that are not there (v.png, w.png, x.png, 2 more)" in line
     assert "broken.json is not read as a table of captions" in line
+    (tmp_path / "metadata.parquet").write_text("PAR1")
+    assert "metadata.parquet is not read; save it as metadata.jsonl" in str(read_folder(tmp_path, 9))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 3}')
     assert "metadata.jsonl has none of the columns text, caption" in str(read_folder(tmp_path, 9))
 
