@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from fastdistill.models.families.family import Conditioning
+from fastdistill.models.loading import embedded_folder
 
 WIDTH = 16
 
@@ -57,6 +58,16 @@ def tiny_flux_pipeline(
         tokenizer_2=tokenizer_2,
         transformer=transformer,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def untrained_emoji_pipeline() -> FluxPipeline:
+    """The emoji FLUX with a transformer that is small and random."""
+    pipeline = FluxPipeline.from_pretrained(embedded_folder())
+    torch.manual_seed(0)
+    config = {**pipeline.transformer.config, "num_layers": 1, "num_single_layers": 1}
+    pipeline.transformer = FluxTransformer2DModel.from_config(config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdistill.data.emoji import Emoji
 from fastdistill.evaluation.metrics import METRICS
 from fastdistill.evaluation.metrics.metric import SampledImages, Truth
+from fastdistill.evaluation.testbed import draws_emoji
 from fastdistill.models.sampling import SamplingDefaults, sample
 
 SEED_STRIDE = 1_000_000
@@ -46,8 +47,11 @@ class ImageSet:
             ]
         )
 
-    def truth(self) -> Truth | None:
-        """Known distribution of the images; None unless every prompt is an emoji caption."""
+    def truth(self, pipeline: Any) -> Truth | None:
+        """Known distribution of the images; None unless `pipeline` draws emoji and every prompt is
+        an emoji's caption."""
+        if not draws_emoji(pipeline):
+            return None
         data = Emoji()
         index = {caption: index for index, caption in enumerate(data.captions)}
         if not all(prompt in index for prompt in self.prompts):
@@ -92,7 +96,7 @@ def evaluate(
         pipeline=pipeline,
         images=images,
         seeds=len(image_set.seeds),
-        known_truth=image_set.truth(),
+        known_truth=image_set.truth(pipeline),
         given_reference=reference,
     )
     for metric in METRICS.values():

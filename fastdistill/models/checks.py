@@ -82,8 +82,8 @@ def check_dtypes(pipeline: Any) -> None:
 def tell_of_long_prompts(pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> None:
     """Give a `Notice` of prompts that are longer than the tokens that the transformer reads.
 
-    CLIP has a limit of its own. It gives one pooled embedding of the prompt, in which the end counts
-    little.
+    CLIP has a limit of its own. It gives one pooled embedding of the prompt, in which the end
+    counts little.
     """
     lengths = [len(ids) for ids in pipeline.tokenizer_2(list(prompts), truncation=False, verbose=False).input_ids]
     longer = sum(length > max_sequence_length for length in lengths)

@@ -24,7 +24,8 @@ from fastdistill.data import trajectories
 from fastdistill.run.options import RunOptions, TrainingOptions
 from fastdistill.run.store import default_folder
 from fastdistill.train.trainer import Trainer
-from tests.commands.conftest import COMMANDS, check_handed_on, interrupt
+from tests.commands.conftest import COMMANDS, check_handed_on, interrupt, save_tiny
+from tests.tiny import untrained_emoji_pipeline
 
 QUICK = [
     "--recovery-steps",
@@ -589,12 +590,13 @@ def test_evaluate_against_itself_is_identical(command, pipeline_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_evaluate_on_emoji_knows_the_truth(command, pipeline_folder, tmp_path):
+def test_evaluate_on_emoji_knows_the_truth(command, tmp_path):
+    folder = save_tiny(untrained_emoji_pipeline(), tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("cat face\nrocket\n")
     output = tmp_path / "evaluation.json"
     options = [
         "--model",
-        pipeline_folder,
+        folder,
         "--prompts",
         tmp_path / "prompts.txt",
         "--per-prompt",

@@ -8,7 +8,7 @@ from rich.console import Console
 from fastdistill.evaluation import gallery as module
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.models.sampling import SamplingDefaults
-from tests.tiny import tiny_flux_pipeline
+from tests.tiny import tiny_flux_pipeline, untrained_emoji_pipeline
 
 
 def gallery(folder: Path, *, count: int, width: int = 64) -> Gallery:
@@ -27,5 +27,5 @@ def test_a_count_of_zero_draws_and_measures_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_images_that_are_not_square_are_measured(tmp_path: Path) -> None:
-    metrics = gallery(tmp_path, count=2, width=96).evaluate(tiny_flux_pipeline(), "full")
+    metrics = gallery(tmp_path, count=2, width=96).evaluate(untrained_emoji_pipeline(), "full")
     assert 0 <= metrics["caption_accuracy"] <= 1
