@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops.backend import Request
+from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.op import Case, Operator, describe
 from fastdistill.ops.rows import check_contiguous, check_rows, contiguous_rows
 
@@ -104,6 +104,27 @@ class ActivationConcat(Operator):
         dx, activated = grads[0].tensor_split((ctx.before,), dim=-1)
         dy = backward_op(contiguous_rows(activated), *ctx.saved_tensors, ctx.gated) if ctx.needs_input_grad[0] else None
         return dy, dx if ctx.needs_input_grad[1] else None, None
+
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        y, x, gated = arguments
+        dy, dx, _ = tangents
+        width = y.shape[-1] // 2 if gated else y.shape[-1]
+        activated = y.new_zeros((*y.shape[:-1], width))
+        if dy is not None and gated:
+            # Both partial derivatives, as the backward op of ones.
+            slopes = self.backward_op(backend)(torch.ones_like(activated), y, gated)
+            activated = (slopes * dy).unflatten(-1, (2, width)).sum(dim=-2)
+        elif dy is not None:
+            activated = self.backward_op(backend)(contiguous_rows(dy), y, gated)
+        if x is None:
+            return (activated,)
+        return (torch.cat((torch.zeros_like(x) if dx is None else dx, activated), dim=-1),)
 
     def bytes_moved(self, y: Tensor, x: Tensor | None, gated: bool) -> tuple[int, int]:
         activated, before = y.nbytes // 2 if gated else y.nbytes, 0 if x is None else x.nbytes

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdistill.ops import transforms
 
 log = logging.getLogger("fastdistill")
 
@@ -26,7 +28,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto", attn_mask: 
             backend that the user of diffusers set, by DIFFUSERS_ATTN_BACKEND or in
             `with attention_backend(...)`, else the choice of `choose_attention`. diffusers does not
             tell its default from a `native` set in a `with`: name `native` here, or in the
-            environment.
+            environment. In forward mode, and under vmap or nested transforms of torch.func, it is
+            `_native_math`, the only one with all derivatives.
         attn_mask: added to the products, or False where a key is not seen; broadcasts to (B, H, S,
             S).
 
@@ -41,12 +44,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto", attn_mask: 
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    transformed = transforms.beyond_gradients()
     asked = _asked_of_diffusers() if attention == "auto" else None
+    if asked is not None and transformed:
+        # Some backends would drop the tangent in silence.
+        attention, asked = asked.value, None
     if asked is None:
         # Where torch.compile treats the size as dynamic, it becomes a number here, which a function
         # of constants takes.
         head_size = operator.index(q.shape[-1])
-        asked = _resolved(attention, q.device, q.dtype, needs_grad, head_size, attn_mask is not None)
+        asked = _resolved(attention, q.device, q.dtype, needs_grad, head_size, attn_mask is not None, transformed)
     return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, backend=asked)  # type: ignore[no-any-return]
 
 
@@ -60,27 +67,40 @@ def attention_names() -> tuple[str, ...]:
 
 
 def choose_attention(
-    device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    head_size: int = 128,
+    masked: bool = False,
+    transformed: bool = False,
 ) -> str:
     """Fastest attention backend of diffusers that can run here.
 
-    `native`, PyTorch's own choice, where none is known to be faster. Each choice is logged once.
+    `native`, PyTorch's own choice, where none is known to be faster; `_native_math` where more than
+    gradients is asked for (`transforms.beyond_gradients`). Each choice is logged once.
     """
-    key = device, dtype, needs_grad, head_size, masked
+    key = device, dtype, needs_grad, head_size, masked, transformed
     chosen = _CHOICES.get(key)
     if chosen is None:
         candidates = _preferences(device)
-        chosen = next(name for name in (*candidates, "native") if why_not_attention(name, *key) is None)
+        chosen = next(name for name in (*candidates, "native", "_native_math") if why_not_attention(name, *key) is None)
         _CHOICES[key] = chosen
         log.info(
-            "attention on %s %s, head size %d%s%s: %s", device, dtype, head_size,
-            ", with gradients" if needs_grad else "", ", masked" if masked else "", chosen,
+            "attention on %s %s, head size %d%s%s%s: %s", device, dtype, head_size,
+            ", with gradients" if needs_grad else "", ", masked" if masked else "",
+            ", in forward mode or under a transform" if transformed else "", chosen,
         )  # fmt: skip
     return chosen
 
 
 def why_not_attention(
-    name: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int = 128, masked: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    head_size: int = 128,
+    masked: bool = False,
+    transformed: bool = False,
 ) -> str | None:
     """Reason why the backend of this name cannot run, or None."""
     limits = LIMITS.get(name, ANYTHING)
@@ -94,6 +114,8 @@ def why_not_attention(
         return "it has no backward pass in diffusers"
     if masked and not limits.mask:
         return "it takes no mask"
+    if transformed and not limits.transforms:
+        return "it has no derivatives in forward mode and under vmap or nested transforms of torch.func"
     return _missing(name)
 
 
@@ -108,6 +130,8 @@ class Limits:
     """The largest head size; None without a limit."""
     gradient: bool = True
     mask: bool = False
+    transforms: bool = False
+    """Tangents, second derivatives and batches of vmap."""
 
 
 ANYTHING = Limits(gpu=False, narrow=False, head_sizes=None, mask=True)
@@ -117,7 +141,7 @@ _SAGE = Limits(gradient=False)
 # limits themselves.
 LIMITS: dict[str, Limits] = {
     "native": ANYTHING,
-    "_native_math": ANYTHING,
+    "_native_math": replace(ANYTHING, transforms=True),
     "_native_efficient": Limits(narrow=False, head_sizes=None, mask=True),
     # PyTorch also has one for CPUs.
     "_native_flash": Limits(gpu=False),
@@ -151,7 +175,7 @@ PREFERENCES: tuple[tuple[tuple[int, int], tuple[str, ...]], ...] = (
     ((8, 0), ("flash", "_native_flash", "xformers")),
 )
 
-_CHOICES: dict[tuple[torch.device, torch.dtype, bool, int, bool], str] = {}
+_CHOICES: dict[tuple[torch.device, torch.dtype, bool, int, bool, bool], str] = {}
 
 # Read once, as diffusers does, which shows only the result.
 _IN_ENVIRONMENT = "DIFFUSERS_ATTN_BACKEND" in os.environ
@@ -190,21 +214,26 @@ def _asked_of_diffusers() -> Any:
 
 @torch.compiler.assume_constant_result
 def _resolved(
-    attention: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, head_size: int, masked: bool
+    attention: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    head_size: int,
+    masked: bool,
+    transformed: bool,
 ) -> Any:
     """Member of diffusers' enumeration, with its kernel downloaded if the kernel is on the hub."""
     from diffusers.models import attention_dispatch
     from diffusers.models.attention_dispatch import AttentionBackendName
 
+    key = device, dtype, needs_grad, head_size, masked, transformed
     if attention == "auto":
-        return AttentionBackendName(choose_attention(device, dtype, needs_grad, head_size, masked))
+        return AttentionBackendName(choose_attention(*key))
     if attention not in attention_names():
         raise ValueError(f"attention: expected auto or one of {', '.join(attention_names())}, got {attention!r}")
-    reason = why_not_attention(attention, device, dtype, needs_grad, head_size, masked)
+    reason = why_not_attention(attention, *key)
     if reason is not None:
-        able = [
-            name for name in LIMITS if why_not_attention(name, device, dtype, needs_grad, head_size, masked) is None
-        ]
+        able = [name for name in LIMITS if why_not_attention(name, *key) is None]
         raise RuntimeError(f"attention {attention!r} was asked for, but {reason}; here run {', '.join(able)}")
     backend = AttentionBackendName(attention)
     attention_dispatch._maybe_download_kernel_for_backend(backend)

@@ -130,7 +130,9 @@ def why_not(name: str, backend: Backend, device: str, dtype: torch.dtype) -> str
 
 
 def _kernel_missing(name: str, device: str) -> str | None:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper()):
+    if device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NAMESPACE}::{name}", device.upper()
+    ):
         return None
     return f"the compiled library holds no {device} kernel for {name}"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Request
 from fastdistill.ops.feature_kd_loss import FEATURE_SHAPES, MIN_NORM
-from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.op import Case, Operator, accumulator_of, check_tensor
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_rows
 
@@ -60,6 +60,8 @@ def block_statistics(before: Tensor, after: Tensor, *, backend: Request | None =
             message says which.
         RuntimeError: `backend` was named and cannot run here; the message says why.
     """
+    for name, t in (("before", before), ("after", after)):
+        check_tensor(name, t)
     return BlockStatistics(*BLOCK_STATISTICS(before.detach(), after.detach(), backend=backend).mean(dim=-1).unbind())
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill.ops.backend import Request
-from fastdistill.ops.op import Case, Operator, accumulator_of, describe
+from fastdistill.ops.backend import Backend, Request
+from fastdistill.ops.op import Case, Operator, accumulator_of, check_floats, check_tensor, describe
 
 Prediction = Literal["velocity", "x0", "eps", "v"]
 Normaliser = Literal["sample", "batch", "none"]
@@ -111,6 +111,15 @@ def dmd_loss(
         raise ValueError(f"guidance_form: expected uncond or cond, got {guidance_form!r}")
     if (alpha is not None or sigma is not None) != (prediction == "v") or (alpha is None) != (sigma is None):
         raise ValueError("alpha, sigma: expected both with prediction='v', and neither otherwise")
+    given = {"x": x, "noise": noise, "cond": cond, "uncond": uncond, "critic": critic}
+    given |= {"alpha": alpha, "sigma": sigma, "weight": weight, "mask": mask}
+    for name, t in given.items():
+        check_tensor(name, t, optional=name not in ("x", "noise", "cond", "critic"))
+        if t is not None and t.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {describe(t)}")
+    check_floats("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x: expected (B, ...), got {describe(x)}")
     a, b, sign = _TARGETS[prediction]
     coefficients = None
     if alpha is not None and sigma is not None:
@@ -147,7 +156,7 @@ def dmd_loss(
 
 def _broadcasts(t: Tensor, x: Tensor) -> bool:
     sizes = zip(reversed(t.shape), reversed(x.shape), strict=False)
-    return t.dim() <= x.dim() and all(size in (1, of_x) for size, of_x in sizes)
+    return t.dim() <= x.dim() and all(size == 1 or size == of_x for size, of_x in sizes)
 
 
 def _contiguous_samples(t: Tensor) -> Tensor:
@@ -172,8 +181,6 @@ class DmdLoss(Operator):
     def check(
         self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, critic: Tensor, *options: Any
     ) -> None:
-        if x.dim() < 1:
-            raise ValueError(f"x: expected (B, ...), got {describe(x)}")
         for name, t in (("noise", noise), ("cond", cond), ("uncond", uncond), ("critic", critic)):
             if t is None:
                 continue
@@ -200,36 +207,37 @@ class DmdLoss(Operator):
         eps: float,
         finite: bool,
     ) -> Tensor:
-        x, wide = x.to(accumulator_of(x.dtype)), accumulator_of(x.dtype)
+        wide = accumulator_of(x.dtype)
+        x = x.to(wide)
+        # Constants. torch.no_grad would leave them their tangents.
+        at, noise, cond, critic = (t.detach().to(wide) for t in (x, noise, cond, critic))
+        uncond, coefficients, weight = (t if t is None else t.detach().to(wide) for t in (uncond, coefficients, weight))
         per_sample = (-1, *[1] * (x.dim() - 1))
-        with torch.no_grad():
-            real = cond.to(wide)
-            if uncond is not None:
-                real = uncond.to(wide) + guidance * (real - uncond.to(wide))
-            if coefficients is None:
-                target = a * x + b * noise.to(wide)
-            else:
-                of_x, of_noise = (c.reshape(per_sample) for c in coefficients.to(wide).unbind(1))
-                target = of_x * x + of_noise * noise.to(wide)
-            distance = (real - target).abs()
-            factor = torch.full((x.shape[0],), sign, dtype=wide, device=x.device)
-            if normaliser == 0:
-                factor = factor / (distance.unsqueeze(-1).flatten(1).mean(dim=1) + eps)
-            if normaliser == 1:
-                factor = factor / (distance.mean() + eps)
-            if weight is not None:
-                factor = factor * weight.to(wide)
-            difference = real - critic.to(wide)
-            if finite:
-                factor, difference = (torch.where(t.isfinite(), t, 0.0) for t in (factor, difference))
-            g = factor.reshape(per_sample) * difference
-            if mask is not None:
-                g = torch.where(mask, g, 0.0)
-            count = x.numel() if mask is None else mask.sum()
-            g_over_count = g / torch.clamp(torch.as_tensor(count, device=x.device), min=1)
-            value = 0.5 * (g * g_over_count).sum()
+        real = cond if uncond is None else uncond + guidance * (cond - uncond)
+        if coefficients is None:
+            target = a * at + b * noise
+        else:
+            of_x, of_noise = (c.reshape(per_sample) for c in coefficients.unbind(1))
+            target = of_x * at + of_noise * noise
+        distance = (real - target).abs()
+        factor = torch.full((x.shape[0],), sign, dtype=wide, device=x.device)
+        if normaliser == 0:
+            factor = factor / (distance.unsqueeze(-1).flatten(1).mean(dim=1) + eps)
+        if normaliser == 1:
+            factor = factor / (distance.mean() + eps)
+        if weight is not None:
+            factor = factor * weight
+        difference = real - critic
+        if finite:
+            factor, difference = (torch.where(t.isfinite(), t, 0.0) for t in (factor, difference))
+        g = factor.reshape(per_sample) * difference
+        if mask is not None:
+            g = torch.where(mask, g, 0.0)
+        count = x.numel() if mask is None else mask.sum()
+        g_over_count = g / torch.clamp(torch.as_tensor(count, device=x.device), min=1)
+        value = 0.5 * (g * g_over_count).sum()
         # The value without rounding it against x, and g / count as its gradient.
-        return value + ((x - x.detach()) * g_over_count).sum()
+        return value + ((x - at) * g_over_count).sum()
 
     def fake(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         dtype = accumulator_of(x.dtype)
@@ -244,6 +252,22 @@ class DmdLoss(Operator):
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(grads[0], *ctx.saved_tensors, ctx.guidance, ctx.finite), *(None,) * 14
+
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        _, _, cond, uncond, critic, _, _, mask, guidance, *_, finite = arguments
+        loss, factors = results
+        if tangents[0] is None:
+            return (torch.zeros_like(loss),)
+        # A gradient rounded to 16 bits would lose what the loss, which is wide, keeps.
+        predictions = (t if t is None else t.to(loss.dtype) for t in (cond, uncond, critic))
+        gradient = self.backward_op(backend)(torch.ones_like(loss), *predictions, mask, factors, guidance, finite)
+        return ((gradient * tangents[0]).sum(),)
 
     def bytes_moved(
         self, x: Tensor, noise: Tensor, cond: Tensor, uncond: Tensor | None, *options: Any

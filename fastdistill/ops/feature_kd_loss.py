@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops.backend import Request
+from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.op import Case, Operator, accumulator_of
 from fastdistill.ops.row_shapes import FLUX, RowShapes
 from fastdistill.ops.rows import check_like, check_rows
@@ -107,6 +107,22 @@ class FeatureKdLoss(Operator):
 
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(grads[0], *ctx.saved_tensors, ctx.kind), None, None
+
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        student, teacher, kind = arguments
+        loss, stats = results
+        if tangents[0] is None:
+            return (torch.zeros_like(loss),)
+        # A gradient rounded to 16 bits would lose what the loss, which is wide, keeps.
+        s, t = (f.to(loss.dtype) for f in (student, teacher))
+        gradient = self.backward_op(backend)(torch.ones_like(loss), s, t, stats, kind)
+        return ((gradient * tangents[0]).sum(),)
 
     def bytes_moved(self, student: Tensor, teacher: Tensor, kind: int) -> tuple[int, int]:
         return 2 * student.nbytes, 3 * student.nbytes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import row_shapes
-from fastdistill.ops.backend import Request
+from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.op import Case, Operator
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_modulation, check_rows, contiguous_rows, over_rows
@@ -100,6 +100,27 @@ class GatedResidual(Operator):
         gate_grad = ctx.needs_input_grad[2]
         dy, dgate = backward_op(dx, y, gate, gate_grad)
         return dx, dy, dgate if gate_grad else None, None
+
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        x, y, gate, clip = arguments
+        tangent, dy, dgate, _ = (t if t is None else contiguous_rows(t) for t in tangents)
+        for branch, factor in ((dy, gate), (y, dgate)):
+            if branch is None or factor is None:
+                continue
+            if tangent is None:
+                tangent = (over_rows(factor, x) * branch).to(x.dtype)
+            else:
+                tangent = self.forward_op(backend)(tangent, branch, factor, math.inf)
+        assert tangent is not None
+        if math.isinf(clip):
+            return (tangent,)
+        return (tangent.masked_fill(results[0].abs() >= clip, 0.0),)
 
     def bytes_moved(self, x: Tensor, y: Tensor, gate: Tensor, clip: float) -> tuple[int, int]:
         return 3 * x.nbytes + gate.nbytes, 3 * x.nbytes + 2 * gate.nbytes

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import row_shapes
-from fastdistill.ops.backend import Request
-from fastdistill.ops.gated_residual import clip_limit, residual_sum
-from fastdistill.ops.modulate import MODULATE
+from fastdistill.ops.backend import Backend, Request
+from fastdistill.ops.gated_residual import GATED_RESIDUAL, clip_limit, residual_sum
+from fastdistill.ops.modulate import MODULATE, modulated_tangent
 from fastdistill.ops.op import Case, Operator, accumulator_of
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_modulation, check_rows, check_same_modulation, contiguous_rows
@@ -124,6 +124,22 @@ class GatedResidualModulate(Operator):
         results = backward_op(grad_h, grad_out, *ctx.saved_tensors, ctx.clip, modulation_grads)
         dx, dy, *modulation = results
         return dx, dy, *(modulation if modulation_grads else (None,) * 3), None, None
+
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        x, y, gate, scale, _, _, clip = arguments
+        h, _, stats = results
+        dx, dy, dgate, dscale, dshift, *_ = tangents
+        dh = None
+        if any(t is not None for t in (dx, dy, dgate)):
+            (dh,) = GATED_RESIDUAL.jvp(backend, (x, y, gate, clip), (h,), (dx, dy, dgate, None))
+        dout = modulated_tangent(backend, h, scale, stats, dh, dscale, dshift)
+        return torch.zeros_like(h) if dh is None else dh, dout
 
     def bytes_moved(
         self, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: float

@@ -57,7 +57,9 @@ def check_tables(cos: Tensor | None, sin: Tensor | None, tokens: int, q: Tensor)
         raise ValueError("cos, sin: expected both or neither")
     d, table = q.shape[-1], accumulator_of(q.dtype)
     for name, t in (("cos", cos), ("sin", sin)):
-        if t.shape not in ((tokens, d), (tokens, d // 2)) or t.shape != cos.shape or t.device != q.device:
+        # Number by number: torch.compile looks for a shape among others without guarding on its sizes.
+        fits = t.dim() == 2 and t.shape[0] == tokens and (t.shape[1] == d or t.shape[1] == d // 2)
+        if not fits or t.shape != cos.shape or t.device != q.device:
             expected = f"({tokens}, {d}) or ({tokens}, {d // 2})"
             raise ValueError(f"{name}: expected {expected}, cos and sin the same, on {q.device}, got {describe(t)}")
         if t.dtype != table:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill.ops.backend import Request
+from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.heads import (
     Pairing,
     check_head_size,
@@ -28,7 +28,8 @@ from fastdistill.ops.heads import (
     rotated,
     unpacked,
 )
-from fastdistill.ops.op import Case, Operator, accumulator_of, describe
+from fastdistill.ops.op import Case, Operator, accumulator_of, check_tensor, describe, kind_of
+from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE
 from fastdistill.ops.rows import contiguous_rows
 
 HeadStream = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -80,8 +81,8 @@ def joint_qk_norm_rope(
     return JOINT_QK_NORM_ROPE(  # type: ignore[no-any-return]
         *_three("text", text),
         *_three("image", image),
-        *text_weights,
-        *image_weights,
+        *_two("text_weights", text_weights),
+        *_two("image_weights", image_weights),
         cos,
         sin,
         eps,
@@ -93,9 +94,17 @@ def joint_qk_norm_rope(
 def _three(name: str, stream: HeadStream) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(stream, Tensor):
         return stream, None, None
+    if not isinstance(stream, (tuple, list)):
+        raise TypeError(f"{name}: expected (q, k, v) or one packed tensor, got {kind_of(stream)}")
     if len(stream) != 3:
         raise ValueError(f"{name}: expected (q, k, v) or one packed tensor, got {len(stream)} tensors")
     return stream
+
+
+def _two(name: str, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise TypeError(f"{name}: expected the weights of (q, k), got {kind_of(weights)}")
+    return weights
 
 
 class JointQkNormRope(Operator):
@@ -186,6 +195,32 @@ class JointQkNormRope(Operator):
         streams = (*text, *image)
         return *streams, *(results[6:] if weight_grads else (None,) * 4), *(None,) * 4
 
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        *_, cos, sin, eps, adjacent = arguments
+        dcos, dsin = tangents[10:12]
+        texts = unpacked(*arguments[:3])[0].shape[1]
+        streams = []
+        for first, tokens in ((0, slice(None, texts)), (3, slice(texts, None))):
+            q, k, v = unpacked(*arguments[first : first + 3])
+            dq, dk, dv = _unpacked_tangents(arguments[first + 1] is None, *tangents[first : first + 3])
+            weights = slice(6 + 2 * first // 3, 8 + 2 * first // 3)
+            tables = (t if t is None else t[tokens] for t in (cos, sin))
+            dtables = (t if t is None else t[tokens] for t in (dcos, dsin))
+            given = dq, dk, *tangents[weights], *dtables
+            if any(t is not None for t in given):
+                dq, dk = QK_NORM_ROPE.jvp(
+                    backend, (q, k, *arguments[weights], *tables, eps, adjacent), (), (*given, None, None)
+                )
+            streams.append([torch.zeros_like(t) if d is None else d for t, d in ((q, dq), (k, dk), (v, dv))])
+        dq, dk, dv = (torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
+        return dq, dk, dv
+
     def bytes_moved(self, *arguments: Any) -> tuple[int, int]:
         streams = [t for t in arguments[:6] if t is not None]
         heads = sum(t.nbytes for t in streams)
@@ -209,8 +244,17 @@ class JointQkNormRope(Operator):
         )
 
 
+def _unpacked_tangents(packed: bool, q: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not packed:
+        return q, *rest
+    return (None,) * 3 if q is None else q.unbind(2)
+
+
 def _check_stream(name: str, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
     if k is None or v is None:
+        if k is not v:
+            check_tensor(f"{name} k", k)
+            check_tensor(f"{name} v", v)
         if q.dim() != 5 or q.shape[2] != 3:
             raise ValueError(f"{name}: expected (q, k, v) or one packed (B, S, 3, H, d), got {describe(q)}")
         check_head_size(name, q)

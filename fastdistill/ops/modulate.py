@@ -7,6 +7,7 @@ Kernels: csrc/cpu/adaln.cpp, csrc/cuda/adaln.cu, ops/triton/adaln.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops import row_shapes
-from fastdistill.ops.backend import Request
+from fastdistill.ops import row_shapes, transforms
+from fastdistill.ops.backend import Backend, Request
+from fastdistill.ops.gated_residual import GATED_RESIDUAL
 from fastdistill.ops.op import Case, Operator, accumulator_of
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_modulation, check_rows, check_same_modulation, contiguous_rows, over_rows
@@ -85,7 +87,7 @@ class Modulate(Operator):
         check_same_modulation("shift", shift, "scale", scale)
 
     def reference(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+        normed = _plain_norm(x, eps) if transforms.active() else F.layer_norm(x, x.shape[-1:], eps=eps)
         return (normed * (1 + over_rows(scale, x)) + over_rows(shift, x)).to(x.dtype)
 
     def fake(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -108,6 +110,16 @@ class Modulate(Operator):
             *(contiguous_rows(grad) for grad in grads), *ctx.saved_tensors, modulation_grads
         )
         return (dx, dscale, dshift, None) if modulation_grads else (dx, None, None, None)
+
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        x, scale, *_ = arguments
+        return (modulated_tangent(backend, x, scale, results[1], *tangents[:3]),)
 
     def bytes_moved(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[int, int]:
         rows, modulation = x.nbytes, scale.nbytes + shift.nbytes
@@ -142,9 +154,50 @@ class ModulateForTwo(Modulate):
         # Two tensors on one memory, so that autograd keeps their gradients apart.
         return results[0], results[0].detach()
 
+    def jvp(self, *arguments: Any) -> tuple[Tensor, ...]:
+        (tangent,) = super().jvp(*arguments)
+        return tangent, tangent
+
     def bytes_moved(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[int, int]:
         forward, backward = super().bytes_moved(x, scale, shift, eps)
         return forward, backward + x.nbytes
+
+
+def _plain_norm(x: Tensor, eps: float) -> Tensor:
+    """Layer norm whose tangent can be differentiated: PyTorch's (2.13) takes mean and deviation for
+    constants there."""
+    wide = x.to(accumulator_of(x.dtype))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def modulated_tangent(
+    backend: Backend,
+    x: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    dx: Tensor | None,
+    dscale: Tensor | None,
+    dshift: Tensor | None,
+) -> Tensor:
+    """Tangent of the modulated norm of x, from the statistics that the forward op saved."""
+    mean, factor = stats.unsqueeze(-1)
+    tangent = torch.zeros((), dtype=stats.dtype, device=x.device)
+    if dshift is not None:
+        tangent = over_rows(dshift, x).to(stats.dtype)
+    if dscale is not None:
+        normed = (x - mean).mul_(factor)
+        tangent = torch.addcmul(tangent, normed, over_rows(dscale, x).to(stats.dtype))
+    if dx is not None:
+        # The Jacobian of the norm is symmetric: the backward op without a scale is also its product
+        # with a tangent.
+        unscaled = torch.zeros_like(scale)
+        dnormed, _, _ = MODULATE.backward_op(backend)(contiguous_rows(dx), x, unscaled, stats, False)
+        if dscale is None and dshift is None:
+            modulated: Tensor = GATED_RESIDUAL.forward_op(backend)(dnormed, dnormed, scale, math.inf)
+            return modulated
+        tangent = torch.addcmul(tangent, dnormed.to(stats.dtype), 1 + over_rows(scale, x).to(stats.dtype))
+    return tangent.to(x.dtype).expand(x.shape)
 
 
 def _arguments(shapes: RowShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

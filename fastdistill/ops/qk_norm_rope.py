@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops.backend import Request
+from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.heads import (
     Pairing,
     check_heads,
@@ -164,6 +165,27 @@ class QkNormRope(Operator):
         dq, dk, *dweights = backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
         return dq, dk, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        q, k, q_weight, k_weight, cos, sin, eps, adjacent = arguments
+        dq, dk, dq_weight, dk_weight, dcos, dsin, *_ = tangents
+        if dq is not None or dk is not None:
+            # The Jacobian of the norm is symmetric: the backward op without weights and rotation is
+            # also its product with a tangent.
+            dq, dk = (torch.zeros_like(x) if d is None else contiguous_rows(d) for x, d in ((q, dq), (k, dk)))
+            ones = torch.ones_like(q_weight)
+            dq, dk, *_ = self.backward_op(backend)(dq, dk, q, k, ones, ones, None, None, eps, adjacent, False)
+        tables = cos, sin, dcos, dsin, adjacent
+        return (
+            _rotated_tangent(q, q_weight, dq, dq_weight, eps, *tables),
+            _rotated_tangent(k, k_weight, dk, dk_weight, eps, *tables),
+        )
+
     def bytes_moved(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any
     ) -> tuple[int, int]:
@@ -178,6 +200,33 @@ class QkNormRope(Operator):
             Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128))))
             for S in (1152, 4608)
         )
+
+
+def _rotated_tangent(
+    x: Tensor,
+    weight: Tensor,
+    dnormed: Tensor | None,
+    dweight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dcos: Tensor | None,
+    dsin: Tensor | None,
+    adjacent: bool,
+) -> Tensor:
+    """Tangent of the rotated head, from `dnormed`, the tangent of the norm without its weight."""
+    wide = accumulator_of(x.dtype)
+    turning = dcos is not None or dsin is not None
+    dscaled = torch.zeros((), dtype=wide, device=x.device) if dnormed is None else dnormed.to(wide) * weight
+    if dweight is not None or turning:
+        unit = F.rms_norm(x.to(wide), x.shape[-1:], eps=eps)
+    if dweight is not None:
+        dscaled = torch.addcmul(dscaled, unit, dweight.to(wide))
+    tangent = rotated(dscaled.expand(x.shape), cos, sin, adjacent)
+    if cos is not None and sin is not None and turning:
+        dcos, dsin = (torch.zeros_like(t) if d is None else d for t, d in ((cos, dcos), (sin, dsin)))
+        tangent = tangent + rotated(unit * weight, dcos, dsin, adjacent)
+    return tangent.to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ Kernels: ops/triton/rope_attention.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdistill.ops import transforms
 from fastdistill.ops.attention import attend, attention_names
-from fastdistill.ops.backend import Request
+from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, is_adjacent
-from fastdistill.ops.op import Case, Operator, accumulator_of, describe
+from fastdistill.ops.op import Case, Operator, accumulator_of, check_floats, check_tensor, describe
 from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, HeadShapes, qk_norm_rope
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
 # The kernels hold tiles of whole heads in registers and shared memory.
 MAX_HEAD_SIZE = 256
+
+# Scores that its tangent holds at once.
+MAX_SCORES = 1 << 24
 
 
 def rope_attention(
@@ -87,6 +92,9 @@ def rope_attention(
         return ROPE_ATTENTION(q, k, v, q_weight, k_weight, cos, sin, eps, is_adjacent(pairing), backend=backend)  # type: ignore[no-any-return]
     if attention != "auto" and attention not in attention_names():
         raise ValueError(f"attention: expected fused, auto or one of {', '.join(attention_names())}, got {attention!r}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, t)
+    check_floats("q", q)
     _check_k_and_v(q, k, v)
     q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, pairing=pairing, backend=backend)
     return attend(q, k, v, attention)
@@ -137,7 +145,15 @@ class RopeAttention(Operator):
         adjacent: bool,
     ) -> Tensor:
         q, k = QK_NORM_ROPE.reference(q, k, q_weight, k_weight, cos, sin, eps, adjacent)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if transforms.active():
+            # PyTorch's kernels have no tangent and no second derivative.
+            wide = accumulator_of(q.dtype)
+            scores = q.to(wide) @ k.to(wide).mT * q.shape[-1] ** -0.5
+            out: Tensor = (scores.softmax(dim=-1) @ v.to(wide)).to(q.dtype)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2)
 
     def fake(self, q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         B, S, H, _ = q.shape
@@ -173,6 +189,22 @@ class RopeAttention(Operator):
         )
         return dq, dk, dv, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
+    def jvp(
+        self,
+        backend: Backend,
+        arguments: tuple[Any, ...],
+        results: tuple[Tensor, ...],
+        tangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        v, *rest = arguments[2:]
+        out, lse = results
+        dq, dk, dv, *drest = tangents
+        q, k = rotated = QK_NORM_ROPE.forward_op(backend)(*arguments[:2], *rest)
+        dqk = None
+        if any(t is not None for t in (dq, dk, *drest)):
+            dqk = QK_NORM_ROPE.jvp(backend, (*arguments[:2], *rest), rotated, (dq, dk, *drest))
+        return (_attention_tangent(q, k, v, out, lse, dqk, dv).to(q.dtype),)
+
     def bytes_moved(
         self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any
     ) -> tuple[int, int]:
@@ -189,6 +221,42 @@ class RopeAttention(Operator):
             Case(id=f"B1-S{S}-H24-d128", make=partial(_arguments, HeadShapes(id="", q=(1, S, 24, 128))))
             for S in lengths
         )
+
+
+def _attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dqk: tuple[Tensor, ...] | None,
+    dv: Tensor | None,
+) -> Tensor:
+    """Tangent of attention, `P dv + (P * dS) v - rowsum(P * dS) out` with `P = exp(S - lse)`.
+
+    A block of queries after the other, as scores of all would take memory with the square of the
+    tokens.
+    """
+    q, k, v, out = (t.transpose(1, 2).to(lse.dtype) for t in (q, k, v, out))
+    dq, dk = (None, None) if dqk is None else (t.transpose(1, 2).to(lse.dtype) for t in dqk)
+    dv = None if dv is None else dv.transpose(1, 2).to(lse.dtype)
+    scale = q.shape[-1] ** -0.5
+    tangent = torch.zeros_like(out)
+    for rows in _blocks_of_queries(*q.shape[:3]):
+        scores = q[:, :, rows] @ k.mT
+        # The kernel's logarithms are binary.
+        p = torch.exp2(scores * (scale * math.log2(math.e)) - lse[:, :, rows, None])
+        if dq is not None and dk is not None:
+            weighted = p * (dq[:, :, rows] @ k.mT + q[:, :, rows] @ dk.mT) * scale
+            tangent[:, :, rows] = weighted @ v - weighted.sum(dim=-1, keepdim=True) * out[:, :, rows]
+        if dv is not None:
+            tangent[:, :, rows] += p @ dv
+    return tangent.transpose(1, 2)
+
+
+def _blocks_of_queries(B: int, H: int, S: int) -> Iterator[slice]:
+    rows = max(1, MAX_SCORES // max(1, B * H * S))
+    return (slice(start, start + rows) for start in range(0, S, rows))
 
 
 def _check_k_and_v(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -80,7 +80,8 @@ def _broadcasts(modulation: Sequence[int], x: Sequence[int]) -> bool:
     if len(x) == 2:
         return len(modulation) == 2 and modulation[0] == 1
     if len(modulation) == 2 or (len(modulation) == 3 and modulation[1] == 1):
-        return modulation[0] in (1, x[0])
+        # Not `in (1, x[0])`, for which torch.compile does not guard on the sizes.
+        return modulation[0] == 1 or modulation[0] == x[0]
     return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import ops
+from fastdistill.ops.backend import why_not
 from fastdistill.ops.op import FLOATS
 from tests.ops.trials import Trial, as_tuple, converted, detached, gradients, leaves, trials
 
@@ -170,6 +171,32 @@ def test_compiles_whole(trial: Trial) -> None:
     actual = gradients(lambda a: as_tuple(compiled(*a)), arguments, upstream)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, h, t: ops.modulate(x, x, x, backend="native"),
+        lambda x, h, t: ops.modulate(x, x[:, 0], x[:, 0], backend="native"),
+        lambda x, h, t: ops.qk_norm_rope(h, h, h[0, 0, 0], h[0, 0, 0], t, t, backend="native"),
+        lambda x, h, t: ops.joint_qk_norm_rope(
+            (h[:, :2],) * 3, (h[:, 2:],) * 3, (h[0, 0, 0],) * 2, (h[0, 0, 0],) * 2, t, t, backend="native"
+        ),
+        lambda x, h, t: ops.rope_attention(h, h, h, h[0, 0, 0], h[0, 0, 0], t, t),
+        lambda x, h, t: ops.dmd_loss(x, x, x, None, 2 * x, mask=x[:, :1] > 0, backend="native"),
+    ],
+)
+def test_sizes_that_turn_out_to_vary(call: Callable[..., Any]) -> None:
+    """torch.compile without a word on what is dynamic, where tables and heads are different tensors
+    of equally many tokens."""
+    if reason := why_not("modulate", "native", "cpu", torch.float32):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for batch, tokens in ((2, 5), (2, 7), (3, 9), (4, 12)):
+        x, h, t = torch.randn(batch, tokens, 6), torch.randn(batch, tokens, 2, 6), torch.randn(tokens, 6)
+        for a, e in zip(as_tuple(compiled(x, h, t)), as_tuple(call(x, h, t)), strict=True):
+            torch.testing.assert_close(a, e)
 
 
 @trials(dtypes=(torch.float32,), backends=FAST, every_case=False)

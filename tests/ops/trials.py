@@ -51,6 +51,7 @@ def trials(
     every_case: bool = True,
     fast: Sequence[Backend] = ("native",),
     compiles: bool = False,
+    differentiable: bool = False,
 ) -> Callable[[Any], Any]:
     """Parametrise a test with `trial`.
 
@@ -60,18 +61,21 @@ def trials(
         fast: backends that are not left to the slow tests.
         compiles: the test compiles for every trial. Only the first of an operator is then fast,
             as it is in Triton's interpreter.
+        differentiable: only of operators that have a gradient.
     """
-    return pytest.mark.parametrize("trial", list(_trials(dtypes, backends, every_case, fast, compiles)))
+    tried = [op for op in OPERATORS.values() if op.backward_schema is not None or not differentiable]
+    return pytest.mark.parametrize("trial", list(_trials(tried, dtypes, backends, every_case, fast, compiles)))
 
 
 def _trials(
+    operators: Sequence[Operator],
     dtypes: Sequence[torch.dtype],
     backends: Sequence[Backend],
     every_case: bool,
     fast: Sequence[Backend],
     compiles: bool,
 ) -> Iterator[Any]:
-    for op in OPERATORS.values():
+    for op in operators:
         cases = op.cases() if every_case else op.cases()[:1]
         for backend in backends:
             for device in DEVICES:
