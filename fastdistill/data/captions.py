@@ -10,6 +10,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,18 @@ METADATA = "metadata"
 class Caption:
     """Caption of one image, and where it is from."""
 
-    text: str
     file: Path
     kind: str
     """Ending of a file of one image; name of a table."""
     order: tuple[int, str]
     """Place among the captions of the same image, of which the first is used."""
+    known: str | None = None
+    """The caption, if it is a part of the file."""
+
+    @cached_property
+    def text(self) -> str:
+        # A folder may hold many more captions than a run takes.
+        return _one_line(read_text(self.file)) if self.known is None else self.known
 
 
 @dataclass(kw_only=True)
@@ -89,15 +96,15 @@ def find_captions(images: Sequence[Path], others: Sequence[Path]) -> Captions:
         if suffix in TEXTS and not owners:
             captions.without_image.append(path)
         elif owners:
-            text = _caption_of(read_json(path)) if suffix == ".json" else _one_line(read_text(path))
-            if text is None:
+            known = _caption_of(read_json(path)) if suffix == ".json" else None
+            if suffix == ".json" and known is None:
                 captions.unread.append(path)
                 continue
             # a.png.txt belongs to a.png alone, a.txt to a.jpg, too.
             specific = _folded(path.stem) == _folded(owners[0].name)
             order = 0 if specific else 1 + [*TEXTS, ".json"].index(suffix)
             for owner in owners:
-                captions.add(owner, Caption(text=text, file=path, kind=suffix, order=(order, path.name)))
+                captions.add(owner, Caption(file=path, kind=suffix, order=(order, path.name), known=known))
         elif suffix not in TABLES or not _read_table(path, names, captions):
             captions.unread.append(path)
             if path.stem.lower() == METADATA:
@@ -135,7 +142,7 @@ def _read_table(path: Path, names: Names, captions: Captions) -> bool:
     for _, found, text in named:
         for image in found:
             if text is not None:
-                captions.add(image, Caption(text=text, file=path, kind=path.name, order=order))
+                captions.add(image, Caption(file=path, kind=path.name, order=order, known=text))
     return True
 
 

@@ -39,6 +39,7 @@ def test_images_come_by_name_with_their_captions(folder: Path) -> None:
         ("a.JPG", "image 1"), ("b.png", "image 0"), ("c.webp", "image 3"), ("d.jpeg", "image 2"),
     ]  # fmt: skip
     assert list(captions(folder, 2)) == ["a.JPG", "c.webp"], "spread evenly"
+    (folder / "d.txt").write_bytes(b"\xff")  # a caption that is not taken is not read
     assert str(read_folder(folder, 2)) == f"2 of 4 images of {folder}, with captions (2 from .txt); skipped: 1 .md"
 
 
