@@ -30,6 +30,7 @@ from fastdistill.train.ema import EMA
 from fastdistill.train.learning_rate import learning_rate
 from fastdistill.train.log import Log
 from fastdistill.train.method import BeforeStep, Method, Stateful, give_turn
+from fastdistill.train.restorable import check_restorable
 from fastdistill.train.watch import Best, Evaluation, Observer
 
 # Generators take 32 bits of a seed; multiples of the golden ratio of 2^32 stay far apart for as
@@ -57,7 +58,8 @@ class Trainer:
         evaluation: decides which averaged weights are kept as `run/best`, and may end the run.
 
     Raises:
-        UserError: the configuration does not fit the method or the number of processes.
+        UserError: the configuration does not fit the method or the number of processes, or what the
+            student learns would be lost when it is saved.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Trainer:
                 f"{parallel.world_size()} processes cannot share {config.micro_batches} micro-batches evenly: "
                 f"set micro_batches to {parallel.world_size()} or a multiple of it"
             )
+        if "student" in method.trains:
+            check_restorable(method.networks["student"])
         self.method, self.batches, self.config, self.run = method, batches, config, run
         self.observers, self.evaluation = observers, evaluation
         for role, network in method.networks.items():
