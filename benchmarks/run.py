@@ -83,6 +83,9 @@ def named(times: list[float]) -> dict[str, float]:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        sys.exit()
     if unknown := set(arguments) - {*SUITES, "--gpu", "--default-malloc", "--tables-only"}:
         sys.exit(f"unknown: {', '.join(sorted(unknown))}; usage: {__doc__}")
     if "--gpu" in arguments:

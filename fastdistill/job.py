@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 
 from fastdistill.data.images import Captioned, read_folder
-from fastdistill.errors import UserError
+from fastdistill.errors import UserError, notice
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.evaluation.table import summarise
 from fastdistill.models.checks import check_call, tell_of_long_prompts
@@ -31,8 +30,9 @@ from fastdistill.models.saving import swapped
 from fastdistill.models.weights import check_computable
 from fastdistill.run.files import digest, without_folders, write_image, write_json, write_text
 from fastdistill.run.inputs import Input
-from fastdistill.run.options import JobConfig, RunOptions, TrainingOptions
-from fastdistill.run.resources import GIB
+from fastdistill.run.options import JobConfig, RunOptions, TrainingOptions, flag
+from fastdistill.run.packages import require_package
+from fastdistill.run.resources import GIB, require_writable
 from fastdistill.run.store import OFF, Store, default_folder
 from fastdistill.run.versions import versions
 from fastdistill.run.workspace import Workspace
@@ -82,7 +82,7 @@ class Job(ABC, Generic[ConfigT]):
         run = config.run
         self.output = run.output or Path("runs") / config.name
         self.workspace = Workspace(self.output, config.settings(), self.result)
-        _check_installed(config.training)
+        self.check_config(config)
         prompts = read_prompts(run.prompts) if run.prompts else None
         self.images = self._own_images(run.images) if run.images else []
         self.console.print(f"loading {run.model}")
@@ -104,6 +104,28 @@ class Job(ABC, Generic[ConfigT]):
         self.clock = self.workspace.clock
         self.store = _store(run, self.workspace)
         self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
+
+    @classmethod
+    def check_config(cls, config: ConfigT) -> None:
+        """Refuse what is wrong whatever the model is, and tell of options that do nothing.
+
+        Raises:
+            UserError: a package is missing, or a file or folder is missing or cannot be used.
+        """
+        run = config.run
+        if config.training.optimizer == "adamw8bit":
+            require_package("bitsandbytes", "--optimizer adamw8bit")
+        if config.training.tensorboard:
+            require_package("tensorboard", "--tensorboard")
+        require_writable(run.output or Path("runs"))
+        if run.cache is not None and str(run.cache) != OFF:
+            require_writable(run.cache, "--cache")
+        if run.prompts:
+            read_prompts(run.prompts)
+        if run.images:
+            read_folder(run.images, 1)
+        for name, reason in config.idle().items():
+            notice(f"{flag(name)} does nothing {reason}")
 
     @classmethod
     @abstractmethod
@@ -323,14 +345,3 @@ def dtype_of(name: str) -> torch.dtype:
     """The type that torch calls `name`, as `--save-dtype` gives it."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _check_installed(options: TrainingOptions) -> None:
-    """Raise `UserError` if an option needs a package that is not installed."""
-    wanted = {
-        "bitsandbytes": ("--optimizer adamw8bit", options.optimizer == "adamw8bit"),
-        "tensorboard": ("--tensorboard", options.tensorboard),
-    }
-    for package, (option, given) in wanted.items():
-        if given and find_spec(package) is None:
-            raise UserError(f"{option} needs {package}: pip install 'fastdistill[train]', or leave the option out")

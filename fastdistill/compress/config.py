@@ -3,7 +3,7 @@ once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -134,6 +134,17 @@ class CompressConfig(JobConfig):
                 "give either --drop-blocks, such as 4 or double:1,2 single:0, or --budget, such as params=0.66"
             )
         self.parsed_budget()
+
+    def idle(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if not self.recovery.recovery_steps:
+            training = tuple(asdict(self.training).keys() - {"batch"})
+            found |= self.given("with --recovery-steps 0", "task_weight", "output_weight", "feature_weight", *training)
+        if self.repair.repair == "none":
+            found |= self.given("with --repair none", "repair_points")
+        if not (self.budget or "").startswith("latency"):
+            found |= self.given("without a --budget of latency", "latency_batch", "latency_dtype")
+        return found
 
     @property
     def name(self) -> str:

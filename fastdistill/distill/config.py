@@ -130,6 +130,19 @@ class DistillConfig(JobConfig):
             raise UserError(f"{self.method} with these options trains on prompts and no images: leave out --images")
         self.options.resolved(self.steps, self.training.training_steps)
 
+    def idle(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for reason, names in self.options.idle().items():
+            found |= self.given(reason, *names)
+        data = ("num_images", "image_steps", "teacher_cache")
+        if self.options.training_data == "prompts":
+            found |= self.given(f"with {self.method}, which with these options trains on prompts alone", *data)
+        elif self.run.images:
+            found |= self.given("with --images", *data[1:])
+        if not self.watch.watch_every:
+            found |= self.given("without --watch-every", "watch_images")
+        return found
+
     @property
     def name(self) -> str:
         return f"distill-{self.run.model_name}-{self.method}-{self.steps}"

@@ -79,8 +79,12 @@ class FewStepStudent(Job[DistillConfig]):
         self.models = Models(teacher=self.teacher, student=student, sampling=self.sampling)
         bare = build(self.config, self.models.without_weights())
         memory, checkpoints = training_bytes(bare, training(self.config, bare))
-        pairs = 2 * self.config.data.num_images * prod(self.latent_shape) * torch.float32.itemsize
-        require_disk(self.output, checkpoints + pairs)
+        saved = bare.student.network.num_parameters() * dtype_of(self.config.run.save_dtype).itemsize
+        require_disk(self.output, checkpoints + saved)
+        if self.config.options.training_data != "prompts" and not self.images:
+            pairs = 2 * self.config.data.num_images * prod(self.latent_shape) * torch.float32.itemsize
+            folder, option = self.config.data.teacher_cache, "--teacher-cache"
+            require_disk(*((folder, pairs, option) if folder else (cache_folder(self.config.run, self.output), pairs, "--cache")))
         remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
         require_memory(
             self.pipeline.device,

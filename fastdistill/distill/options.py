@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
@@ -49,6 +49,10 @@ class MethodOptions:
         """Learning rate of each role that has one of its own."""
         return {}
 
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        """Names of options that do nothing next to the others, by the reason."""
+        return {}
+
     def check_steps(self, steps: int) -> None:
         """Raise `UserError` if the method does not make a student of so many steps."""
         if steps < 1:
@@ -90,6 +94,9 @@ class MatchingOptions(MethodOptions):
             )
         positive(self, "time_shift", "critic_learning_rate")
 
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        return {"with --times logit_normal": ("time_low", "time_high")} if self.times == "logit_normal" else {}
+
     @property
     def learning_rates(self) -> Mapping[str, float]:
         rate = self.critic_learning_rate
@@ -119,6 +126,10 @@ class RolloutOptions(MatchingOptions):
             raise UserError(f"--backward-simulation is a probability, got {self.backward_simulation:g}")
         if self.ida_decay is not None and not 0 <= self.ida_decay <= 1:
             raise UserError(f"--ida-decay is between 0 and 1, got {self.ida_decay:g}")
+
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        found = super().idle()
+        return found if self.backward_simulation else {**found, "without --backward-simulation": ("rollout",)}
 
     @property
     def training_data(self) -> TrainingData:

@@ -54,6 +54,7 @@ def run_job(config_type: type[JobConfig], job: str, *, prog: str) -> None:
         config = _parsed(config_type, prog)
         job_class = resolve_name(job)
         if config.run.dry_run:
+            job_class.check_config(config)
             print(job_class.plan(config))
             return
         from rich.console import Console
@@ -107,7 +108,9 @@ def _errors_in_a_line() -> Iterator[None]:
         raise SystemExit(1) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _leave(DISK_FULL, 1)
+            _leave(
+                DISK_FULL.replace("the disk", f"the disk of {error.filename}", 1) if error.filename else DISK_FULL, 1
+            )
         _leave(f"error: {error}", 1)
     except Exception as error:
         # By name and text: torch and safetensors, whose errors these are, may not have been

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import tyro
 
 from fastdistill.errors import UserError
+from fastdistill.run.resources import require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +180,17 @@ class JobConfig(ABC):
     def image_count(self) -> int:
         """Number of images that are taken from `--images` at most."""
 
+    def idle(self) -> dict[str, str]:
+        """Options that were given and do nothing next to the others, each with the reason."""
+        return {}
+
+    def given(self, reason: str, *names: str) -> dict[str, str]:
+        """Options of `names` that differ from their defaults, each with the `reason`."""
+        factories = {each.name: each.default_factory for each in fields(self)}
+        default = flat({name: asdict(make()) for name, make in factories.items() if make is not MISSING})
+        flags = self.flags()
+        return {name: reason for name in names if flags[name] != default.get(name)}
+
     def flags(self) -> dict[str, Any]:
         """Every option by its name, whatever group it is in."""
         return flat(asdict(self))
@@ -277,8 +288,4 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is a folder; give --output the name of a file")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} for --output")
-    try:
-        # Permissions do not tell: a disk may be read-only, and root passes every check.
-        TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
+    require_writable(path.parent)

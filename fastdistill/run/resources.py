@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import psutil
@@ -19,21 +20,23 @@ if TYPE_CHECKING:
 GIB, MIB = 2**30, 2**20
 
 
-def require_writable(output: Path) -> None:
+def require_writable(output: Path, option: str = "--output") -> None:
     """Raise `UserError` if `output`, which need not exist yet, cannot be written."""
     folder = _existing(output)
     if not folder.is_dir():
         if folder == output:
             return  # said by whoever wants a folder there
-        raise UserError(f"{output} cannot be made, as {folder} is a file; choose another --output")
-    if os.access(folder, os.W_OK | os.X_OK):
-        return
-    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
-    reason = f"the disk of {folder} is read-only" if read_only else f"you may not write to {folder}"
-    raise UserError(f"{output} cannot be written: {reason}; choose another --output")
+        raise UserError(f"{output} cannot be made, as {folder} is a file; choose another {option}")
+    try:
+        # Permissions do not tell: a disk may be read-only, and root passes every check.
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reasons = {errno.EROFS: f"the disk of {folder} is read-only", errno.EACCES: f"you may not write to {folder}"}
+        reason = reasons.get(error.errno or 0, f"{folder}: {error.strerror}")
+        raise UserError(f"{output} cannot be written: {reason}; choose another {option}") from error
 
 
-def require_disk(output: Path, needed_bytes: int) -> None:
+def require_disk(output: Path, needed_bytes: int, option: str = "--output") -> None:
     """Raise `UserError` if the disk of `output` has less than `needed_bytes` left.
 
     `output` need not exist yet.
@@ -42,7 +45,7 @@ def require_disk(output: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise UserError(
             f"{output} needs about {show(needed_bytes)}, and the disk of {_existing(output)} has "
-            f"{show(free, math.floor)} free; free some space, or choose an --output on another disk"
+            f"{show(free, math.floor)} free; free some space, or choose another {option}"
         )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from PIL.Image import Image
 from rich.console import Console
 
-from fastdistill.errors import UserError
 from fastdistill.run.files import read_lines, write_image, write_text
 from fastdistill.run.progress import bar
 
@@ -27,9 +26,6 @@ class Log:
         tensorboard: write `run/tensorboard`, too.
         console: where the progress is shown; by default standard error.
         silent: show and write nothing, for all processes but the first.
-
-    Raises:
-        UserError: `tensorboard` without the package.
     """
 
     def __init__(
@@ -95,12 +91,8 @@ class Log:
 
 
 def _writer(folder: Path, start: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard is not installed: pip install 'fastdistill[train]', or leave the option out"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder, purge_step=start + 1)  # hides what a killed run has written after its checkpoint
 
 

@@ -31,7 +31,7 @@ def build(parameters: Sequence[nn.Parameter], config: RoleConfig) -> torch.optim
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
-        raise UserError("optimizer adamw8bit needs bitsandbytes: pip install 'fastdistill[train]'") from error
+        raise UserError(f"optimizer adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes") from error
     eight_bit: torch.optim.Optimizer = AdamW8bit(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastdistill.errors import UserError
 from fastdistill.run.files import read_json
 from fastdistill.run.lock import Lock
+from fastdistill.run.packages import require_package
 from fastdistill.run.signals import held_back
 from fastdistill.train import checkpoint, optim, parallel
 from fastdistill.train.config import TrainConfig
@@ -58,8 +59,8 @@ class Trainer:
         evaluation: decides which averaged weights are kept as `run/best`, and may end the run.
 
     Raises:
-        UserError: the configuration does not fit the method or the number of processes, or what the
-            student learns would be lost when it is saved.
+        UserError: the configuration does not fit the method or the number of processes, a package
+            is missing, or what the student learns would be lost when it is saved.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Trainer:
                 f"{parallel.world_size()} processes cannot share {config.micro_batches} micro-batches evenly: "
                 f"set micro_batches to {parallel.world_size()} or a multiple of it"
             )
+        if config.tensorboard:
+            require_package("tensorboard", "tensorboard=True")
         if "student" in method.trains:
             check_restorable(method.networks["student"])
         self.method, self.batches, self.config, self.run = method, batches, config, run

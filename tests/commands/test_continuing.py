@@ -159,7 +159,9 @@ def test_a_training_that_was_ended_continues(pipeline_folder, tmp_path, number, 
         assert "the same command continues" in message
         assert len(left) == 1
     again = started(words, "--model", pipeline_folder, "--output", tmp_path / "out")
-    wait_for(training / "lock", again)
+    while not (training / "lock").exists() or str(again.pid) not in (training / "lock").read_text():
+        assert again.poll() is None, again.stderr.read()
+        time.sleep(0.02)
     again.terminate()
     message = again.communicate(timeout=60)[1]
     assert again.returncode == 143, message

@@ -1,14 +1,14 @@
 """The folder of a run: claimed, continued or refused."""
 
+import errno
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fastdistill.errors import UserError
-from fastdistill.run import workspace
+from fastdistill.run import resources, workspace
 from fastdistill.run.inputs import Input
 from fastdistill.run.workspace import Workspace
 
@@ -92,12 +92,17 @@ def test_a_run_that_another_process_has_finished_meanwhile_is_refused(tmp_path: 
 
 
 def test_a_disk_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match=f"you may not write to {tmp_path}"):
-        Workspace(tmp_path / "a" / "b", {}, "result.json")
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
-    with pytest.raises(UserError, match=f"the disk of {tmp_path} is read-only; choose another --output"):
-        Workspace(tmp_path / "a" / "b", {}, "result.json")
+    for number, reason in (
+        (errno.EROFS, f"the disk of {tmp_path} is read-only"),
+        (errno.EACCES, f"you may not write to {tmp_path}"),
+    ):
+
+        def refused(dir: Path, number: int = number) -> None:
+            raise OSError(number, os.strerror(number), str(dir))
+
+        monkeypatch.setattr(resources, "TemporaryFile", refused)
+        with pytest.raises(UserError, match=f"{reason}; choose another --output"):
+            Workspace(tmp_path / "a" / "b", {}, "result.json")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path / 'file'} is a file"):
         Workspace(tmp_path / "file" / "b", {}, "result.json")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,9 @@ class ConsistencyOptions(MethodOptions):
         if not 0 <= self.target_decay < 1:
             raise UserError(f"--target-decay is at least 0 and less than 1, got {self.target_decay:g}")
         positive(self, "huber_c")
+
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        return {"with --loss mse": ("huber_c",)} if self.loss == "mse" else {}
 
     def check_steps(self, steps: int) -> None:
         super().check_steps(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,10 @@ class DMDOptions(MatchingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "regression_weight")
+
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        none = {} if self.regression_weight else {"without --regression-weight": ("regression_loss",)}
+        return {**super().idle(), **none}
 
     @property
     def training_data(self) -> TrainingData:

@@ -3,7 +3,7 @@ SenseFlow (arXiv 2506.00523)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,10 @@ class DMD2Options(RolloutOptions):
             )
         if not self.gan_depths or not all(0 <= depth <= 1 for depth in self.gan_depths):
             raise UserError(f"--gan-depths are between 0, the first block, and 1, the last, got {self.gan_depths}")
+
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        gan = ("gan_critic_weight", "gan_loss", "gan_depths")
+        return super().idle() if self.gan_weight else {**super().idle(), "without --gan-weight": gan}
 
     @property
     def training_data(self) -> TrainingData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,9 @@ class ReflowOptions(MethodOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "straighten")
+
+    def idle(self) -> Mapping[str, Sequence[str]]:
+        return {"with --straighten 0": ("times",)} if self.straighten == 0 else {}
 
     @property
     def training_data(self) -> TrainingData:

@@ -32,6 +32,14 @@ class TDMOptions(RolloutOptions):
     """Target of the critic: the mean of the student's x_0, which varies little (TDM), or the score
     of its states, which is exact in the limit of long training."""
 
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        if steps < 2:
+            raise UserError(
+                "TDM matches the states between the steps of a student, and one step has none; choose dmd, dmd2 or "
+                "reflow for one"
+            )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.time_low == 0:
@@ -75,9 +83,8 @@ class TDM(Distillation):
     interval, as in Phased DMD, arXiv 2510.27684). A student of a Gaussian in four steps has 17 %
     too much variance by the one, and 2 % too little by the other.
 
-    A student that is sampled with new noise at each step (`rollout="sde"`) has no such bias. In one
-    step, `s = 0` and `n = 0`, this is DMD2 without a GAN, whose critic is trained at the times of
-    matching.
+    A student that is sampled with new noise at each step (`rollout="sde"`) has no such bias. One
+    step has no states between, and would be DMD2 without a GAN.
     """
 
     Options = TDMOptions
