@@ -102,7 +102,8 @@ class Job(ABC, Generic[ConfigT]):
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock
-        self.store = _store(run, self.workspace)
+        self.store = Store(cache_folder(run, self.output), int(run.cache_gib * GIB))
+        self.store.trim()
         self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
 
     @classmethod
@@ -293,22 +294,16 @@ class Job(ABC, Generic[ConfigT]):
         summarise(record["evaluation"], self.output, self.console)
 
 
-def _store(options: RunOptions, workspace: Workspace) -> Store:
-    """The store of `--cache`; with the run, until it is finished, where nothing is to be kept."""
-    kept = default_folder() if options.cache is None else options.cache
-    folder = workspace.work / "cache" if str(options.cache) == OFF else kept
-    store = Store(folder, int(options.cache_gib * GIB))
-    try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(store.folder, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
-        store.trim()
-        return store
+def cache_folder(options: RunOptions, output: Path) -> Path:
+    """Folder of `--cache`; within the run's `output`, until it is finished, where nothing is to be
+    kept or where the user's own folder cannot be written."""
     if options.cache is not None:
-        raise UserError(f"--cache {options.cache} cannot be written; choose another folder, or none")
-    return Store(workspace.work / "cache")
+        return output / "work" / "cache" if str(options.cache) == OFF else options.cache
+    try:
+        require_writable(default_folder())
+    except UserError:
+        return output / "work" / "cache"
+    return default_folder()
 
 
 def train_config(options: TrainingOptions, *, steps: int, seed: int, scale: float = 1.0) -> TrainConfig:

@@ -22,7 +22,7 @@ from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
 from fastdistill.distill.report import Outcome, report
 from fastdistill.distill.sample_rows import SampleRows, Start
 from fastdistill.evaluation.gallery import Gallery
-from fastdistill.job import Job, dtype_of, training_bytes
+from fastdistill.job import Job, cache_folder, dtype_of, training_bytes
 from fastdistill.models.digest import digest_of
 from fastdistill.models.families.family import Conditioning
 from fastdistill.models.few_step_scheduler import few_step_scheduler, shift_of
@@ -83,8 +83,9 @@ class FewStepStudent(Job[DistillConfig]):
         require_disk(self.output, checkpoints + saved)
         if self.config.options.training_data != "prompts" and not self.images:
             pairs = 2 * self.config.data.num_images * prod(self.latent_shape) * torch.float32.itemsize
-            folder, option = self.config.data.teacher_cache, "--teacher-cache"
-            require_disk(*((folder, pairs, option) if folder else (cache_folder(self.config.run, self.output), pairs, "--cache")))
+            own = self.config.data.teacher_cache
+            folder = own or cache_folder(self.config.run, self.output)
+            require_disk(folder, pairs, "--teacher-cache" if own else "--cache")
         remedy = "give --optimizer adamw8bit, a smaller --student, or a machine with more"
         require_memory(
             self.pipeline.device,

@@ -267,7 +267,7 @@ def _numbers(options: object, names: tuple[str, ...]) -> Iterator[tuple[str, flo
     """
     hints = get_type_hints(type(options))
     for name in names:
-        value, kinds = getattr(options, name), get_args(hints[name]) or (hints[name],)
+        value, kinds = getattr(options, name), _kinds(hints[name])
         for number in value if isinstance(value, tuple) else (value,):
             if number is None and NoneType in kinds:
                 continue
@@ -278,6 +278,11 @@ def _numbers(options: object, names: tuple[str, ...]) -> Iterator[tuple[str, flo
             if not math.isfinite(number):
                 raise UserError(f"{flag(name)} must be a finite number, got {number}")
             yield name, number
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """A type with the types that it is made of, such as a float within a tuple or None."""
+    return {hint}.union(*(_kinds(part) for part in get_args(hint)))
 
 
 def check_output(path: Path, overwrite: bool) -> None:
