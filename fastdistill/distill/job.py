@@ -79,7 +79,8 @@ class FewStepStudent(Job[DistillConfig]):
         self.models = Models(teacher=self.teacher, student=student, sampling=self.sampling)
         bare = build(self.config, self.models.without_weights())
         memory, checkpoints = training_bytes(bare, training(self.config, bare))
-        saved = bare.student.network.num_parameters() * dtype_of(self.config.run.save_dtype).itemsize
+        network: Any = bare.student.network
+        saved = network.num_parameters() * dtype_of(self.config.run.save_dtype).itemsize
         require_disk(self.output, checkpoints + saved)
         if self.config.options.training_data != "prompts" and not self.images:
             pairs = 2 * self.config.data.num_images * prod(self.latent_shape) * torch.float32.itemsize

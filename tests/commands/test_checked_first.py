@@ -147,7 +147,7 @@ def test_one_step_is_none_of_tdm(command, pipeline_folder, tmp_path):
         "distill", "--method", "tdm", "--steps", "1", "--model", pipeline_folder, "--output", tmp_path / "out"
     )
     assert ended.code == 2
-    assert "choose dmd, dmd2 or reflow for one" in ended.message
+    assert "for one step choose dmd, progressive or reflow" in ended.message
 
 
 def test_the_trainer_asks_for_tensorboard_at_once(tmp_path, monkeypatch):

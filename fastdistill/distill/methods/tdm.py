@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from fastdistill.data.latents import LatentBatch
 from fastdistill.diffusion.prediction import Prediction, convert
@@ -32,13 +32,13 @@ class TDMOptions(RolloutOptions):
     """Target of the critic: the mean of the student's x_0, which varies little (TDM), or the score
     of its states, which is exact in the limit of long training."""
 
-    def check_steps(self, steps: int) -> None:
-        super().check_steps(steps)
-        if steps < 2:
+    def resolved(self, steps: int, training_steps: int) -> Self:
+        if steps == 1:
             raise UserError(
-                "TDM matches the states between the steps of a student, and one step has none; choose dmd, dmd2 or "
-                "reflow for one"
+                "TDM matches the states between a student's steps, of which one step has none; "
+                "for one step choose dmd, progressive or reflow"
             )
+        return super().resolved(steps, training_steps)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +83,9 @@ class TDM(Distillation):
     interval, as in Phased DMD, arXiv 2510.27684). A student of a Gaussian in four steps has 17 %
     too much variance by the one, and 2 % too little by the other.
 
-    A student that is sampled with new noise at each step (`rollout="sde"`) has no such bias. One
-    step has no states between, and would be DMD2 without a GAN.
+    A student that is sampled with new noise at each step (`rollout="sde"`) has no such bias. In one
+    step, `s = 0` and `n = 0`, this is DMD2 without a GAN, whose critic is trained at the times of
+    matching; the command refuses that.
     """
 
     Options = TDMOptions
