@@ -29,7 +29,9 @@ from fastdistill.run.files import read_json, write_json
 
 ORIGIN = re.compile(r".*name_or_path|.*_file")
 """Fields of a JSON file that may say where a part was loaded from."""
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ABSOLUTE = re.compile(r"[/~].*|\w:[\\/].*|.*\\.*", re.DOTALL)
+"""Paths from the root of a disk, of any system."""
 CONFIGS = ("config.json", "generation_config.json")
 """Files of a model besides its weights."""
 VOCABULARY = (".json", ".txt", ".model", ".jinja")
@@ -85,10 +87,12 @@ def _without_origins(value: Any) -> Any:
 
 
 def _is_origin(name: str, value: Any) -> bool:
-    """Whether a field holds a path of some machine, and no name on the hub."""
+    """Whether a field holds a path of some machine, and no name on the hub or next to the file."""
     if not isinstance(value, str) or not ORIGIN.fullmatch(name):
         return False
-    return not HUB_ID.fullmatch(value) or Path(value).exists()
+    if name.endswith("_file"):
+        return ABSOLUTE.fullmatch(value) is not None
+    return not HUB_ID.fullmatch(value) or ("/" in value and Path(value).exists())
 
 
 def _files_of(part: Any, name: str) -> dict[str, Path | Any] | None:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 
+from fastdistill.models.copying import forget_origins
 from fastdistill.models.loading import load
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save
@@ -220,3 +221,30 @@ def test_origins_are_left_out_and_names_on_the_hub_stay(original: Path, tmp_path
     assert copied(folder, model) == {"text_encoder_2", "tokenizer_2"}
     weights = "diffusion_pytorch_model.safetensors"
     assert (model / "vae" / weights).read_bytes() == (folder / "vae" / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("_name_or_path", "black-forest-labs/FLUX.1-dev", True),
+        ("_name_or_path", "t5-small", True),
+        ("name_or_path", "/data/models/t5", False),
+        ("_name_or_path", "runs/one/model", False),
+        ("_name_or_path", "./model", False),
+        ("_name_or_path", "here/model", False),
+        ("_name_or_path", "~/model", False),
+        ("tokenizer_file", "C:/Users/me/tokenizer.json", False),
+        ("special_tokens_map_file", "./special_tokens_map.json", True),
+        ("vocab_file", "vocab.json", True),
+        ("model_type", "/t5", True),
+    ],
+)
+def test_paths_are_told_from_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: str, kept: bool
+) -> None:
+    (tmp_path / "here/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"a": [{field: value, "b": 1}]}))
+    forget_origins(tmp_path)
+    right = {field: value, "b": 1} if kept else {"b": 1}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": [right]}
