@@ -1,6 +1,7 @@
 """Fused operators of diffusion transformers: tensors in, tensors out, with gradients.
 
-The operators run on CPU and GPU, in plain PyTorch, C++, CUDA or Triton.
+The operators run on CPU and GPU, in plain PyTorch, C++, CUDA or Triton. They are differentiable in
+reverse and in forward mode (`torch.autograd.forward_ad`), and under the transforms of `torch.func`.
 
 A new operator is its file and one line here. The line exports its function, and importing the file
 enters the operator in `OPERATORS`, which tests, benchmarks and `fastdistill.info()` loop over.

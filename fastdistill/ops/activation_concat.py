@@ -30,7 +30,8 @@ def activation_concat(
 
     In the parallel blocks (ViT-22B, arXiv 2302.05442, section 2) that FLUX calls single blocks, one
     projection takes attention's output and the activated feed-forward together. Eager PyTorch
-    writes the activation, then copies it. Differentiable in x and y.
+    writes the activation, then copies it. Differentiable in x and y, in reverse and in forward
+    mode.
 
     | `activation` | y | value | source |
     |---|---|---|---|

@@ -46,7 +46,7 @@ def block_statistics(before: Tensor, after: Tensor, *, backend: Request | None =
     Args:
         before: (B, S, D) or (S, D), float32, bfloat16, float16 or (on CPU) float64. D must be
             contiguous, the other axes may have any stride.
-        after: like before. Neither has a gradient.
+        after: like before. Both are constants, without gradient and tangent.
         backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
             `auto`.
 

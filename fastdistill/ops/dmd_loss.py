@@ -61,6 +61,9 @@ def dmd_loss(
     the time cancels: `target` is the prediction at x_t that gives x, and both differences carry the
     same factor.
 
+    The gradient is by definition not the derivative of the value. In forward mode a tangent v gives
+    `sum(g v) / numel`, its product with that gradient, so that both modes agree.
+
     | `prediction` | target | g points along |
     |---|---|---|
     | `velocity` | noise - x | real - critic |
@@ -70,8 +73,8 @@ def dmd_loss(
 
     Args:
         x: (B, ...), float32, bfloat16, float16 or (on CPU) float64. The only argument with a
-            gradient; all others are constants, as under `no_grad`. A sample that is not contiguous
-            is copied, here and in the tensors like x.
+            gradient and a tangent; all others are constants. A sample that is not contiguous is
+            copied, here and in the tensors like x.
         noise: like x.
         cond: the teacher's prediction with the prompt, like x.
         uncond: the teacher's prediction without the prompt, like x; None where the teacher is

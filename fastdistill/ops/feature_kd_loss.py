@@ -30,7 +30,8 @@ MASK_SIGMAS = 2.0
 def feature_kd_loss(
     student: Tensor, teacher: Tensor, *, kind: FeatureKdKind = "relative_mse", backend: Request | None = None
 ) -> Tensor:
-    """Distance of two sets of features, differentiable in the student's features.
+    """Distance of two sets of features, differentiable in the student's features, in reverse and in
+    forward mode.
 
     | `kind` | value | source |
     |---|---|---|
@@ -48,7 +49,7 @@ def feature_kd_loss(
     Args:
         student: (B, S, D), or (S, D) for one sample; float32, bfloat16, float16 or (on CPU)
             float64. D must be contiguous, the other axes may have any stride.
-        teacher: like student; a constant, as under `no_grad`.
+        teacher: like student; a constant without gradient and tangent.
         kind: see the table. Norms below 1e-6 count as 1e-6. Means and standard deviations are taken
             over each sample.
         backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else

@@ -27,7 +27,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, clip: bool = False, ba
     """`x + gate * y`, where y is what a block's attention or feed-forward adds to its stream x.
 
     The residual of adaLN-Zero, arXiv 2212.09748, section 3.2, as in every FLUX block of diffusers.
-    Differentiable in x, y and gate.
+    Differentiable in x, y and gate, in reverse and in forward mode.
 
     Args:
         x, y: (B, S, D) or (S, D) of one dtype, float32, bfloat16, float16 or (on CPU) float64. D
@@ -35,7 +35,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, clip: bool = False, ba
         gate: (D), (B, D), (B, 1, D) or (B, S, D), B may be 1; for an (S, D) x: (D) or (S, D). The
             dtype of x, or float32 for a bfloat16 or float16 x.
         clip: clamp the sum to +-65504, as diffusers' blocks do in float16 to keep it finite. An
-            element on the limit passes no gradient.
+            element on the limit passes no gradient and no tangent.
         backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
             `auto`.
 

@@ -38,7 +38,7 @@ def gated_residual_modulate(
 
     The chain of adaLN-Zero, arXiv 2212.09748, section 3.2: `gated_residual`, then `modulate`. In a
     FLUX double block gate, scale and shift are `gate_msa`, `scale_mlp` and `shift_mlp`.
-    Differentiable in x, y, gate, scale and shift.
+    Differentiable in x, y, gate, scale and shift, in reverse and in forward mode.
 
     Args:
         x, y: (B, S, D) or (S, D) of one dtype, float32, bfloat16, float16 or (on CPU) float64. D
@@ -47,7 +47,7 @@ def gated_residual_modulate(
             an (S, D) x: (D) or (S, D). The dtype of x, or float32 for a bfloat16 or float16 x.
         eps: added to the variance.
         clip: clamp h to +-65504, as diffusers' blocks do in float16. An element on the limit passes
-            no gradient.
+            no gradient and no tangent.
         backend: `eager`, `native`, `triton` or `auto`; by default the one of `use_backend`, else
             `auto`.
 

@@ -53,7 +53,7 @@ def joint_qk_norm_rope(
     Between their projections and attention, the double blocks of FLUX and SD3 (MMDiT, arXiv
     2403.03206, figure 2) compute four norms, three concatenations and two rotations, which are one
     pass each way here. The backward pass packs the gradients of a stream that came packed.
-    Differentiable in both streams and all weights.
+    Differentiable in both streams and all weights, in reverse and in forward mode.
 
     Args:
         text, image: (q, k, v), each (B, T or I, H, d), or one packed (B, T or I, 3, H, d) as a

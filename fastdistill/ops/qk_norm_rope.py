@@ -49,7 +49,7 @@ def qk_norm_rope(
     The norm is RMSNorm (arXiv 1910.07467, equation 4) as in the query-key norm of SD3 (arXiv
     2403.03206, section 5.3.2) and FLUX. The rotation is RoPE (arXiv 2104.09864, equation 34): a
     pair (a, b) of channels becomes `(a cos - b sin, b cos + a sin)`. Differentiable in q, k,
-    q_weight and k_weight.
+    q_weight and k_weight, in reverse and in forward mode.
 
     Args:
         q, k: (B, S, H, d) of one dtype, float32, bfloat16, float16 or (on CPU) float64; k may have
@@ -58,8 +58,8 @@ def qk_norm_rope(
             place.
         q_weight, k_weight: (d), the dtype of q, or float32 for a bfloat16 or float16 q.
         cos, sin: (S, d), the table of diffusers, with an entry for either channel of a pair; or (S,
-            d / 2), with an entry for each pair. float32 (float64 for float64). Constants: neither
-            may require a gradient. None: norms without a rotation.
+            d / 2), with an entry for each pair. float32 (float64 for float64). Neither may require
+            a gradient; either may have a tangent. None: norms without a rotation.
         eps: added to the mean square.
         pairing: which channels are a pair: `adjacent`, 2i and 2i + 1 (FLUX, SD3, Wan: diffusers'
             `use_real_unbind_dim=-1`), or `half`, i and i + d / 2 (NeoX, Lumina, CogVideoX:

@@ -49,7 +49,7 @@ def rope_attention(
     rotation of `qk_norm_rope`.
 
     Attention as in arXiv 1706.03762, equation 1, over all tokens, without a mask. Differentiable in
-    q, k, v, q_weight and k_weight.
+    q, k, v, q_weight and k_weight, in reverse and in forward mode.
 
     There are two forms. One writes the rotated q and k (`qk_norm_rope`), then calls the best
     attention kernel for the device, and keeps q and k twice for the backward pass. The other,
@@ -65,7 +65,7 @@ def rope_attention(
             so chunks of one projection and transposed (B, H, S, d) tensors are read in place.
         q_weight, k_weight: (d), the dtype of q, or float32 for a bfloat16 or float16 q.
         cos, sin: (S, d), or (S, d / 2) with an entry for each pair. float32 (float64 for float64).
-            Constants: neither may require a gradient. None: no rotation.
+            Neither may require a gradient; either may have a tangent. None: no rotation.
         eps: added to the mean square.
         pairing: which channels are a pair, `adjacent` (2i and 2i + 1) or `half` (i and i + d / 2).
         attention: `fused`, or what runs attention after `qk_norm_rope`: `auto` or the name of a
@@ -81,7 +81,9 @@ def rope_attention(
     Statistics, softmax and sums are float32. The factors of the matrix products have the dtype of
     q: the rotated q and k, the probabilities and, in the backward pass, the gradients of the scores
     are each rounded once to it. Fused gradients, including the gradients of the weights, are summed
-    in an order given by the shape and the device alone, so they are bitwise repeatable.
+    in an order given by the shape and the device alone, so they are bitwise repeatable. The fused
+    tangent is computed from the log-sum-exp, for a block of queries after the other: its memory
+    does not grow with the square of the tokens, as that of `_native_math` does.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride, or

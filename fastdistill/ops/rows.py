@@ -54,7 +54,7 @@ def check_same_modulation(name: str, t: Tensor, other_name: str, other: Tensor) 
 
 
 def check_contiguous(name: str, t: Tensor) -> None:
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {t.stride()}")
 
 
