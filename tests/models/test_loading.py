@@ -255,3 +255,12 @@ def test_folders_that_are_no_whole_pipeline(folder: Path, spoil: Callable[[Path]
     spoil(folder)
     with pytest.raises(UserError, match=message):
         load(str(folder))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_and_sampling_come_in_every_form_of_unicode(folder: Path, encoding: str) -> None:
+    (folder / "prompts.txt").write_text("a naïve cat\r\na dog\u2028on a mat\r\n \r\n", encoding=encoding, newline="")
+    (folder / "fastdistill.json").write_text('{"height": 64, "width": 32}', encoding=encoding)
+    loaded = load(str(folder), "cpu")
+    assert loaded.prompts == ["a naïve cat", "a dog\u2028on a mat"]
+    assert (loaded.sampling.height, loaded.sampling.width) == (64, 32)
