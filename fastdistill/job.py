@@ -81,7 +81,7 @@ class Job(ABC, Generic[ConfigT]):
         self.console = Console(quiet=True) if console is None else console
         run = config.run
         self.output = run.output or Path("runs") / config.name
-        self.workspace = Workspace(self.output, config.settings(), self.result)
+        self.workspace = Workspace(self.output, config.settings(), self.result, config.more)
         self.check_config(config)
         prompts = read_prompts(run.prompts) if run.prompts else None
         self.images = self._own_images(run.images) if run.images else []
@@ -97,12 +97,12 @@ class Job(ABC, Generic[ConfigT]):
         captions = [image.caption for image in self.images]
         tell_of_long_prompts(self.pipeline, captions or self.prompts, self.sampling.max_sequence_length)
         self.latent_shape = self.family.latent_shape(self.pipeline, self.sampling.height, self.sampling.width)
+        self.store = Store(cache_folder(run, self.output), int(run.cache_gib * GIB))
         self.check()
         self.workspace.claim(self.inputs())
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock
-        self.store = Store(cache_folder(run, self.output), int(run.cache_gib * GIB))
         self.store.trim()
         self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
 
@@ -233,6 +233,9 @@ class Job(ABC, Generic[ConfigT]):
             sampling: by default `self.sampling`.
         """
         with self.clock("evaluate"), swapped(self.pipeline, transformer, scheduler):
+            if name.split(",")[0] == self.reference:
+                # Kept with its images, which may be in another --cache now.
+                return self.gallery.evaluate(self.pipeline, name, sampling)
             found = self.workspace.cached(
                 f"evaluation-{name}", lambda: self.gallery.evaluate(self.pipeline, name, sampling)
             )
@@ -248,6 +251,7 @@ class Job(ABC, Generic[ConfigT]):
     def record(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Everything about the run, as JSON: `own`, and what every job records.
 
+        `trained_on` are the numbers of steps at which the run was finished before it was trained on,
         `images` is the number of images from a folder that the run worked on, 0 if the model drew
         them.
         """
@@ -257,6 +261,7 @@ class Job(ABC, Generic[ConfigT]):
             "command": self.command,
             "model": self.config.run.model,
             **own,
+            "trained_on": self.workspace.trains_on,
             "prompts": len(self.prompts),
             "images": len(self.images),
             "seconds": self.workspace.seconds,

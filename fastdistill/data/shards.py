@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdistill.errors import UserError
 from fastdistill.run.files import atomic_write, read_json, write_json
+from fastdistill.run.signals import stop_if_asked
 
 
 def cached_shards(
@@ -76,6 +77,7 @@ def kept_shards(
         if path.exists():
             kept(len(rows))
         else:
+            stop_if_asked()
             made = make(number, rows)
             with atomic_write(path) as partial:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)

@@ -113,6 +113,8 @@ class DistillConfig(JobConfig):
         "student",
     )
 
+    more: ClassVar[str | None] = "training_steps"
+
     def __post_init__(self) -> None:
         check_known("method", self.method, METHODS)
         wanted = METHODS[self.method].Options

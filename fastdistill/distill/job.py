@@ -7,20 +7,23 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdistill.data.latents import LatentPool
 from fastdistill.data.trajectories import Source, TrajectoryOptions, encode_prompts, trajectories
+from fastdistill.distill import last_checkpoint
 from fastdistill.distill.build import Models, build, plan, training
 from fastdistill.distill.config import DistillConfig
 from fastdistill.distill.methods.distillation import Distillation
 from fastdistill.distill.methods.teacher_pairs import PairOptions, teacher_pairs
 from fastdistill.distill.report import Outcome, report
 from fastdistill.distill.sample_rows import SampleRows, Start
+from fastdistill.errors import UserError
 from fastdistill.evaluation.gallery import Gallery
 from fastdistill.job import Job, cache_folder, dtype_of, training_bytes
 from fastdistill.models.digest import digest_of
@@ -35,7 +38,8 @@ from fastdistill.run.curves import draw_curves
 from fastdistill.run.files import digest
 from fastdistill.run.inputs import Input
 from fastdistill.run.progress import bar
-from fastdistill.run.resources import require_disk, require_memory
+from fastdistill.run.resources import require_disk, require_memory, show
+from fastdistill.run.store import OFF
 from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
 
@@ -94,9 +98,11 @@ class FewStepStudent(Job[DistillConfig]):
             f"{self.config.method}, in addition to the teacher and without activations,",
             remedy,
         )
+        self.check_last_checkpoint()
 
     def run(self) -> None:
         with self.workspace.released():
+            self.take_up()
             self.method = self.build()
             conditioning, batches = self.draw()
             evaluation = {name: self.measured(name, self.teacher, sampling=how) for name, how in self.teachers.items()}
@@ -107,6 +113,7 @@ class FewStepStudent(Job[DistillConfig]):
                 "student", student, scheduler=self.scheduler, sampling=self.student_sampling
             )
             self.hand_over(trainer.run)
+            self.keep_checkpoint()
             draw_curves(self.output / "metrics.jsonl", self.output / "curves.png", watched)
             self.write(
                 Outcome(
@@ -118,6 +125,54 @@ class FewStepStudent(Job[DistillConfig]):
                     chosen=trainer.best.record() if trainer.best else None,
                 )
             )
+
+    def finished_at(self, steps: list[int]) -> dict[str, Any]:
+        """Facts for the store of this run when it was finished, and trained on, at `steps`."""
+        return {
+            "options": {**self.workspace.settings, "training_steps": steps[-1]},
+            "finished": steps,
+            "inputs": {name: each.items for name, each in self.inputs().items()},
+        }
+
+    def check_last_checkpoint(self) -> None:
+        """Raise `UserError` if a finished run is to be trained on and its last checkpoint is gone."""
+        finished = self.workspace.trains_on
+        if not finished or self.training_folder.exists():
+            return
+        if last_checkpoint.find(self.store, self.finished_at(finished)) is None:
+            raise UserError(
+                f"the finished run in {self.output} cannot be trained on: its last checkpoint is not in "
+                f"{self.store.folder}, or what it read has changed; choose another --output to train from the start"
+            )
+
+    def take_up(self) -> None:
+        """Begin the training with the last checkpoint of the finished run that is trained on."""
+        finished = self.workspace.trains_on
+        if not finished or self.training_folder.exists():
+            return
+        if kept := last_checkpoint.find(self.store, self.finished_at(finished)):
+            last_checkpoint.take_up(kept, self.training_folder)
+        self.console.print(
+            f"training on after {finished[-1]} steps: the learning rate is warmed up again, and is then where a run "
+            f"of {self.config.training.training_steps} would have it",
+            soft_wrap=True,
+        )
+
+    def keep_checkpoint(self) -> None:
+        """Keep what is needed to train this run on, and say how."""
+        if str(self.config.run.cache) == OFF:
+            return
+        steps = [*self.workspace.trains_on, self.config.training.training_steps]
+        size = last_checkpoint.keep(self.store, self.finished_at(steps), self.training_folder)
+        if size is None:
+            told = "the last checkpoint is larger than --cache-gib, and not kept to train on with more --training-steps"
+        else:
+            told = f"the last checkpoint, {show(size)}, is kept in {self.store.folder}: more --training-steps train on"
+        self.console.print(told, soft_wrap=True)
+
+    @property
+    def training_folder(self) -> Path:
+        return self.workspace.work / "training"
 
     def inputs(self) -> dict[str, Input]:
         found, student = super().inputs(), self.models.student
@@ -183,10 +238,7 @@ class FewStepStudent(Job[DistillConfig]):
         if not self.config.watch.watch_every:
             return {}
         with self.clock("train"):
-            return {
-                name: self.workspace.cached(f"watch-{name}", partial(self.watch.evaluate, self.pipeline, name, how))
-                for name, how in self.teachers.items()
-            }
+            return {name: self.watch.evaluate(self.pipeline, name, how) for name, how in self.teachers.items()}
 
     def train(self, conditioning: Conditioning, batches: BatchSource) -> Trainer:
         """Train the student, which ends with the weights that are the result of the run."""
@@ -205,9 +257,7 @@ class FewStepStudent(Job[DistillConfig]):
                 if role != "discriminator":
                     network.enable_gradient_checkpointing()
         with self.clock("train"), ExitStack() as stack:
-            trainer = Trainer(
-                method, batches, training(self.config, method), self.workspace.work / "training", **watching
-            )
+            trainer = Trainer(method, batches, training(self.config, method), self.training_folder, **watching)
             for role, network in method.networks.items():
                 if role != "discriminator":
                     stack.enter_context(patched(network))
@@ -226,6 +276,9 @@ class FewStepStudent(Job[DistillConfig]):
         dtype."""
         student: Any = self.method.student.network.eval()
         student.to(dtype_of(self.config.run.save_dtype))
+        before, model = self.workspace.work / "model-before", self.output / "model"
+        if self.workspace.trains_on and model.exists() and not before.exists():
+            model.rename(before)
         with swapped(self.pipeline, student, self.scheduler):
             save(self.pipeline, student, self.output / "model", self.student_sampling, self.prompts)
         return student.to(self.teacher.dtype)

@@ -170,6 +170,9 @@ class JobConfig(ABC):
     """Options that an interrupted run may be continued with other values of. Paths are among them,
     as what lies there is compared by its content (`Job.inputs`)."""
 
+    more: ClassVar[str | None] = None
+    """Option with a larger value of which a finished run is trained on."""
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -22,18 +22,40 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+_asked: list[int] = []
+"""Signals that came inside `stopping_in_order`."""
+
+
 @contextmanager
 def stopping_in_order() -> Iterator[None]:
     """Raise `Stopped` at the first signal inside the block, so that it is left in order; a second
-    signal ends the process at once. An ignored signal stays ignored, as under nohup."""
+    signal ends the process at once. An ignored signal stays ignored, as under nohup.
+
+    Code in C that was interrupted may raise an error of its own instead, for which `Stopped` is
+    raised, too; or it may drop `Stopped`, for which long work calls `stop_if_asked`.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in ENDING:
             signal.signal(each, signal.SIG_DFL)
+        _asked.append(number)
         raise Stopped(number)
 
-    with _handled(stop, [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]):
-        yield
+    try:
+        with _handled(stop, [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]):
+            yield
+    except Exception as error:
+        if _asked:
+            raise Stopped(_asked[0]) from error
+        raise
+    finally:
+        _asked.clear()
+
+
+def stop_if_asked() -> None:
+    """Raise `Stopped` if a signal has come inside `stopping_in_order`."""
+    if _asked:
+        raise Stopped(_asked[0])
 
 
 @contextmanager

@@ -52,9 +52,7 @@ class Store:
         Raises:
             OSError: the folder cannot be written.
         """
-        known = {"kind": kind, "format": FORMAT, "packages": {name: _version(name) for name in COMPUTE}, **facts}
-        known = json.loads(json.dumps(known, default=str))
-        folder = self.folder / f"{kind}-{digest(known)}"
+        folder, known = self._place(kind, facts)
         while folder not in self._used:
             folder.mkdir(parents=True, exist_ok=True)
             # Locked until the process ends, so that no other process trims the folder.
@@ -71,6 +69,11 @@ class Store:
             if not (folder / FACTS).exists():
                 write_json(folder / FACTS, known)
         return folder
+
+    def find(self, kind: str, facts: Mapping[str, Any]) -> Path | None:
+        """Folder that `entry` would return if it is there, and None if it would be made."""
+        folder = self._place(kind, facts)[0]
+        return self.entry(kind, facts) if (folder / FACTS).exists() else None
 
     def cached(self, kind: str, facts: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """Return the JSON value of a result: read if it is there, else made and kept.
@@ -102,6 +105,11 @@ class Store:
                 return
             if folder not in self._used and _remove(folder):
                 total -= sizes[folder]
+
+    def _place(self, kind: str, facts: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        known = {"kind": kind, "format": FORMAT, "packages": {name: _version(name) for name in COMPUTE}, **facts}
+        known = json.loads(json.dumps(known, default=str))
+        return self.folder / f"{kind}-{digest(known)}", known
 
     def _entries(self) -> Iterator[Path]:
         return (path for path in self.folder.glob("*") if (path / LOCK).exists() and not path.name.startswith("."))

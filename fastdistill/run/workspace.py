@@ -27,22 +27,26 @@ class Workspace:
 
     Attributes:
         resumed: whether `output` holds this run, interrupted.
+        trains_on: values of `more` at which the run was finished before, the last of which it trains
+            on from; empty for a new run.
         seconds: time of each stage, over all runs of the command.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any], result: str) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, Any], result: str, more: str | None = None) -> None:
         """Check that `output` is free for a run with `settings`, or holds that run, interrupted.
 
         Nothing is written before `claim`.
 
         Args:
-            result: file that a run writes when it ends.
+            result: file that a run writes when it ends, with its options under `config`.
+            more: option with a larger value of which a finished run is trained on.
 
         Raises:
             UserError: the folder holds a finished run, another run, or other files, another process
                 works in it, or it cannot be written.
         """
-        self.output, self.work, self.result = output, output / "work", result
+        self.output, self.work, self.result, self.more = output, output / "work", result, more
+        self.trains_on: list[int] = []
         self.settings = json.loads(json.dumps(settings, default=str))
         self._lock: Lock | None = None
         refuse_if_held(self.work)
@@ -64,7 +68,8 @@ class Workspace:
         try:
             self._check()
             if not self.resumed:
-                write_json(self.work / SETTINGS, {"options": self.settings, "inputs": current})
+                begun = {"options": self.settings, "inputs": current, "trains_on": self.trains_on}
+                write_json(self.work / SETTINGS, begun)
             earlier = read_json(self.work / SETTINGS)["inputs"]
             for name in current:
                 if told := difference(earlier.get(name, {}), current[name]):
@@ -94,16 +99,17 @@ class Workspace:
     def _check(self) -> None:
         """Raise `UserError` unless the folder is free or holds this run; note which."""
         recorded, timed = self.work / SETTINGS, self.work / "seconds.json"
-        if (self.output / self.result).exists():
-            raise UserError(
-                f"{self.output} holds a finished run; see {self.output / 'report.md'}, or choose another --output"
-            )
+        # A run that trains on a finished one has settings next to the earlier result.
+        finished = (self.output / self.result).exists() and (self.more is None or not recorded.exists())
+        if finished:
+            self.trains_on = self._finished_with()
         self.resumed = recorded.exists()
         self.seconds: dict[str, float] = read_json(timed) if timed.exists() else {}
-        if not self.resumed and self._holds_files():
+        if not self.resumed and not finished and self._holds_files():
             raise UserError(f"{self.output} exists and is not empty; choose another --output")
         if self.resumed:
-            earlier = read_json(recorded).get("options")
+            begun = read_json(recorded)
+            earlier, self.trains_on = begun.get("options"), begun.get("trains_on", [])
             if earlier is None:
                 raise UserError(
                     f"{self.output} holds an interrupted run of an earlier fastdistill; choose another --output"
@@ -115,6 +121,25 @@ class Workspace:
                     f"{self.output} holds an interrupted run with another {names}; "
                     "repeat its options, or choose another --output"
                 )
+
+    def _finished_with(self) -> list[int]:
+        """Values of `more` at which the run in the folder was finished, if this run is longer and
+        else the same.
+
+        Raises:
+            UserError: it is another run, or not longer.
+        """
+        name = self.more or ""
+        record = read_json(self.output / self.result)
+        earlier = record.get("config", {})
+        others = {each for each in self.settings if self.settings[each] != earlier.get(each)} - {name}
+        reached = earlier.get(name)
+        if not others and reached is not None and self.settings[name] > reached:
+            return [*record.get("trained_on", []), reached]
+        further = f", train it on with more --{name.replace('_', '-')} than {reached}" if name and not others else ""
+        raise UserError(
+            f"{self.output} holds a finished run; see {self.output / 'report.md'}{further}, or choose another --output"
+        )
 
     def _holds_files(self) -> bool:
         """Whether `output` is there and holds more than a `work` that is empty but for a lock."""

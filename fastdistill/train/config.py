@@ -22,7 +22,9 @@ class RoleConfig:
     schedule: Schedule = "cosine"
     """Learning rate after warm-up: constant; cosine to zero at `steps`; or constant and, over the
     last quarter, linear to zero (`wsd`: warm-up, stable, decay; Hu et al. 2024). A `wsd` run alone
-    can be resumed with another number of `steps` before its decay begins."""
+    can be resumed with another number of `steps` before its decay begins. Any run that has ended
+    can be trained on with more `steps`: it is warmed up again, and is then where a run of so many
+    steps would be."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps both moments in a byte each (Dettmers et al. 2022); it needs bitsandbytes
     and a single process."""

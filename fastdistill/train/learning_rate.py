@@ -9,12 +9,13 @@ from fastdistill.train.config import RoleConfig
 WSD_DECAY = 0.25
 
 
-def learning_rate(config: RoleConfig, step: int, steps: int) -> float:
+def learning_rate(config: RoleConfig, step: int, steps: int, since: int = 0) -> float:
     """Learning rate of optimizer step `step`, counted from 0, in a run of `steps`.
 
-    `RoleConfig.schedule` says how it changes.
+    `RoleConfig.schedule` says how it changes. A run that is trained on after its end is warmed up
+    again, from step `since`, and is on the schedule of the longer run then.
     """
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    warm = min(1.0, (step - since + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.learning_rate * warm
     if config.schedule == "wsd":

@@ -24,7 +24,7 @@ from fastdistill.errors import UserError
 from fastdistill.run.files import read_json
 from fastdistill.run.lock import Lock
 from fastdistill.run.packages import require_package
-from fastdistill.run.signals import held_back
+from fastdistill.run.signals import held_back, stop_if_asked
 from fastdistill.train import checkpoint, optim, parallel
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.ema import EMA
@@ -103,10 +103,13 @@ class Trainer:
         self._mid_step = False
         self._unwatched = False
         """Whether observers and evaluation have not seen the last step, nor the log."""
+        self._since = 0
+        """Step at which the learning rate was warmed up last."""
         self._saved, self._save_seconds = time.monotonic(), 0.0
 
     def fit(self, describe: str = "train", console: Console | None = None) -> None:
-        """Run to `config.steps`; called again after an interruption, from the newest checkpoint.
+        """Run to `config.steps`; called again after an interruption, from the newest checkpoint. A run
+        that has ended is trained on if `config.steps` is larger now.
 
         Ctrl-C saves a checkpoint first, after the step that is being done. The progress is shown on
         `console`, by default on standard error.
@@ -134,6 +137,7 @@ class Trainer:
                 if self._unwatched:
                     self._end_step(log)
                 while not self._finished():
+                    stop_if_asked()
                     self._advance()
                     self._end_step(log)
                     if self._checkpoint_due() and not self._finished():
@@ -152,6 +156,8 @@ class Trainer:
             "best": self.best.record() if self.best else None,
             "logs": self.logs,
             "unwatched": self._unwatched,
+            "since": self._since,
+            "exhausted": self.best is not None and self.best.exhausted,
         }
         began = time.monotonic()
         path = checkpoint.save(self.run, self.step, self._trained(), state, keep=self.config.keep_checkpoints)
@@ -234,7 +240,7 @@ class Trainer:
             )
         nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip_norm, norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step, self.config.steps)
+            group["lr"] = learning_rate(config, self.step, self.config.steps, self._since)
         if not self._mid_step:
             whole.enter_context(held_back())
             self._mid_step = True
@@ -301,9 +307,11 @@ class Trainer:
 
     def _learning_rates(self) -> dict[str, float]:
         """Learning rates by role, where roles have settings of their own."""
-        steps, config = self.config.steps, self.config
-        rates = {f"{role}/learning_rate": learning_rate(config.of(role), self.step, steps) for role in config.roles}
-        return {"learning_rate": learning_rate(config, self.step, steps), **rates}
+        steps, since, config = self.config.steps, self._since, self.config
+        rates = {
+            f"{role}/learning_rate": learning_rate(config.of(role), self.step, steps, since) for role in config.roles
+        }
+        return {"learning_rate": learning_rate(config, self.step, steps, since), **rates}
 
     def _generator(self, stream: int, part: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(stream, part))
@@ -333,6 +341,13 @@ class Trainer:
         state = read_json(path / "state.json")
         recorded, current = state["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))
         free = self.config.free(self.method.trains)
+        ended = state["step"] >= recorded["steps"] or state.get("exhausted", False)
+        trained_on = ended and recorded["steps"] < self.config.steps
+        if trained_on:
+            free.add("steps")
+            # A longer run may be warmed up for longer.
+            for settings in (recorded, current, *recorded["roles"].values(), *current["roles"].values()):
+                del settings["warmup_steps"]
         changed = {name for name in current if name not in free and recorded.get(name) != current[name]}
         if changed:
             raise UserError(
@@ -345,3 +360,8 @@ class Trainer:
         if self.best and state["best"]:
             self.best.continue_from(state["best"])
         self.logs, self._unwatched = state["logs"], state.get("unwatched", False)
+        self._since = state.get("since", 0)
+        if trained_on:
+            self._since = self.step
+            if self.best:
+                self.best.failures = 0

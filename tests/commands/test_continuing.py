@@ -1,5 +1,6 @@
 """Runs that continue: with what they began with, in a folder of their own, whatever stops them."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,12 +9,14 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdistill.compress import job as compress_job
 from fastdistill.distill import job as distill_job
 from fastdistill.distill.methods import teacher_pairs
+from fastdistill.run.store import default_folder
 from tests.commands.conftest import interrupt, save_tiny
 from tests.tiny import tiny_flux_pipeline
 
@@ -200,3 +203,53 @@ def test_another_run_finds_what_the_teacher_drew(command, mine, tmp_path, monkey
     changed_weight(mine)
     assert command(*DISTILL, *options, tmp_path / "d").code == 130
     assert len(made) == 3
+
+
+def test_a_finished_run_is_trained_on(command, mine, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    options = ["--model", mine, "--output", output, "--watch-every", "1", "--watch-images", "2"]
+    assert command(*DISTILL, *options).code == 0
+    before = load_file(output / "model/transformer/diffusion_pytorch_model.safetensors")
+    same = command(*DISTILL, *options)
+    assert same.code == 2
+    assert "train it on with more --training-steps than 2" in same.message
+    assert "train it on" not in command(*DISTILL, *options, "--learning-rate", "1e-3").message
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_job.FewStepStudent, "save", interrupt)
+        assert command(*DISTILL, *options, "--training-steps", "5").code == 130
+    assert load_file(output / "model/transformer/diffusion_pytorch_model.safetensors").keys() == before.keys()
+    ended = command(*DISTILL, *options, "--training-steps", "5")
+    assert ended.code == 0, ended.message
+    record = json.loads((output / "distill.json").read_text())
+    assert (record["config"]["training_steps"], record["trained_on"]) == (5, [2])
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "curves.png", "distill.json", "grid.png", "metrics.jsonl", "model", "report.md", "samples"
+    ]  # fmt: skip
+    after = load_file(output / "model/transformer/diffusion_pytorch_model.safetensors")
+    assert json.loads((output / "model/distill.json").read_text())["chosen"] == record["chosen"]
+    assert any(not torch.equal(after[name], before[name]) for name in before) == (record["chosen"]["step"] > 2)
+    assert command(*DISTILL, *options, "--training-steps", "6").code == 0
+    assert json.loads((output / "distill.json").read_text())["trained_on"] == [2, 5]
+
+
+def test_a_finished_run_whose_last_checkpoint_is_gone(command, mine, tmp_path):
+    options = ["--model", mine, "--output", tmp_path / "out"]
+    assert command(*DISTILL, *options).code == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    shutil.rmtree(default_folder())
+    ended = command(*DISTILL, *options, "--training-steps", "5")
+    assert ended.code == 2
+    assert "cannot be trained on: its last checkpoint is not in" in ended.message
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == kept
+
+
+def test_a_cache_that_was_removed_meanwhile_is_made_again(command, mine, tmp_path, monkeypatch):
+    options = ["--model", mine, "--output", tmp_path / "out", "--watch-every", "1", "--watch-images", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_job.FewStepStudent, "save", interrupt)
+        assert command(*DISTILL, *options).code == 130
+    shutil.rmtree(default_folder())
+    ended = command(*DISTILL, *options)
+    assert ended.code == 0, ended.message

@@ -280,7 +280,7 @@ def test_a_smaller_student(command, pipeline_folder, tmp_path):
 
 def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp_path):
     pipeline = tiny_flux_pipeline()
-    config = {**pipeline.transformer.config, "in_channels": 16}
+    config = {**pipeline.transformer.config, "pooled_projection_dim": 8}
     pipeline.register_modules(transformer=FluxTransformer2DModel.from_config(config))
     other = save_tiny(pipeline, tmp_path / "other")
     ended = command(
@@ -297,7 +297,7 @@ def test_a_student_of_another_interface_is_refused(command, pipeline_folder, tmp
         tmp_path / "out",
     )
     assert ended.code == 2
-    assert "in_channels 64 and the student 16" in ended.message
+    assert "pooled_projection_dim 16 and the student 8" in ended.message
     assert not (tmp_path / "out").exists()
 
 

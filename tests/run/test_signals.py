@@ -3,10 +3,12 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from fastdistill.run.signals import Stopped
+from fastdistill.run.signals import Stopped, stop_if_asked, stopping_in_order
 
 SCRIPT = """
 import sys, time
@@ -77,3 +79,30 @@ def test_an_ignored_signal_stays_ignored() -> None:
 def test_a_signal_is_an_interruption_to_whoever_knows_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
         raise Stopped(signal.SIGTERM)
+
+
+def turned() -> None:
+    with stopping_in_order():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+
+def dropped() -> None:
+    with stopping_in_order():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        stop_if_asked()
+
+
+@pytest.mark.parametrize("code", [turned, dropped])
+def test_code_that_turns_the_interruption_into_an_error_or_drops_it(code: Callable[[], None]) -> None:
+    with pytest.raises(Stopped, match="SIGTERM"):
+        code()
+    stop_if_asked()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(ValueError, match="its own"), stopping_in_order():
+        raise ValueError("its own")

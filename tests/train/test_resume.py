@@ -194,3 +194,42 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         checkpoint.write(tmp_path / "best", {"student": {"w": torch.ones(2)}}, {"best": {"step": 2}})
     assert folders(tmp_path) == ["best"]
     assert torch.equal(load_file(tmp_path / "best/student.safetensors")["w"], torch.zeros(2))
+
+
+def test_a_run_that_has_ended_is_trained_on(tmp_path: Path) -> None:
+    def trained(run: Path, steps: int, stop: int = -1) -> tuple[dict[str, torch.Tensor], list[float]]:
+        trainer = Trainer(Rivals(), batches, rivals_config(steps=steps, schedule="cosine"), run)
+        advance = trainer._advance
+
+        def counted() -> None:
+            if trainer.step == stop:
+                raise KeyboardInterrupt
+            advance()
+
+        trainer._advance = counted  # type: ignore[method-assign]
+        trainer.fit()
+        rates = [line["learning_rate"] for line in without_seconds(run)]
+        return weights(trainer.method, trainer.emas), rates
+
+    _, first = trained(tmp_path / "run", 12)
+    result, rates = trained(tmp_path / "run", 20)
+    _, whole = trained(tmp_path / "whole", 20)
+    assert len(rates) == 20
+    assert rates[:12] == first
+    # Warmed up again over three steps, then where the longer run is.
+    assert rates[12:14] == pytest.approx([whole[12] / 3, whole[13] * 2 / 3])
+    assert rates[14:] == whole[14:]
+    trained(tmp_path / "broken", 12)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "broken", 20, stop=14)
+    again, _ = trained(tmp_path / "broken", 20)
+    assert all(torch.equal(again[name], value) for name, value in result.items())
+    with pytest.raises(UserError, match="another steps"):
+        trained(tmp_path / "run", 12)
+
+
+def test_an_interrupted_run_does_not_change_its_number_of_steps(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        observed(tmp_path / "run", Rivals(), at=1)
+    with pytest.raises(UserError, match="another steps"):
+        observed(tmp_path / "run", Rivals(), steps=20)
