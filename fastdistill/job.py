@@ -251,9 +251,9 @@ class Job(ABC, Generic[ConfigT]):
     def record(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Everything about the run, as JSON: `own`, and what every job records.
 
-        `trained_on` are the numbers of steps at which the run was finished before it was trained on,
-        `images` is the number of images from a folder that the run worked on, 0 if the model drew
-        them.
+        `trained_on` are the numbers of steps at which the run was finished before it was trained
+        on. `images` is the number of images from a folder that the run worked on, 0 if the model
+        drew them.
         """
         flags = self.config.flags()
         return {

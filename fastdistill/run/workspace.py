@@ -27,8 +27,7 @@ class Workspace:
 
     Attributes:
         resumed: whether `output` holds this run, interrupted.
-        trains_on: values of `more` at which the run was finished before, the last of which it trains
-            on from; empty for a new run.
+        trains_on: values of `more` at which the run was finished before; it trains on from the last.
         seconds: time of each stage, over all runs of the command.
     """
 
