@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,9 @@ def save(
             pipeline.save_config(partial)
         forget_origins(partial)
         sampling.save(partial)
-        write_text(partial / PROMPTS_FILE, "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts))
+        # A prompt is a line there.
+        lines = (re.sub(r"\s*[\r\n]\s*", " ", prompt).strip() for prompt in prompts)
+        write_text(partial / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

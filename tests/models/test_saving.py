@@ -55,7 +55,13 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, folder = tiny_flux_pipeline(), tmp_path / "model"
-    arguments = (pipeline, pipeline.transformer, folder, SamplingDefaults(height=64, width=64), ["a cat", "two\nlines"])
+    arguments = (
+        pipeline,
+        pipeline.transformer,
+        folder,
+        SamplingDefaults(height=64, width=64),
+        ["a  cat", "two\nlines"],
+    )
     with monkeypatch.context() as patch:
         patch.setattr(
             SamplingDefaults, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -67,7 +73,7 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_succeeds(
     (tmp_path / "model.partial").mkdir()
     save(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (folder / "prompts.txt").read_text() == "a cat\ntwo lines\n"
+    assert (folder / "prompts.txt").read_text() == "a  cat\ntwo lines\n"
     assert SamplingDefaults.load(folder).height == 64
 
 
