@@ -22,12 +22,14 @@ def info() -> dict[str, Any]:
 
     `operators[op][device][dtype]` is `{"auto": backend, "refused": {backend: reason}}`: the backend
     that `auto` picks, and why it picks no other. `attention[device][dtype]` is the backend of
-    diffusers that follows the operators.
+    diffusers that follows the operators. `library` is None, or why the compiled library cannot be
+    used.
     """
     import torch
 
     from fastdistill import __version__
     from fastdistill.ops import OPERATORS
+    from fastdistill.ops.backend import load_native
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -37,6 +39,7 @@ def info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernels": _cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "library": load_native(),
         "operators": {name: {device: _backends(op, device) for device in devices} for name, op in OPERATORS.items()},
         "attention": {device: _attention(torch.device(device)) for device in devices},
     }
@@ -86,8 +89,10 @@ class InfoConfig:
     """Say what this installation can do: versions, devices, and the backend that serves each
     operator."""
 
+    all: bool = False
+    """Print a row for every operator, device and dtype, and why other backends do not serve it."""
     json: bool = False
-    """Print JSON instead."""
+    """Print everything as JSON."""
 
 
 def main(config: InfoConfig) -> None:
@@ -106,14 +111,18 @@ def main(config: InfoConfig) -> None:
     console.print(f"cpu: {cpu['cores']} cores, {cpu['threads']} threads, kernels: {cpu['kernels'] or 'none'}")
     console.print(f"gpu: {', '.join(facts['gpus']) or 'none'}")
 
+    console.print(verdict(facts))
+    for line in summary(facts):
+        console.print(line)
+    if not config.all:
+        console.print("each operator, and why not on other backends: --all")
+        return
     table = Table("operator", "device", "dtype", "runs on", "not on")
     for name, devices in facts["operators"].items():
         for device, dtypes in devices.items():
             for dtype, row in dtypes.items():
                 table.add_row(name, device, dtype, row["auto"], ", ".join(row["refused"]))
     console.print(table)
-    for device, dtypes in facts["attention"].items():
-        console.print(f"attention on {device}: {', '.join(f'{dtype} {name}' for dtype, name in dtypes.items())}")
     reasons = {
         (backend, reason): None
         for devices in facts["operators"].values()
@@ -123,6 +132,39 @@ def main(config: InfoConfig) -> None:
     }
     for backend, reason in reasons:
         console.print(f"not on {backend}: {reason}")
+
+
+def verdict(facts: dict[str, Any]) -> str:
+    """Line that says whether `facts` of `info` are as they should be, or what is amiss."""
+    if facts["library"] is None:
+        return "all is well"
+    return f"slower than it could be: {facts['library']}"
+
+
+def summary(facts: dict[str, Any]) -> list[str]:
+    """Lines that say what runs where, for each device: operators that run alike share a line."""
+    lines = []
+    for device, attention in facts["attention"].items():
+        groups: dict[str, list[str]] = {}
+        for name, devices in facts["operators"].items():
+            groups.setdefault(_by_dtype({dtype: row["auto"] for dtype, row in devices[device].items()}), []).append(
+                name
+            )
+        for where, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+            who = ", ".join(names) if len(names) < 4 else f"{len(names)} of {len(facts['operators'])} operators"
+            lines.append(f"on {device}: {who} on {where}")
+        lines.append(f"on {device}: attention on {_by_dtype(attention)}")
+    return lines
+
+
+def _by_dtype(backends: dict[str, str]) -> str:
+    """Backends by dtype in words: one name, if all are the same."""
+    names = list(dict.fromkeys(backends.values()))
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(
+        f"{name} ({', '.join(dtype for dtype, backend in backends.items() if backend == name)})" for name in names
+    )
 
 
 class _CallableModule(ModuleType):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import fastdistill
-from fastdistill.info import InfoConfig, main
+from fastdistill.info import InfoConfig, main, summary
 from fastdistill.ops import OPERATORS, backend
 
 
@@ -45,14 +45,43 @@ def test_info_is_a_function_however_it_is_imported(monkeypatch: pytest.MonkeyPat
     assert "modulate" in fastdistill.info()["operators"]
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     main(InfoConfig())
     printed = capsys.readouterr().out
     assert fastdistill.__version__ in printed
+    devices = len(fastdistill.info()["attention"])
+    assert len(printed.splitlines()) <= 6 + 4 * devices
+    assert ("all is well" in printed) == (backend.load_native() is None)
+
+
+def test_command_tells_all(capsys: pytest.CaptureFixture[str]) -> None:
+    main(InfoConfig(all=True))
+    printed = capsys.readouterr().out
     for name in OPERATORS:
         assert name in printed
-    if backend.load_native() is None:
-        assert "native" in printed
+    assert "not on triton: " in printed or "not on native: " in printed
+
+
+def test_command_says_what_is_amiss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(backend, "load_native", lambda: "the library was not compiled")
+    main(InfoConfig())
+    printed = capsys.readouterr().out
+    assert "slower than it could be: the library was not compiled" in printed
+    assert "all is well" not in printed
+
+
+def test_operators_that_run_alike_share_a_line() -> None:
+    def row(name: str) -> dict[str, str]:
+        return {"auto": name}
+
+    operators = {f"op{i}": {"cpu": {"float32": row("native"), "float64": row("native")}} for i in range(4)}
+    operators["other"] = {"cpu": {"float32": row("native"), "float64": row("eager")}}
+    facts = {"operators": operators, "attention": {"cpu": {"float32": "flash", "float64": "math"}}}
+    assert summary(facts) == [
+        "on cpu: 4 of 5 operators on native",
+        "on cpu: other on native (float32), eager (float64)",
+        "on cpu: attention on flash (float32), math (float64)",
+    ]
 
 
 def test_unknown_attribute() -> None:
