@@ -34,6 +34,7 @@ from fastdistill.models.loading import load
 from fastdistill.models.patch import patched
 from fastdistill.models.sampling import SamplingDefaults
 from fastdistill.models.saving import save, swapped
+from fastdistill.models.weights import check_computable
 from fastdistill.run.curves import draw_curves
 from fastdistill.run.files import digest
 from fastdistill.run.inputs import Input
@@ -80,6 +81,8 @@ class FewStepStudent(Job[DistillConfig]):
         student = (
             load(self.config.student, self.config.run.device).pipeline.transformer if self.config.student else None
         )
+        if student is not None:
+            check_computable(student, f"{self.config.student}: transformer")
         self.models = Models(teacher=self.teacher, student=student, sampling=self.sampling)
         bare = build(self.config, self.models.without_weights())
         memory, checkpoints = training_bytes(bare, training(self.config, bare))

@@ -19,8 +19,9 @@ REPORT = """\
 {{ "{:.2f}".format(parameters.teacher / 1e6) }} M parameters in the teacher's transformer, \
 {{ "{:.2f}".format(parameters.student / 1e6) }} M in the student's. `model/` is a stock diffusers pipeline:
 
+    import torch
     from diffusers import FluxPipeline
-    pipeline = FluxPipeline.from_pretrained("{{ output }}/model")
+    pipeline = FluxPipeline.from_pretrained("{{ output }}/model", dtype=torch.{{ config.save_dtype }})
     pipeline("{{ example }}", num_inference_steps={{ config.steps }}, guidance_scale={{ sampling.guidance_scale }}, \
 height={{ sampling.height }}, width={{ sampling.width }}, max_sequence_length={{ sampling.max_sequence_length }}).images[0]
 

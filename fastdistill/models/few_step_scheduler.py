@@ -17,10 +17,11 @@ def shift_of(scheduler: Any, image_tokens: int) -> float:
     """
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("shift", 1.0))
-    tokens = config.base_image_seq_len, config.max_image_seq_len
-    shift = flux_shift(image_tokens, tokens, (config.base_shift, config.max_shift))
-    return math.log(shift) if config.time_shift_type == "linear" else shift
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+    # Where a scheduler has no such field, FluxPipeline takes these.
+    tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shift = flux_shift(image_tokens, tokens, (config.get("base_shift", 0.5), config.get("max_shift", 1.15)))
+    return math.log(shift) if config.get("time_shift_type") == "linear" else shift
 
 
 def few_step_scheduler(shift: float, *, stochastic_sampling: bool) -> Any:
