@@ -25,7 +25,7 @@ from fastdistill.models.checks import check_call, tell_of_long_prompts
 from fastdistill.models.digest import digests
 from fastdistill.models.families import family_of
 from fastdistill.models.loading import load, read_prompts
-from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.sampling import SamplingDefaults, images_at_once
 from fastdistill.models.saving import swapped
 from fastdistill.models.weights import check_computable
 from fastdistill.run.files import digest, without_folders, write_image, write_json, write_text
@@ -217,10 +217,15 @@ class Job(ABC, Generic[ConfigT]):
             reference=self.reference,
             count=count,
             seed=seed,
-            batch=self.config.training.batch,
+            batch=self.images_at_once,
             console=self.console,
             shared=self.store.entry("measured", {**origin, "count": count, "seed": seed}),
         )
+
+    @property
+    def images_at_once(self) -> int:
+        """Number of images that are drawn at once."""
+        return images_at_once(self.config.training.batch, self.sampling)
 
     def measured(
         self, name: str, transformer: Any, *, scheduler: Any = None, sampling: SamplingDefaults | None = None
@@ -295,7 +300,7 @@ class Job(ABC, Generic[ConfigT]):
         write_json(self.output / "model" / self.result, self._to_hand_on(record))
         write_json(self.output / self.result, record)
         self.workspace.finish()
-        self.console.print(headline)
+        self.console.print(headline, soft_wrap=True)
         summarise(record["evaluation"], self.output, self.console)
 
 

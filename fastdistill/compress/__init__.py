@@ -1,7 +1,8 @@
 """Make a diffusers transformer smaller.
 
 From Python: `calibrate`, `score`, `select`, `cut`, `repair`. End to end:
-`Compression(CompressConfig(...)).run()`, or `python -m fastdistill.compress`.
+`Compression(CompressConfig(...)).run()`, or `Sweep` for several sizes, or `python -m
+fastdistill.compress`.
 """
 
 from typing import TYPE_CHECKING
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from fastdistill.compress.config import CompressConfig as CompressConfig
     from fastdistill.compress.job import Compression as Compression
     from fastdistill.compress.surgery import cut as cut
+    from fastdistill.compress.sweep import Sweep as Sweep
 
 _LAZY = {
     "CompressConfig": "fastdistill.compress.config",
     "Compression": "fastdistill.compress.job",
+    "Sweep": "fastdistill.compress.sweep",
     "calibrate": "fastdistill.compress.api",
     "cut": "fastdistill.compress.surgery",
     "repair": "fastdistill.compress.api",

@@ -5,7 +5,7 @@ from fastdistill.compress.config import CompressConfig
 from fastdistill.run.cli import run_job
 
 PROGRAM = "python -m fastdistill.compress"
-JOB = "fastdistill.compress.job:Compression"
+JOB = "fastdistill.compress.sweep:Sweep"
 
 if __name__ == "__main__":
     run_job(CompressConfig, JOB, prog=PROGRAM)

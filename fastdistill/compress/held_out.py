@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistill.compress.importance.calibrate import Calibration
@@ -16,6 +18,7 @@ from fastdistill.compress.importance.criterion import SamplingRuns
 from fastdistill.compress.importance.trajectory import ends
 from fastdistill.models.families.family import Conditioning, Family
 from fastdistill.models.patch import is_patched, patched
+from fastdistill.run.files import atomic_write
 
 IMAGES, FEWEST_IMAGES = 16, 4
 SEED = 0x48_45_4C_44
@@ -44,9 +47,15 @@ class HeldOut:
     batch: int
 
     @classmethod
-    def of(cls, calibration: Calibration, conditioning: Conditioning, shape: Sequence[int]) -> HeldOut:
+    def of(
+        cls, calibration: Calibration, conditioning: Conditioning, shape: Sequence[int], cache: Path | None = None
+    ) -> HeldOut:
         """Runs of the calibrated network on the schedule of the calibration, one for each row of
-        `conditioning`, with latents of `shape` (C, H, W)."""
+        `conditioning`, with latents of `shape` (C, H, W).
+
+        Args:
+            cache: folder of these very runs, where the reference is read or kept.
+        """
         like = calibration.runs
         generator = torch.Generator().manual_seed(calibration.seed + SEED)
         runs = SamplingRuns(
@@ -56,7 +65,14 @@ class HeldOut:
             unconditional=like.unconditional,
             true_cfg_scale=like.true_cfg_scale,
         )
-        reference = _ends(calibration.network, calibration.family, runs, calibration.batch)
+        kept = None if cache is None else cache / "reference.safetensors"
+        if kept is not None and kept.exists():
+            reference = load_file(kept)["latents"].to(runs.noise.device)
+        else:
+            reference = _ends(calibration.network, calibration.family, runs, calibration.batch)
+            if kept is not None:
+                with atomic_write(kept) as partial:
+                    save_file({"latents": reference.contiguous()}, partial)
         return cls(family=calibration.family, runs=runs, reference=reference, batch=calibration.batch)
 
     def distance(self, network: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,28 @@ from fastdistill.compress.choice.solve import Interval
 from fastdistill.compress.choice.verify import intervals
 from fastdistill.compress.config import CompressConfig
 from fastdistill.compress.held_out import HeldOut, images_for, steps_between
+from fastdistill.compress.importance import CRITERIA, DEPEND_ON_DROPS
 from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
+from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.plan import plan
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs.damage import Damage, mend
-from fastdistill.compress.report import Outcome, manifest, report
-from fastdistill.compress.stages import Stage, Stages, verdict
+from fastdistill.compress.report import Outcome, headline, manifest, report
+from fastdistill.compress.speed import speed
+from fastdistill.compress.stages import Stage, Stages
 from fastdistill.compress.surgery import CutModel, cut_model
+from fastdistill.compress.work import CALIBRATE, CHOOSE, CUT, FIRST, FULL, RECOVER, REPAIR, SAVE, work
 from fastdistill.data.trajectories import Source, encode_prompts
 from fastdistill.errors import UserError
 from fastdistill.job import Job, dtype_of, train_config, training_bytes
 from fastdistill.models.blocks import block_ids, tied
 from fastdistill.models.families.family import BlockId
+from fastdistill.models.loading import EMBEDDED, embedded_folder
 from fastdistill.models.patch import patched
 from fastdistill.models.saving import save
 from fastdistill.models.skeleton import skeleton_of
+from fastdistill.run.files import folder_bytes, write_image
+from fastdistill.run.pace import Pace
 from fastdistill.run.progress import bar
 from fastdistill.run.resources import require_disk, require_memory
 from fastdistill.train.config import TrainConfig
@@ -52,6 +59,7 @@ class Compression(Job[CompressConfig]):
         request: what `--drop-blocks` or `--budget` asks for.
         costs: of the full model, by quantity; operations and latency are added once they are
             measured.
+        evaluation: measurements of the images by model, of all that have been measured so far.
     """
 
     result = "compress.json"
@@ -65,32 +73,54 @@ class Compression(Job[CompressConfig]):
         self.blocks = block_ids(self.teacher, self.family)
         self.request = requested(self.config.drop_blocks, self.config.parsed_budget(), self.teacher, self.family)
         self.costs = sizes(self.teacher, self.family, self.save_dtype.itemsize)
+        self.evaluation: dict[str, dict[str, Any]] = {}
         self.require_resources(self.largest_student())
 
     def run(self) -> None:
         with self.workspace.released():
-            self.measure_costs()
+            self.write(self.compress())
+
+    def compress(self) -> Outcome:
+        """Run every stage; what is left is to write about it."""
+        self.measure_costs()
+        pace = Pace(work(self), self.console)
+        with pace.stage(FIRST):
+            self.draw_first()
+        with pace.stage(CALIBRATE):
             calibration = self.calibrate()
+        with pace.stage(CHOOSE):
             scores = self.score(calibration)
             selection = self.choose(calibration, scores)
             model = cut_model(self.teacher, self.family, selection.dropped)
             latency_after = self.time(model.student, selection.limit)
+        with pace.stage(FULL):
             self.evaluation = {"full": self.measured("full", self.teacher)}
             held_out = self.hold_out(calibration)
-            stages = self.refine(model, calibration, held_out)
+        stages = self.refine(model, calibration, held_out, pace)
+        with pace.stage(SAVE):
             self.save(stages)
-            self.write(
-                Outcome(
-                    model=model,
-                    selection=selection,
-                    costs=self.costs,
-                    latency_after=latency_after,
-                    scores=scores,
-                    stages=stages.done,
-                    held_out=len(held_out.runs),
-                    evaluation=self.evaluation,
-                )
-            )
+            timed = self.workspace.cached("speed", lambda: self.speed_of(model.student))
+        return Outcome(
+            model=model,
+            selection=selection,
+            costs=self.costs,
+            latency_after=latency_after,
+            speed=timed,
+            disk=self.disk(),
+            scores=scores,
+            stages=stages.done,
+            held_out=len(held_out.runs),
+            evaluation=self.evaluation,
+        )
+
+    def draw_first(self) -> None:
+        """Show the full model's images of the grid, a few of them at once."""
+        with self.clock("first images"):
+            self.gallery.draw_first(self.pipeline, self.reference, self.show)
+
+    def show(self) -> None:
+        """Write the grid of all images that have been drawn so far."""
+        write_image(self.output / "grid.png", self.gallery.grid(list(self.evaluation) or [self.reference]))
 
     def largest_student(self) -> CutModel:
         """The largest model that the request can leave, without weights.
@@ -156,41 +186,67 @@ class Compression(Job[CompressConfig]):
                 self.workspace.finish()
                 raise
 
-    def calibrate(self) -> Calibration:
+    @cached_property
+    def amount(self) -> Amount:
+        """Size of the calibration."""
         options = self.config.calibration
-        amount = Amount(
+        return Amount(
             images=options.calibration_images,
             points=options.calibration_points,
             steps=options.calibration_steps,
-            batch=self.config.training.batch,
+            batch=self.images_at_once,
             seed=self.config.run.seed,
         )
+
+    def calibrate(self) -> Calibration:
         source = Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images)
         with self.clock("calibrate"):
-            sampled = {name: value for name, value in asdict(amount).items() if name != "points"}
+            sampled = {name: value for name, value in asdict(self.amount).items() if name != "points"}
             cache = self.store.entry("calibration", {**self.origin, **sampled})
-            return calibrated(source, amount, cache=cache, console=self.console)
+            return calibrated(source, self.amount, cache=cache, console=self.console)
 
     def score(self, calibration: Calibration) -> Scores:
-        """Scores by `output` and `bi`, which every report has, by the criterion that chooses, and
-        by those asked for."""
+        """Scores by every criterion of `criteria`; kept for other runs."""
 
         def values(criterion: str) -> list[float]:
             pieces = self.workspace.work / f"scores-{criterion}.jsonl"
             return list(calibration.score(criterion, drops=self.request.drops, pieces=pieces).values())
 
-        names = dict.fromkeys(["output", "bi", self.config.choice.criterion, *self.config.choice.also_score])
+        found: dict[str, list[float]] = {}
         with self.clock("score"):
-            found = {name: self.workspace.cached(f"scores-{name}", partial(values, name)) for name in names}
-        return {name: dict(zip(self.blocks, found[name], strict=True)) for name in names}
+            for name in self.criteria:
+                facts = {**self.calibration_facts, "criterion": name}
+                if name in DEPEND_ON_DROPS:
+                    facts["drops"] = self.request.drops
+                found[name] = self.store.cached("scores", facts, partial(values, name))
+        return {name: dict(zip(self.blocks, found[name], strict=True)) for name in found}
+
+    @property
+    def criteria(self) -> list[str]:
+        """Criteria to score by: output and bi, which help to understand a choice, the one that
+        chooses, and those asked for. Where the blocks are named there is nothing to choose."""
+        options = self.config.choice
+        usual = [] if self.request.blocks else ["output", "bi"]
+        chosen = [] if self.request.blocks and options.criterion == "output" else [options.criterion]
+        return list(dict.fromkeys([*usual, *chosen, *options.also_score]))
+
+    @property
+    def calibration_facts(self) -> dict[str, Any]:
+        """All that a measurement on the points of the calibration depends on."""
+        return {**self.origin, **asdict(self.amount)}
 
     def choose(self, calibration: Calibration, scores: Scores) -> Selection:
         options = self.config.choice
 
+        if self.request.blocks:
+            return choose(self.request, self.costs, Evidence(scores={}))
+        known = Ledger(self.store.entry("errors", self.calibration_facts) / "joint.jsonl")
+
         def joint(positions: Sequence[int]) -> float:
-            name = f"joint-{sum(1 << position for position in positions):x}"
-            dropped = [self.blocks[position] for position in positions]
-            return float(self.workspace.cached(name, lambda: calibration.joint_error(dropped)))
+            name = " ".join(map(str, sorted(positions)))
+            if name not in known:
+                known.keep(name, calibration.joint_error([self.blocks[position] for position in positions]))
+            return float(known[name])
 
         with self.clock("score"):
             evidence = Evidence(
@@ -205,7 +261,7 @@ class Compression(Job[CompressConfig]):
     def score_runs(self, joint: Callable[[Sequence[int]], float]) -> dict[Interval, float] | None:
         """Joint errors of runs of neighbouring blocks, as far as they can be candidates."""
         options = self.config.choice
-        if options.criterion != "output" or self.request.blocks or options.longest_run == 1:
+        if options.criterion != "output" or options.longest_run == 1:
             return None
         runs = list(intervals(len(self.blocks), options.longest_run))
         errors: dict[Interval, float] = {}
@@ -230,15 +286,17 @@ class Compression(Job[CompressConfig]):
         return found
 
     def hold_out(self, calibration: Calibration) -> HeldOut:
-        """Measure by which stages are compared, from noise that nothing else uses."""
+        """Measure by which stages are compared, from noise that nothing else uses; where the full
+        model ends is kept for other runs."""
         batch = self.config.training.batch
         count = images_for(self.config.recovery.recovery_steps, batch, calibration.runs.passes)
         prompts = [self.prompts[index * len(self.prompts) // count] for index in range(count)]
         with self.clock("compare"):
             conditioning = encode_prompts(prompts, self.pipeline, self.family, self.sampling, batch)
-            return HeldOut.of(calibration, conditioning, self.latent_shape)
+            facts = {**self.origin, "count": count, "steps": self.amount.steps, "seed": self.amount.seed}
+            return HeldOut.of(calibration, conditioning, self.latent_shape, self.store.entry("held-out", facts))
 
-    def refine(self, model: CutModel, calibration: Calibration, held_out: HeldOut) -> Stages:
+    def refine(self, model: CutModel, calibration: Calibration, held_out: HeldOut, pace: Pace) -> Stages:
         """Cut, repaired and recovered model, each measured; the evaluation of their images is in
         `evaluation`."""
 
@@ -249,15 +307,19 @@ class Compression(Job[CompressConfig]):
             stage = Stage(name=name, distance=distance, output_error=error)
             if stage.sound:
                 self.evaluation[name] = self.measured(name, student)
+                self.show()
             return stage
 
         dropped = [block_id for block_id in self.blocks if block_id not in model.boundaries]
         stages = Stages(model, self.workspace.work, self.save_dtype, judge, self.console)
-        stages.take("cut", f"without {spell(dropped, self.family)}", lambda: None)
+        with pace.stage(CUT):
+            stages.take("cut", f"without {spell(dropped, self.family)}", lambda: None)
         if (kind := self.config.repair.repair) != "none":
-            stages.take("repaired", f"repaired by {kind}", lambda: self.repair(model, calibration))
+            with pace.stage(REPAIR):
+                stages.take("repaired", f"repaired by {kind}", lambda: self.repair(model, calibration))
         if self.config.recovery.recovery_steps:
-            stages.take("recovered", "recovered", lambda: self.recover(model, calibration, held_out))
+            with pace.stage(RECOVER):
+                stages.take("recovered", "recovered", lambda: self.recover(model, calibration, held_out))
             self.hand_over(self.training_folder)
         return stages
 
@@ -301,11 +363,32 @@ class Compression(Job[CompressConfig]):
         stages.restore(stages.best)
         save(self.pipeline, student.to(self.save_dtype), self.output / "model", self.sampling, self.prompts)
 
+    def speed_of(self, student: Any) -> dict[str, Any]:
+        """Forward passes of the full and the smaller model, measured in turns, as JSON."""
+        load = workload(self.sampling, self.pipeline.vae_scale_factor)
+        with self.clock("time"):
+            return speed(self.teacher, student.to(self.teacher.dtype), self.family, load).as_json()
+
+    def disk(self) -> dict[str, int | None]:
+        """Bytes of the folders of the full and the smaller pipeline; None for one that is no folder
+        on this disk."""
+        whole = embedded_folder() if self.config.run.model == EMBEDDED else Path(self.config.run.model)
+        return {
+            "full": folder_bytes(whole) if whole.is_dir() else None,
+            "compressed": folder_bytes(self.output / "model"),
+        }
+
     def write(self, outcome: Outcome) -> None:
         record = self.record(manifest(self.config, outcome, self.sampling))
-        parameters = record["parameters"]
-        headline = f"{parameters['full'] / 1e6:.2f} M -> {parameters['compressed'] / 1e6:.2f} M parameters"
-        self.finish(record, report(record), f"{verdict(outcome.stages)}\n{headline}")
+        text = report(
+            record,
+            output=self.output,
+            dtype=str(self.teacher.dtype).removeprefix("torch."),
+            shown=self.gallery.shown,
+            measured=self.gallery.prompts,
+            meanings=CRITERIA.meanings,
+        )
+        self.finish(record, text, headline(record))
 
     @property
     def save_dtype(self) -> torch.dtype:

@@ -60,7 +60,7 @@ def plan(config: CompressConfig) -> str:
     if request.budget:
         found = _within(request.budget, drops, costs)
         closing = (
-            f"What meets --budget {config.budget} and would not with one block more; "
+            f"What meets {config.asked} and would not with one block more; "
             "whatever leaves less of each does too. Which blocks go is chosen by scores, "
             "for which the weights are needed."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
@@ -14,14 +14,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdistill.evaluation.suite import ImageSet, evaluate
+from fastdistill.evaluation.suite import SEED_STRIDE, ImageSet, evaluate
 from fastdistill.models.patch import is_patched, patched
-from fastdistill.models.sampling import SamplingDefaults
+from fastdistill.models.sampling import SamplingDefaults, sample
 from fastdistill.run.files import atomic_write, read_json, write_json
 from fastdistill.run.grid import grid
 from fastdistill.run.progress import bar
 
 GRID_COLUMNS = 10
+FIRST = 4
+"""Images that are drawn at once until there is a first grid."""
 
 
 class Gallery:
@@ -55,6 +57,10 @@ class Gallery:
         self.folder, self.sampling, self.batch, self.console = folder, sampling, batch, console
         self.reference, self.shared = reference, folder if shared is None else shared
 
+    def __len__(self) -> int:
+        """Number of images of each model."""
+        return len(self.prompts) * len(self.seeds)
+
     def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
         """Measure `pipeline`; return a JSON object.
 
@@ -71,7 +77,9 @@ class Gallery:
         # A transformer in training may be patched already.
         patching = nullcontext() if is_patched(transformer) else patched(transformer)
         with patching, bar(self.console, f"evaluate {name}", len(image_set)) as tick:
-            if self.measure:
+            if self._is_reference(name) and not self.measure and self._first(name).exists():
+                images, metrics = load_file(self._first(name))["images"], {}
+            elif self.measure:
                 result = evaluate(pipeline, image_set, reference=reference, tick=tick)
                 images, metrics = result.images, result.metrics
             else:
@@ -83,11 +91,56 @@ class Gallery:
             write_json(measured, metrics)
         return metrics
 
+    def draw_first(self, pipeline: Any, name: str, shown: Callable[[], None]) -> None:
+        """Draw the images of the grid of the reference `name`, a few at once, before it is
+        measured.
+
+        Args:
+            shown: called after each few, when `grid` has them.
+        """
+        path, part = self._first(name), min(FIRST, self.batch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = load_file(path)["images"] if path.exists() else torch.empty(0)
+        transformer = pipeline.transformer
+        patching = nullcontext() if is_patched(transformer) else patched(transformer)
+        with patching, bar(self.console, f"draw {name}", len(self.columns)) as tick:
+            tick(len(drawn))
+            for start in range(len(drawn), len(self.columns), part):
+                columns = self.columns[start : start + part]
+                images = sample(
+                    pipeline,
+                    [self.prompts[i] for i in columns],
+                    self.sampling,
+                    seeds=[self.seeds[0] * SEED_STRIDE + i for i in columns],
+                    batch=part,
+                    tick=tick,
+                )
+                drawn = torch.cat([drawn.to(images), images]) if len(drawn) else images
+                with atomic_write(path) as partial:
+                    save_file({"images": drawn.half()}, partial)
+                shown()
+        shown()
+
+    @property
+    def columns(self) -> list[int]:
+        """Prompts of the grid, by their place in `prompts`."""
+        count = min(GRID_COLUMNS, len(self.prompts))
+        return [i * len(self.prompts) // count for i in range(count)]
+
+    @property
+    def shown(self) -> list[str]:
+        """Prompts of the grid."""
+        return [self.prompts[i] for i in self.columns]
+
     def grid(self, names: Sequence[str]) -> Image.Image:
-        """Draw a row of images for each of `names`, which have been evaluated."""
-        columns = [i * len(self.prompts) // GRID_COLUMNS for i in range(min(GRID_COLUMNS, len(self.prompts)))]
-        images = torch.stack([self._images(name)[columns] for name in names])
-        return grid(images, names, [self.prompts[i] for i in columns])
+        """Draw a row of images for each of `names`, which have been evaluated, or of the first ones
+        of `draw_first`."""
+        rows = [
+            self._images(name)[self.columns] if self._file(name).exists() else load_file(self._first(name))["images"]
+            for name in names
+        ]
+        count = min(map(len, rows))
+        return grid(torch.stack([row[:count].float() for row in rows]), names, self.shown[:count])
 
     def _images(self, name: str) -> Tensor:
         return load_file(self._file(name))["images"].float()
@@ -95,6 +148,10 @@ class Gallery:
     def _file(self, name: str) -> Path:
         folder = self.shared if self._is_reference(name) else self.folder
         return folder / f"images-{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+
+    def _first(self, name: str) -> Path:
+        path = self._file(name)
+        return path.with_name(f"first-{path.name}")
 
     def _is_reference(self, name: str) -> bool:
         """Whether `name` is the reference, or the reference in other steps ("teacher, 4 steps")."""

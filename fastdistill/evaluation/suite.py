@@ -31,7 +31,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.prompts) * len(self.seeds)
 
-    def draw(self, pipeline: Any, tick: Callable[[int], None]) -> Tensor:
+    def draw(self, pipeline: Any, tick: Callable[[float], None]) -> Tensor:
         """Images (S * N, 3, H, W) in [-1, 1]: of all prompts for the first seed, then for the next."""
         return torch.cat(
             [
@@ -73,14 +73,14 @@ def evaluate(
     image_set: ImageSet,
     *,
     reference: Tensor | None = None,
-    tick: Callable[[int], None] = lambda count: None,
+    tick: Callable[[float], None] = lambda count: None,
     other_parts: bool = False,
 ) -> Evaluated:
     """Sample `image_set` and measure it by every metric that applies.
 
     Args:
         reference: another model's images of the same set, from `Evaluated.images`.
-        tick: called with the number of images after each batch.
+        tick: called after each sampling step with the number of images that the step is worth.
         other_parts: measure what does not depend on the transformer, too.
     """
     began = time.perf_counter()

@@ -17,6 +17,8 @@ from fastdistill.run.files import read_json, write_json
 from fastdistill.run.options import at_least
 
 FILE = "fastdistill.json"
+PIXELS_AT_ONCE = 2**22
+"""Pixels that are drawn at once: 4 images of 1024 x 1024 fill a GPU, and more only take its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,11 @@ class SamplingDefaults:
         write_json(folder / FILE, dataclasses.asdict(self))
 
 
+def images_at_once(batch: int, sampling: SamplingDefaults) -> int:
+    """Number of images to draw at once: `batch`, or fewer where images are large."""
+    return max(1, min(batch, PIXELS_AT_ONCE // (sampling.height * sampling.width)))
+
+
 @torch.no_grad()
 def sample(
     pipeline: Any,
@@ -84,7 +91,7 @@ def sample(
     *,
     seeds: Sequence[int],
     batch: int,
-    tick: Callable[[int], None] = lambda count: None,
+    tick: Callable[[float], None] = lambda count: None,
 ) -> Tensor:
     """Draw images (N, 3, H, W) in [-1, 1] of `prompts`.
 
@@ -93,7 +100,7 @@ def sample(
     Args:
         seeds: one for each prompt.
         batch: images at once.
-        tick: called with the number of images after each batch.
+        tick: called after each step with the number of images that the step is worth.
 
     Raises:
         UserError: diffusers cannot sample the pipeline in this way, or its parts have different
@@ -108,6 +115,12 @@ def sample(
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        share = len(generators) / sampling.num_inference_steps
+
+        def told(_pipeline: Any, _step: int, _time: Any, tensors: Any, share: float = share) -> Any:
+            tick(share)
+            return tensors
+
         output = pipeline(
             prompt=list(prompts[part]),
             **{name: [text] * len(generators) for name, text in guided.items()},
@@ -119,8 +132,8 @@ def sample(
             width=sampling.width,
             max_sequence_length=sampling.max_sequence_length,
             output_type="pt",
+            callback_on_step_end=told,
         )
         images.append(output.images.float().cpu() * 2 - 1)
-        tick(len(generators))
     # The decoder may answer in channels-last order.
     return torch.cat(images).contiguous()

@@ -23,20 +23,21 @@ def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Itera
         TextColumn("{task.fields[note]}"),
     )
     began = spoke = time.monotonic()
-    done = start
+    done: float = start
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(describe, total=total, completed=start, note="")
 
         def advance(count: int, note: str = "") -> None:
             nonlocal done, spoke
-            done += count
+            # Parts of a whole may be counted, whose sum is not exact.
+            done = round(done + count, 6)
             progress.update(task, completed=done, note=note)
             now = time.monotonic()
             if not console.is_terminal and (now - spoke > PLAIN_EVERY_SECONDS or done >= total):
                 spoke = now
-                left = (now - began) / max(1, done - start) * (total - done)
+                left = (now - began) / max(1e-6, done - start) * (total - done)
                 console.print(
-                    f"{describe}: {done}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False
+                    f"{describe}: {int(done)}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False
                 )
 
         yield advance

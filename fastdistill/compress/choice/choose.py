@@ -148,8 +148,8 @@ class Trial:
 
 
 def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | None = None) -> Selection:
-    """The blocks that go: those named, or the set with the least sum of scores; with a trial, the
-    set whose joint error is least.
+    """The blocks that go: the set with the least sum of scores; with a trial, the set whose joint
+    error is least. Of blocks that the request names nothing is measured.
 
     Args:
         costs: of the quantity that the request is in, at least.
@@ -157,6 +157,8 @@ def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | No
     Raises:
         UserError: the request cannot be met, by its limit (`limit_of`) or because of tied stacks.
     """
+    if request.blocks:
+        return _named(request.blocks, costs["blocks"])
     scores, tied = evidence.scores, evidence.tied
     best = trial.sets if trial else 1
     blocks = list(scores)
@@ -168,23 +170,16 @@ def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | No
         # Asked for a number, a larger one is not the answer.
         return choice.saved >= cost.total - limit if request.budget else choice.saved == cost.total - limit
 
-    if request.blocks:
-        positions = tuple(sorted(map(blocks.index, request.blocks)))
-        named = Choice(
-            dropped=positions, saved=len(positions), error=sum(scores[blocks[position]] for position in positions)
-        )
-        limit, front, sets = cost.total - named.saved, [], [named]
-    else:
-        limit = limit_of(request.budget, cost) if request.budget else cost.total - (request.count or 0)
-        saves = [cost.blocks[block_id] for block_id in blocks]
-        ranges = [[_range(blocks, stack) for stack in stacks] for stacks in tied.values()]
-        problem = Problem(errors=list(scores.values()), costs=saves, intervals=evidence.intervals, tied=ranges)
-        choices = solve(problem, best=best, exact_cost=request.budget is None)
-        front = pareto(choices)
-        sets = [choice for choice in within(choices, cost.total - limit) if meets(choice)]
-        if not sets:
-            raise UserError(nothing_meets(request, tied))
-        sets = to_verify(sets, front, best) if trial else sets[:1]
+    limit = limit_of(request.budget, cost) if request.budget else cost.total - (request.count or 0)
+    saves = [cost.blocks[block_id] for block_id in blocks]
+    ranges = [[_range(blocks, stack) for stack in stacks] for stacks in tied.values()]
+    problem = Problem(errors=list(scores.values()), costs=saves, intervals=evidence.intervals, tied=ranges)
+    choices = solve(problem, best=best, exact_cost=request.budget is None)
+    front = pareto(choices)
+    sets = [choice for choice in within(choices, cost.total - limit) if meets(choice)]
+    if not sets:
+        raise UserError(nothing_meets(request, tied))
+    sets = to_verify(sets, front, best) if trial else sets[:1]
     verified = verify(sets, errors, trial.joint, meets) if trial else []
     return Selection(
         dropped=[blocks[position] for position in (best_of(verified) if verified else sets[0]).dropped],
@@ -194,6 +189,18 @@ def choose(request: Request, costs: Costs, evidence: Evidence, trial: Trial | No
         front=front,
         verified=verified,
         additivity=additivity(verified),
+    )
+
+
+def _named(dropped: Sequence[BlockId], cost: Cost) -> Selection:
+    return Selection(
+        dropped=[block_id for block_id in cost.blocks if block_id in set(dropped)],
+        quantity="blocks",
+        full=cost.total,
+        limit=cost.total - len(dropped),
+        front=[],
+        verified=[],
+        additivity=additivity([]),
     )
 
 

@@ -28,3 +28,7 @@ CRITERIA: Table[Criterion] = Table(
         "random": ("random_order:score", "chance"),
     },
 )
+
+DEPEND_ON_DROPS = ("greedy", "learned")
+"""Criteria whose scores depend on how many blocks are going to be dropped; scores of the others
+serve every number."""

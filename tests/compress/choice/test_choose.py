@@ -78,11 +78,11 @@ def test_the_lowest_scores_go_and_ties_go_to_the_later_block():
     assert chosen(parse(["1"], Flux()), count_costs(), errors).dropped == single(1)
 
 
-def test_named_blocks_go_whatever_they_score():
+def test_named_blocks_go_and_nothing_is_measured():
     selection = chosen(parse(["single:2", "double:0"], Flux()), count_costs(), [9.0, 1, 1, 1, 9.0])
     assert selection.dropped == double(0) + single(2)
-    assert [found.joint for found in selection.verified] == [18]
-    assert selection.additivity.r2 is None
+    assert (selection.quantity, selection.full, selection.limit) == ("blocks", 5, 3)
+    assert selection.verified == selection.front == []
 
 
 @pytest.fixture(scope="module")
