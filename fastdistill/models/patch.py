@@ -184,7 +184,7 @@ def patched(model: Any, *, backend: Request | None = None, attention: str = "aut
             report.record(module, "its class is derived from one with a fused form, and changes it")
         elif keeps_own_forward(module):
             # Hooks that are there already wrap the class's forward.
-            report.record(module, "it has a forward of its own, an offloading hook perhaps")
+            report.record(module, "a hook wraps it since before the patch; patch first to fuse it")
         else:
             put(module, patch, report)
     return report

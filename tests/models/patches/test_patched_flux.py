@@ -402,7 +402,7 @@ def test_an_offloading_hook_keeps_its_forward(transformer: FluxTransformer2DMode
         wrap(transformer.single_transformer_blocks[0], "later")
         assert_same(gradients(transformer), stock)
         assert list(report.stepped_aside) == [
-            "FluxTransformerBlock: it has a forward of its own, an offloading hook perhaps"
+            "FluxTransformerBlock: a hook wraps it since before the patch; patch first to fuse it"
         ]
     again = gradients(transformer)
     assert all(torch.equal(again[name], value) for name, value in stock.items())

@@ -9,7 +9,7 @@ import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -123,15 +123,6 @@ FAMILIES = {
         operators={"qk_norm_rope": 4, "gated_residual": 6},
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """More threads only wait for each other on tiny models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
