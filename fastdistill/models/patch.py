@@ -167,12 +167,12 @@ def patched(model: Any, *, backend: Request | None = None, attention: str = "aut
         raise UserError(f"unknown backend {backend!r}; choose one of {', '.join(get_args(Request))}")
     if attention != "auto" and attention not in attention_names():
         raise UserError(f"attention: expected auto or one of {', '.join(attention_names())}, got {attention!r}")
-    networks = _networks(model)
-    if any(is_patched(network) for network in networks):
+    network = _network(model)
+    if is_patched(network):
         raise RuntimeError(
             f"{type(model).__name__} is patched already: undo the earlier patch first, by its report or `unpatch`"
         )
-    forms = [form for network in networks for form in fused_forms(network)]
+    forms = list(fused_forms(network))
     if not forms:
         raise UserError(
             f"{type(model).__name__} has no block with a fused form; "
@@ -192,21 +192,20 @@ def patched(model: Any, *, backend: Request | None = None, attention: str = "aut
 
 def is_patched(model: Any) -> bool:
     """Whether a part of a model, or of a pipeline, is patched now."""
-    return any(link_of(module) is not None for network in _networks(model) for module in network.modules())
+    return any(link_of(module) is not None for module in _network(model).modules())
 
 
 def unpatch(model: Any) -> None:
     """Undo whatever patch a model or a pipeline has, as a copy of a patched model does."""
-    for network in _networks(model):
-        for module in network.modules():
-            take_off(module)
+    for module in _network(model).modules():
+        take_off(module)
 
 
-def _networks(model: Any) -> list[nn.Module]:
-    """The model itself, or the networks of a pipeline."""
+def _network(model: Any) -> nn.Module:
+    """The model itself, or all networks of a pipeline, which may share modules."""
     if isinstance(model, nn.Module):
-        return [model]
+        return model
     components = getattr(model, "components", None)
     if not isinstance(components, Mapping):
-        raise UserError(f"patched takes a model or a pipeline of diffusers, got {type(model).__name__}")
-    return [component for component in components.values() if isinstance(component, nn.Module)]
+        raise UserError(f"expected a model or a pipeline of diffusers, got {type(model).__name__}")
+    return nn.ModuleList(component for component in components.values() if isinstance(component, nn.Module))

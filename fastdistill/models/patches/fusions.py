@@ -130,11 +130,21 @@ def _repeated(x: Tensor, other: Tensor) -> Tensor:
 
     `other` is a modulation of the stream, or the branch that is added to it.
     """
+    x = _rows(x)
     return x if other.dim() == 1 or x.shape[0] != 1 or other.shape[0] == 1 else x.expand(other.shape[0], *x.shape[1:])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with tokens as the operators read them: the channels of a token next to each other.
+
+    An image that was only transposed into tokens has them far apart.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """A stream and what is added to it, in the dtype of their sum."""
+    y = _rows(y)
     if x.dtype == y.dtype:
         return x, y
     dtype = torch.promote_types(x.dtype, y.dtype)
