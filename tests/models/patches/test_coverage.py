@@ -3,6 +3,7 @@ every kind."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_several_controlnets_at_once() -> None:
     model, inputs = several_flux(), flux_inputs()
     condition = torch.randn_like(inputs["hidden_states"])
     inputs |= {"controlnet_cond": [condition, 2 * condition], "conditioning_scale": [1.0, 0.5]}
-    inputs |= {"controlnet_mode": [None, None], "return_dict": False}
+    inputs |= {"controlnet_mode": [torch.zeros(2), torch.zeros(2)], "return_dict": False}
 
     def vector() -> Tensor:
         doubles, singles = model(**inputs)
@@ -283,6 +284,7 @@ def test_a_model_that_is_patched_while_it_is_loaded(tmp_path: Path, monkeypatch:
     reports = []
     construct = FluxTransformer2DModel.__init__
 
+    @functools.wraps(construct)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         reports.append(patched(self, backend="native"))

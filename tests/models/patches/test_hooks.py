@@ -154,18 +154,22 @@ def unhook_blocks(model: Any) -> None:
         handle.remove()
 
 
+TAYLOR: dict[str, Any] = {
+    "cache_interval": 2,
+    "disable_cache_before_step": 1,
+    "max_order": 1,
+    "taylor_factors_dtype": torch.float32,
+}
 HOOKS = {
     "first-block cache": cache(lambda: FirstBlockCacheConfig(threshold=0.5), "flux", "qwen_image"),
     "TaylorSeer": cache(
-        lambda: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1, taylor_factors_dtype=torch.float32),
+        lambda: TaylorSeerCacheConfig(**TAYLOR),
         "flux",
         "flux2",
         "qwen_image",
     ),
     "TaylorSeer lite": cache(
-        lambda: TaylorSeerCacheConfig(
-            cache_interval=2, disable_cache_before_step=1, max_order=1, taylor_factors_dtype=torch.float32, use_lite_mode=True
-        ),
+        lambda: TaylorSeerCacheConfig(**TAYLOR, use_lite_mode=True),
         "flux",
         "flux2",
     ),
