@@ -240,9 +240,9 @@ class Job(ABC, Generic[ConfigT]):
         with self.clock("evaluate"), swapped(self.pipeline, transformer, scheduler):
             if name.split(",")[0] == self.reference:
                 # Kept with its images, which may be in another --cache now.
-                return self.gallery.evaluate(self.pipeline, name, sampling)
+                return self.gallery.evaluate(self.pipeline, name, sampling, continues=True)
             found = self.workspace.cached(
-                f"evaluation-{name}", lambda: self.gallery.evaluate(self.pipeline, name, sampling)
+                f"evaluation-{name}", lambda: self.gallery.evaluate(self.pipeline, name, sampling, continues=True)
             )
         return dict(found)
 

@@ -61,6 +61,11 @@ class Sweep:
         self.console = Console(quiet=True) if console is None else console
 
     @classmethod
+    def check_config(cls, config: CompressConfig) -> None:
+        """Refuse what is wrong whatever the model and the size are (`Job.check_config`)."""
+        Compression.check_config(config)
+
+    @classmethod
     def plan(cls, config: CompressConfig) -> str:
         return "\n\n".join(plan(config.of_size(words, Path(), None)) for words in config.sizes)
 

@@ -52,12 +52,12 @@ def cached_shards(
         # A large odd stride keeps the shards of different seeds apart.
         return make(len(rows), torch.Generator().manual_seed(seed * 1_000_003 + number))
 
-    parts = kept_shards(folder, count=count, shard=shard, make=seeded)
+    parts = made_shards(folder, count=count, shard=shard, make=seeded)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def kept_shards(
-    folder: Path,
+def made_shards(
+    folder: Path | None,
     *,
     count: int,
     shard: int,
@@ -66,22 +66,25 @@ def kept_shards(
 ) -> list[dict[str, Tensor]]:
     """Tensors of each shard of `shard` rows, of `count` in all, by `make(number, rows)`.
 
-    A shard that is in `folder` is read, of which `kept` is told; any other is written when it is
-    made.
+    A shard that is in `folder` is read, of which `kept` is told; any other is written there when it
+    is made. Without a folder nothing is kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for number, start in enumerate(range(0, count, shard)):
         rows = range(start, min(start + shard, count))
-        path = folder / f"shard-{number:05d}.safetensors"
-        if path.exists():
+        path = None if folder is None else folder / f"shard-{number:05d}.safetensors"
+        if path is not None and path.exists():
             kept(len(rows))
-        else:
-            stop_if_asked()
-            made = make(number, rows)
+            parts.append(load_file(path))
+            continue
+        stop_if_asked()
+        made = {name: tensor.cpu().contiguous() for name, tensor in make(number, rows).items()}
+        if path is not None:
             with atomic_write(path) as partial:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, partial)
-        parts.append(load_file(path))
+                save_file(made, partial)
+        parts.append(made)
     return parts
 
 

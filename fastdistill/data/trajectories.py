@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdistill.data.images import Captioned, pixels
 from fastdistill.data.latents import LatentPool
-from fastdistill.data.shards import kept_shards
+from fastdistill.data.shards import made_shards
 from fastdistill.diffusion.process import RectifiedFlow
 from fastdistill.errors import UserError
 from fastdistill.models.families import family_of
@@ -203,11 +203,7 @@ def trajectories(
         tick(len(rows))
         return made
 
-    count = len(prompt_of)
-    if cache is None:
-        parts = [make(0, range(start, min(start + options.batch, count))) for start in range(0, count, options.batch)]
-    else:
-        parts = kept_shards(cache, count=count, shard=options.batch, make=make, kept=tick)
+    parts = made_shards(cache, count=len(prompt_of), shard=options.batch, make=make, kept=tick)
     tensors = {name: torch.cat([part[name] for part in parts]) for name in ("x_t", "latents")}
     times = parts[0]["times"]
     return Trajectories(

@@ -241,7 +241,10 @@ class FewStepStudent(Job[DistillConfig]):
         if not self.config.watch.watch_every:
             return {}
         with self.clock("train"):
-            return {name: self.watch.evaluate(self.pipeline, name, how) for name, how in self.teachers.items()}
+            return {
+                name: self.watch.evaluate(self.pipeline, name, how, continues=True)
+                for name, how in self.teachers.items()
+            }
 
     def train(self, conditioning: Conditioning, batches: BatchSource) -> Trainer:
         """Train the student, which ends with the weights that are the result of the run."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistill.evaluation.suite import SEED_STRIDE, ImageSet, evaluate
+from fastdistill.models.digest import digest_of
 from fastdistill.models.patch import is_patched, patched
 from fastdistill.models.sampling import SamplingDefaults, sample
-from fastdistill.run.files import atomic_write, read_json, write_json
+from fastdistill.run.files import atomic_write, digest, read_json, write_json
 from fastdistill.run.grid import grid
 from fastdistill.run.progress import bar
 
@@ -61,10 +64,16 @@ class Gallery:
         """Number of images of each model."""
         return len(self.prompts) * len(self.seeds)
 
-    def evaluate(self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, pipeline: Any, name: str, sampling: SamplingDefaults | None = None, *, continues: bool = False
+    ) -> dict[str, Any]:
         """Measure `pipeline`; return a JSON object.
 
         It is sampled by the gallery's defaults, unless `sampling` is given.
+
+        Args:
+            continues: keep every batch of images, so that a measurement that is stopped continues
+                with the same weights.
         """
         measured = self._file(name).with_suffix(".json")
         if self._is_reference(name) and measured.exists():
@@ -74,19 +83,22 @@ class Gallery:
             prompts=self.prompts, seeds=self.seeds, sampling=sampling or self.sampling, batch=self.batch
         )
         transformer = pipeline.transformer
+        kept = self._drawn(name, pipeline, image_set) if continues else None
         # A transformer in training may be patched already.
         patching = nullcontext() if is_patched(transformer) else patched(transformer)
         with patching, bar(self.console, f"evaluate {name}", len(image_set)) as tick:
             if self._is_reference(name) and not self.measure and self._first(name).exists():
                 images, metrics = load_file(self._first(name))["images"], {}
             elif self.measure:
-                result = evaluate(pipeline, image_set, reference=reference, tick=tick)
+                result = evaluate(pipeline, image_set, reference=reference, tick=tick, kept=kept)
                 images, metrics = result.images, result.metrics
             else:
-                images, metrics = image_set.draw(pipeline, tick), {}
+                images, metrics = image_set.draw_timed(pipeline, tick, kept)[0], {}
         self._file(name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._file(name)) as partial:
             save_file({"images": images.half()}, partial)
+        for done in self.folder.glob(f"{self._file(name).stem}.drawn-*"):
+            shutil.rmtree(done)
         if self._is_reference(name):
             write_json(measured, metrics)
         return metrics
@@ -152,6 +164,15 @@ class Gallery:
     def _first(self, name: str) -> Path:
         path = self._file(name)
         return path.with_name(f"first-{path.name}")
+
+    def _drawn(self, name: str, pipeline: Any, image_set: ImageSet) -> Path:
+        """Folder for the batches of a measurement that is not done yet; never the shared one, where
+        another process may be done sooner."""
+        known = {
+            "parts": [digest_of(part) for part in (pipeline.transformer, pipeline.scheduler)],
+            "images": asdict(image_set),
+        }
+        return self.folder / f"{self._file(name).stem}.drawn-{digest(known)}"
 
     def _is_reference(self, name: str) -> bool:
         """Whether `name` is the reference, or the reference in other steps ("teacher, 4 steps")."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdistill.data.emoji import Emoji
+from fastdistill.data.shards import made_shards
 from fastdistill.evaluation.metrics import METRICS
 from fastdistill.evaluation.metrics.metric import SampledImages, Truth
 from fastdistill.evaluation.testbed import draws_emoji
@@ -33,19 +35,26 @@ class ImageSet:
 
     def draw(self, pipeline: Any, tick: Callable[[float], None]) -> Tensor:
         """Images (S * N, 3, H, W) in [-1, 1]: of all prompts for the first seed, then for the next."""
-        return torch.cat(
-            [
-                sample(
-                    pipeline,
-                    self.prompts,
-                    self.sampling,
-                    seeds=[seed * SEED_STRIDE + i for i in range(len(self.prompts))],
-                    batch=self.batch,
-                    tick=tick,
-                )
-                for seed in self.seeds
-            ]
-        )
+        return self.draw_timed(pipeline, tick)[0]
+
+    def draw_timed(
+        self, pipeline: Any, tick: Callable[[float], None], kept: Path | None = None
+    ) -> tuple[Tensor, float]:
+        """Images as of `draw`, and the seconds that they took.
+
+        Every batch is kept in the folder `kept`, if there is one, and read from there if it is
+        there. The folder has to be one of this set and of these weights.
+        """
+        wanted = [(prompt, seed * SEED_STRIDE + i) for seed in self.seeds for i, prompt in enumerate(self.prompts)]
+
+        def make(_: int, rows: range) -> dict[str, Tensor]:
+            began = time.perf_counter()
+            prompts, seeds = zip(*(wanted[row] for row in rows), strict=True)
+            images = sample(pipeline, prompts, self.sampling, seeds=seeds, batch=self.batch, tick=tick)
+            return {"images": images, "seconds": torch.tensor([time.perf_counter() - began])}
+
+        parts = made_shards(kept, count=len(self), shard=self.batch, make=make, kept=tick)
+        return torch.cat([part["images"] for part in parts]), sum(float(part["seconds"]) for part in parts)
 
     def truth(self, pipeline: Any) -> Truth | None:
         """Known distribution of the images; None unless `pipeline` draws emoji and every prompt is
@@ -75,6 +84,7 @@ def evaluate(
     reference: Tensor | None = None,
     tick: Callable[[float], None] = lambda count: None,
     other_parts: bool = False,
+    kept: Path | None = None,
 ) -> Evaluated:
     """Sample `image_set` and measure it by every metric that applies.
 
@@ -82,15 +92,15 @@ def evaluate(
         reference: another model's images of the same set, from `Evaluated.images`.
         tick: called after each sampling step with the number of images that the step is worth.
         other_parts: measure what does not depend on the transformer, too.
+        kept: folder for the batches that are drawn, as in `ImageSet.draw_timed`.
     """
-    began = time.perf_counter()
-    images = image_set.draw(pipeline, tick)
+    images, seconds = image_set.draw_timed(pipeline, tick, kept)
     metrics: dict[str, Any] = {
         "transformer_parameters": pipeline.transformer.num_parameters(),
         "images": len(images),
         "seeds": list(image_set.seeds),
         "steps": image_set.sampling.num_inference_steps,
-        "seconds_per_image": (time.perf_counter() - began) / len(images),
+        "seconds_per_image": seconds / len(images),
     }
     sampled = SampledImages(
         pipeline=pipeline,

@@ -27,7 +27,7 @@ class Workspace:
 
     Attributes:
         resumed: whether `output` holds this run, interrupted.
-        trains_on: values of `more` at which the run was finished before; it trains on from the last.
+        trains_on: values of `more` at which the run was finished before; it goes on at the last.
         seconds: time of each stage, over all runs of the command.
     """
 

@@ -108,8 +108,9 @@ class Trainer:
         self._saved, self._save_seconds = time.monotonic(), 0.0
 
     def fit(self, describe: str = "train", console: Console | None = None) -> None:
-        """Run to `config.steps`; called again after an interruption, from the newest checkpoint. A run
-        that has ended is trained on if `config.steps` is larger now.
+        """Run to `config.steps`; called again after an interruption, from the newest checkpoint.
+
+        A run that has ended is trained on if `config.steps` is larger now.
 
         Ctrl-C saves a checkpoint first, after the step that is being done. The progress is shown on
         `console`, by default on standard error.
