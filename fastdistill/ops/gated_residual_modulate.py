@@ -132,13 +132,13 @@ class GatedResidualModulate(Operator):
         results: tuple[Tensor, ...],
         tangents: tuple[Tensor | None, ...],
     ) -> tuple[Tensor, ...]:
-        x, y, gate, scale, _, _, clip = arguments
+        x, y, gate, scale, _, eps, clip = arguments
         h, _, stats = results
         dx, dy, dgate, dscale, dshift, *_ = tangents
         dh = None
         if any(t is not None for t in (dx, dy, dgate)):
             (dh,) = GATED_RESIDUAL.jvp(backend, (x, y, gate, clip), (h,), (dx, dy, dgate, None))
-        dout = modulated_tangent(backend, h, scale, stats, dh, dscale, dshift)
+        dout = modulated_tangent(backend, h, scale, stats, eps, dh, dscale, dshift)
         return torch.zeros_like(h) if dh is None else dh, dout
 
     def bytes_moved(

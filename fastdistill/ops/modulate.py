@@ -119,8 +119,8 @@ class Modulate(Operator):
         results: tuple[Tensor, ...],
         tangents: tuple[Tensor | None, ...],
     ) -> tuple[Tensor, ...]:
-        x, scale, *_ = arguments
-        return (modulated_tangent(backend, x, scale, results[1], *tangents[:3]),)
+        x, scale, _, eps = arguments
+        return (modulated_tangent(backend, x, scale, results[1], eps, *tangents[:3]),)
 
     def bytes_moved(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[int, int]:
         rows, modulation = x.nbytes, scale.nbytes + shift.nbytes
@@ -177,28 +177,33 @@ def modulated_tangent(
     x: Tensor,
     scale: Tensor,
     stats: Tensor,
+    eps: float,
     dx: Tensor | None,
     dscale: Tensor | None,
     dshift: Tensor | None,
 ) -> Tensor:
-    """Tangent of the modulated norm of x, from the statistics that the forward op saved."""
-    mean, factor = stats.unsqueeze(-1)
-    tangent = torch.zeros((), dtype=stats.dtype, device=x.device)
-    if dshift is not None:
-        tangent = over_rows(dshift, x).to(stats.dtype)
+    """Tangent of the modulated norm of x, `(1 + scale) dnormed + dscale normed + dshift`, from the
+    statistics that the forward op saved."""
+    add_product = GATED_RESIDUAL.forward_op(backend)
+    tangent = _over_all(dshift, x)
     if dscale is not None:
-        normed = (x - mean).mul_(factor)
-        tangent = torch.addcmul(tangent, normed, over_rows(dscale, x).to(stats.dtype))
+        zero = torch.zeros_like(scale)
+        normed, _ = MODULATE.forward_op(backend)(x, zero, zero, eps)
+        tangent = add_product(tangent, normed, contiguous_rows(dscale), math.inf)
     if dx is not None:
         # The Jacobian of the norm is symmetric: the backward op without a scale is also its product
         # with a tangent.
         unscaled = torch.zeros_like(scale)
         dnormed, _, _ = MODULATE.backward_op(backend)(contiguous_rows(dx), x, unscaled, stats, False)
-        if dscale is None and dshift is None:
-            modulated: Tensor = GATED_RESIDUAL.forward_op(backend)(dnormed, dnormed, scale, math.inf)
-            return modulated
-        tangent = torch.addcmul(tangent, dnormed.to(stats.dtype), 1 + over_rows(scale, x).to(stats.dtype))
-    return tangent.to(x.dtype).expand(x.shape)
+        tangent = add_product(tangent, dnormed, 1 + scale.to(stats.dtype), math.inf)
+    return tangent
+
+
+def _over_all(dshift: Tensor | None, x: Tensor) -> Tensor:
+    """Tangent of the shift as rows like x, zero without one."""
+    if dshift is None:
+        return torch.zeros_like(x[..., :1, :]).expand(x.shape)
+    return over_rows(contiguous_rows(dshift), x).to(x.dtype).expand(x.shape)
 
 
 def _arguments(shapes: RowShapes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

@@ -7,13 +7,13 @@ Kernels: csrc/cpu/norm_rope.cpp, csrc/cuda/norm_rope.cu, ops/triton/qk_norm_rope
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops.backend import Backend, Request
@@ -29,6 +29,10 @@ from fastdistill.ops.heads import (
 )
 from fastdistill.ops.op import Case, Operator, accumulator_of, describe
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
+
+# By dtype of the statistics. Dwarfs the mean square of any head, and its root is a power of two: the
+# norm with it, multiplied by the root, changes nothing.
+LARGE_EPS = {torch.float32: 2.0**100, torch.float64: 2.0**400}
 
 
 def qk_norm_rope(
@@ -174,17 +178,26 @@ class QkNormRope(Operator):
     ) -> tuple[Tensor, ...]:
         q, k, q_weight, k_weight, cos, sin, eps, adjacent = arguments
         dq, dk, dq_weight, dk_weight, dcos, dsin, *_ = tangents
+        forward_op = self.forward_op(backend)
+        terms = []
         if dq is not None or dk is not None:
             # The Jacobian of the norm is symmetric: the backward op without weights and rotation is
             # also its product with a tangent.
             dq, dk = (torch.zeros_like(x) if d is None else contiguous_rows(d) for x, d in ((q, dq), (k, dk)))
             ones = torch.ones_like(q_weight)
             dq, dk, *_ = self.backward_op(backend)(dq, dk, q, k, ones, ones, None, None, eps, adjacent, False)
-        tables = cos, sin, dcos, dsin, adjacent
-        return (
-            _rotated_tangent(q, q_weight, dq, dq_weight, eps, *tables),
-            _rotated_tangent(k, k_weight, dk, dk_weight, eps, *tables),
-        )
+            wide = accumulator_of(q.dtype)
+            large = LARGE_EPS[wide]
+            scaled = (weight.to(wide) * large**0.5 for weight in (q_weight, k_weight))
+            terms.append(forward_op(dq, dk, *scaled, cos, sin, large, adjacent))
+        # The result is linear in the weights and in the tables.
+        if dq_weight is not None or dk_weight is not None:
+            dweights = _zeros_for_none((dq_weight, dk_weight), like=q_weight)
+            terms.append(forward_op(q, k, *dweights, cos, sin, eps, adjacent))
+        if dcos is not None or dsin is not None:
+            dtables = _zeros_for_none((dcos, dsin), like=cos)
+            terms.append(forward_op(q, k, q_weight, k_weight, *dtables, eps, adjacent))
+        return tuple(functools.reduce(torch.add, of_one) for of_one in zip(*terms, strict=True))
 
     def bytes_moved(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any
@@ -202,31 +215,8 @@ class QkNormRope(Operator):
         )
 
 
-def _rotated_tangent(
-    x: Tensor,
-    weight: Tensor,
-    dnormed: Tensor | None,
-    dweight: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    dcos: Tensor | None,
-    dsin: Tensor | None,
-    adjacent: bool,
-) -> Tensor:
-    """Tangent of the rotated head, from `dnormed`, the tangent of the norm without its weight."""
-    wide = accumulator_of(x.dtype)
-    turning = dcos is not None or dsin is not None
-    dscaled = torch.zeros((), dtype=wide, device=x.device) if dnormed is None else dnormed.to(wide) * weight
-    if dweight is not None or turning:
-        unit = F.rms_norm(x.to(wide), x.shape[-1:], eps=eps)
-    if dweight is not None:
-        dscaled = torch.addcmul(dscaled, unit, dweight.to(wide))
-    tangent = rotated(dscaled.expand(x.shape), cos, sin, adjacent)
-    if cos is not None and sin is not None and turning:
-        dcos, dsin = (torch.zeros_like(t) if d is None else d for t, d in ((cos, dcos), (sin, dsin)))
-        tangent = tangent + rotated(unit * weight, dcos, dsin, adjacent)
-    return tangent.to(x.dtype)
+def _zeros_for_none(tangents: Sequence[Tensor | None], *, like: Tensor) -> list[Tensor]:
+    return [torch.zeros_like(like) if t is None else t.contiguous() for t in tangents]
 
 
 @dataclass(frozen=True, kw_only=True)

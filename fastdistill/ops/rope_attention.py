@@ -7,7 +7,6 @@ Kernels: ops/triton/rope_attention.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -82,8 +81,8 @@ def rope_attention(
     q: the rotated q and k, the probabilities and, in the backward pass, the gradients of the scores
     are each rounded once to it. Fused gradients, including the gradients of the weights, are summed
     in an order given by the shape and the device alone, so they are bitwise repeatable. The fused
-    tangent is computed from the log-sum-exp, for a block of queries after the other: its memory
-    does not grow with the square of the tokens, as that of `_native_math` does.
+    tangent takes a block of queries after the other: its memory does not grow with the square of
+    the tokens, as that of `_native_math` does.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, device, shape or stride, or
@@ -199,13 +198,12 @@ class RopeAttention(Operator):
         tangents: tuple[Tensor | None, ...],
     ) -> tuple[Tensor, ...]:
         v, *rest = arguments[2:]
-        out, lse = results
         dq, dk, dv, *drest = tangents
         q, k = rotated = QK_NORM_ROPE.forward_op(backend)(*arguments[:2], *rest)
         dqk = None
         if any(t is not None for t in (dq, dk, *drest)):
             dqk = QK_NORM_ROPE.jvp(backend, (*arguments[:2], *rest), rotated, (dq, dk, *drest))
-        return (_attention_tangent(q, k, v, out, lse, dqk, dv).to(q.dtype),)
+        return (_attention_tangent(q, k, v, dqk, dv, accumulator_of(q.dtype)).to(q.dtype),)
 
     def bytes_moved(
         self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, *options: Any
@@ -226,31 +224,24 @@ class RopeAttention(Operator):
 
 
 def _attention_tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dqk: tuple[Tensor, ...] | None,
-    dv: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, dqk: tuple[Tensor, ...] | None, dv: Tensor | None, wide: torch.dtype
 ) -> Tensor:
-    """Tangent of attention, `P dv + (P * dS) v - rowsum(P * dS) out` with `P = exp(S - lse)`.
+    """Tangent of attention, `P dv + dP v` with `dP = P * (dS - rowsum(P * dS))`.
 
     A block of queries after the other, as scores of all would take memory with the square of the
     tokens.
     """
-    q, k, v, out = (t.transpose(1, 2).to(lse.dtype) for t in (q, k, v, out))
-    dq, dk = (None, None) if dqk is None else (t.transpose(1, 2).to(lse.dtype) for t in dqk)
-    dv = None if dv is None else dv.transpose(1, 2).to(lse.dtype)
+    q, k, v = (t.transpose(1, 2).to(wide) for t in (q, k, v))
+    dq, dk = (None, None) if dqk is None else (t.transpose(1, 2).to(wide) for t in dqk)
+    dv = None if dv is None else dv.transpose(1, 2).to(wide)
     scale = q.shape[-1] ** -0.5
-    tangent = torch.zeros_like(out)
+    tangent = torch.zeros_like(q)
     for rows in _blocks_of_queries(*q.shape[:3]):
-        scores = q[:, :, rows] @ k.mT
-        # The kernel's logarithms are binary.
-        p = torch.exp2(scores * (scale * math.log2(math.e)) - lse[:, :, rows, None])
+        p = torch.softmax(q[:, :, rows] @ k.mT * scale, dim=-1)
         if dq is not None and dk is not None:
-            weighted = p * (dq[:, :, rows] @ k.mT + q[:, :, rows] @ dk.mT) * scale
-            tangent[:, :, rows] = weighted @ v - weighted.sum(dim=-1, keepdim=True) * out[:, :, rows]
+            dscores = (dq[:, :, rows] @ k.mT + q[:, :, rows] @ dk.mT) * scale
+            dscores -= (p * dscores).sum(dim=-1, keepdim=True)
+            tangent[:, :, rows] = (p * dscores) @ v
         if dv is not None:
             tangent[:, :, rows] += p @ dv
     return tangent.transpose(1, 2)

@@ -272,6 +272,18 @@ def test_batches_of_gradients() -> None:
         torch.testing.assert_close(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1e-12, 1e8])
+def test_tangents_of_heads_of_any_size(size: float, dtype: torch.dtype) -> None:
+    arguments = detached(OPERATORS["qk_norm_rope"].cases()[0].make(dtype, torch.device("cpu")))
+    tangent = torch.randn_like(arguments[0])
+    small, large = (
+        tangents_of(lambda a: OPERATORS["qk_norm_rope"](*a, backend="native"), arguments, {0: t})[0].double()
+        for t in (tangent, (tangent.double() * size).to(dtype))
+    )
+    torch.testing.assert_close(large / size, small, rtol=0, atol=4 * torch.finfo(dtype).eps * small.abs().max().item())
+
+
 def test_clipped_elements_have_no_tangent() -> None:
     x = torch.tensor([[6e4, 1.0, -6e4, 2.0]]).half()
     tangents = jvp(lambda x: ops.gated_residual(x, x, torch.ones(4).half(), clip=True), (x,), (torch.ones_like(x),))[1]
