@@ -6,6 +6,7 @@ diffusers refuses some calls only after minutes of work, and changes others in s
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,8 @@ def _check_scheduler(pipeline: Any, sampling: SamplingDefaults) -> None:
         raise UserError(f"a {name} that is not set to flow_prediction does not fit a flow model; {remedy}")
     steps, nothing = sampling.num_inference_steps, torch.zeros(1, 1, 1)
     sigmas: Any = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+    if sigmas is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise UserError(f"a FluxPipeline cannot sample by {name}, whose times cannot be set by sigmas; {remedy}")
     try:
         times, _ = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=1.0)
         scheduler.set_begin_index(0)
