@@ -14,7 +14,7 @@ import tyro
 from fastdistill.compress.choice.budget import Budget, parse_budget
 from fastdistill.compress.importance import CRITERIA
 from fastdistill.compress.repairs import REPAIRS
-from fastdistill.errors import UserError
+from fastdistill.errors import UserError, notice
 from fastdistill.run.numbers import whole
 from fastdistill.run.options import JobConfig, Run, RunOptions, at_least, check_known, flag
 
@@ -81,7 +81,8 @@ class RepairOptions:
     )
     repair_points: int = 1024
     """Noised images that the repair is fitted to. They should have some thirty tokens for each
-    input of the layer: 1024 images for the emoji model, 256 for FLUX.1-dev at 512 pixels."""
+    input of the layer: 1024 images for the emoji model, 360 for FLUX.1-dev at 512 pixels, 100 at
+    1024; a note says so where they have fewer."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "repair_points")
@@ -202,3 +203,13 @@ class CompressConfig(JobConfig):
 def plain(asked: str) -> str:
     """Words of a size as the name of a folder."""
     return asked.translate(str.maketrans("", "", ":="))
+
+
+def tell_of_few_points(config: CompressConfig, needed: int) -> None:
+    """Tell the user if a repair by least squares would be fitted to too few images."""
+    given = config.repair.repair_points
+    if config.repair.repair == "ridge" and given < needed:
+        notice(
+            f"--repair-points {given} may make the model worse: its layers have thirty tokens for each input "
+            f"with {needed} or more"
+        )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastdistill.compress.choice.choose import Evidence, Selection, Trial, choos
 from fastdistill.compress.choice.costs import Cost, flops, latency, sizes, workload
 from fastdistill.compress.choice.solve import Interval
 from fastdistill.compress.choice.verify import intervals
-from fastdistill.compress.config import CompressConfig
+from fastdistill.compress.config import CompressConfig, tell_of_few_points
 from fastdistill.compress.held_out import HeldOut, images_for, steps_between
 from fastdistill.compress.importance import CRITERIA, DEPEND_ON_DROPS
 from fastdistill.compress.importance.calibrate import Amount, Calibration, calibrated
@@ -25,6 +26,7 @@ from fastdistill.compress.importance.ledger import Ledger
 from fastdistill.compress.plan import plan
 from fastdistill.compress.recovery import Recovery, RecoveryWeights
 from fastdistill.compress.repairs.damage import Damage, mend
+from fastdistill.compress.repairs.enough import points_needed
 from fastdistill.compress.report import Outcome, headline, manifest, report
 from fastdistill.compress.speed import speed
 from fastdistill.compress.stages import Stage, Stages
@@ -74,6 +76,11 @@ class Compression(Job[CompressConfig]):
         self.request = requested(self.config.drop_blocks, self.config.parsed_budget(), self.teacher, self.family)
         self.costs = sizes(self.teacher, self.family, self.save_dtype.itemsize)
         self.evaluation: dict[str, dict[str, Any]] = {}
+        tokens = {
+            "image": prod(self.latent_shape) // int(self.teacher.config.in_channels),
+            "text": self.sampling.max_sequence_length,
+        }
+        tell_of_few_points(self.config, points_needed(self.teacher, self.family, tokens))
         self.require_resources(self.largest_student())
 
     def run(self) -> None:

@@ -13,7 +13,8 @@ import torch
 from fastdistill.compress.choice.budget import Budget, show
 from fastdistill.compress.choice.choose import limit_of, nothing_meets, requested, spell
 from fastdistill.compress.choice.costs import Costs, flops, kinds, sizes, workload
-from fastdistill.compress.config import CompressConfig
+from fastdistill.compress.config import CompressConfig, tell_of_few_points
+from fastdistill.compress.repairs.enough import points_needed
 from fastdistill.errors import UserError
 from fastdistill.models.blocks import tied
 from fastdistill.models.families import anatomy_of
@@ -40,7 +41,11 @@ def plan(config: CompressConfig) -> str:
     sampling = sampling.replaced(config.sampling)
     anatomy = anatomy_of(network)
     costs = sizes(network, anatomy, getattr(torch, config.run.save_dtype).itemsize)
-    costs["flops"] = flops(network, anatomy, workload(sampling, vae_scale_factor))
+    load = workload(sampling, vae_scale_factor)
+    costs["flops"] = flops(network, anatomy, load)
+    # Families whose layers a repair knows make a token of 2 x 2 latents.
+    tokens = {"image": load.height * load.width // 4, "text": load.text_tokens}
+    tell_of_few_points(config, points_needed(network, anatomy, tokens))
     groups = kinds(network, anatomy)
     text = [
         f"{type(network).__name__}, weights in {config.run.save_dtype}, one forward pass at {sampling.width} x "

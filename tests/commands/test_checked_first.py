@@ -168,3 +168,28 @@ def test_the_benchmarks_explain_themselves():
     )
     assert done.returncode == 0
     assert "python -m benchmarks.run [ops | models]" in done.stdout
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_too_few_points_to_repair_from_are_told(command, tmp_path, size):
+    """FLUX.1-dev: a token for 16 x 16 pixels; the last layer of a double block has 12288 inputs and
+    reads them, that of a single block has 15360 and reads 512 tokens of text, too."""
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel", "guidance_embeds": true}')
+    pixels = (size // 16) ** 2
+    needed = max(-(-30 * 12288 // pixels), -(-30 * 15360 // (pixels + 512)))
+    words = [*COMPRESS, "--model", tmp_path / "config.json", "--height", size, "--width", size, "--dry-run"]
+    told = command(*words, "--repair-points", needed - 1)
+    assert f"note: --repair-points {needed - 1} may make the model worse: its layers have thirty tokens" in told.message
+    assert f"with {needed} or more" in told.message
+    for enough in (["--repair-points", needed], ["--repair", "scale", "--repair-points", "2"]):
+        ended = command(*words, *enough)
+        assert ended.code == 0
+        assert "may make the model worse" not in ended.message
+
+
+def test_too_few_points_are_told_before_the_work(command, pipeline_folder, tmp_path):
+    """16 tokens an image, and 128 inputs of the last layer of a double block: 240 images."""
+    words = [*COMPRESS, "--model", pipeline_folder, "--output", tmp_path / "out", "--budget", "params=0.1"]
+    ended = command("compress", *words[3:], "--repair-points", "239")
+    assert "with 240 or more" in ended.message
+    assert "with 240 or more" not in command("compress", *words[3:], "--repair-points", "240").message
