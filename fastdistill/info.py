@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from fastdistill.run.cli import run
+from fastdistill.run.resources import show
+from fastdistill.run.store import Store, default_folder
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "bitsandbytes", "xformers")
 
@@ -39,6 +41,7 @@ def info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernels": _cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cache": {"folder": str(default_folder()), "bytes": Store(default_folder()).size()},
         "library": load_native(),
         "operators": {name: {device: _backends(op, device) for device in devices} for name, op in OPERATORS.items()},
         "attention": {device: _attention(torch.device(device)) for device in devices},
@@ -111,6 +114,8 @@ def main(config: InfoConfig) -> None:
     console.print(f"cpu: {cpu['cores']} cores, {cpu['threads']} threads, kernels: {cpu['kernels'] or 'none'}")
     console.print(f"gpu: {', '.join(facts['gpus']) or 'none'}")
 
+    cache = facts["cache"]
+    console.print(f"cache: {cache['folder']}, {show(cache['bytes'])}; it may be removed at any time")
     console.print(verdict(facts))
     for line in summary(facts):
         console.print(line)

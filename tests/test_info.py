@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fastdistill
 from fastdistill.info import InfoConfig, main, summary
 from fastdistill.ops import OPERATORS, backend
+from fastdistill.run.store import Store
 
 
 def run(*arguments: str) -> str:
@@ -52,6 +54,14 @@ def test_command_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     devices = len(fastdistill.info()["attention"])
     assert len(printed.splitlines()) <= 6 + 4 * devices
     assert ("all is well" in printed) == (backend.load_native() is None)
+
+
+def test_the_cache_of_runs_has_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert fastdistill.info()["cache"] == {"folder": str(tmp_path / "fastdistill"), "bytes": 0}
+    entry = Store(tmp_path / "fastdistill").entry("drawn", {"seed": 1})
+    (entry / "shard").write_bytes(bytes(5000))
+    assert 5000 < fastdistill.info()["cache"]["bytes"] < 6000
 
 
 def test_command_tells_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastdistill.data import shards as shards_module
 from fastdistill.data.pairs import PairPool
 from fastdistill.data.shards import cached_shards
 from fastdistill.errors import UserError
@@ -52,6 +54,22 @@ def test_pairs_of_other_settings_are_refused(tmp_path: Path, changes: dict[str, 
     shards(tmp_path)
     with pytest.raises(UserError, match="of another " + ("steps" if "settings" in changes else next(iter(changes)))):
         shards(tmp_path, **changes)
+
+
+def test_of_two_processes_that_begin_together_the_first_says_what_the_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = shards_module.write_json
+
+    def write_late(path: Path, value: Any) -> None:
+        monkeypatch.setattr(shards_module, "write_json", write)
+        shards(tmp_path, settings={"steps": 8})  # the other process, meanwhile
+        write(path, value)
+
+    monkeypatch.setattr(shards_module, "write_json", write_late)
+    with pytest.raises(UserError, match="pairs of another steps"):
+        shards(tmp_path)
+    assert all(shards(tmp_path, settings={"steps": 8}))
 
 
 def test_a_batch_keeps_together_what_belongs_together() -> None:
