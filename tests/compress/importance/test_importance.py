@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdistill.compress.importance import CRITERIA, learned
+from fastdistill.compress.importance import CRITERIA, DEPEND_ON_DROPS, learned
 from fastdistill.compress.importance.calibrate import Amount, calibrated
 from fastdistill.compress.importance.cka import Grams, distance
 from fastdistill.compress.importance.criterion import CalibrationPoints, Material, SamplingRuns
@@ -285,3 +285,10 @@ def test_a_trajectory_in_all_steps_is_the_pipelines_own(true_cfg_scale, tmp_path
     )
     assert len(shortened(runs, 2).times) == 3
     assert len(shortened(runs, 9).times) == 6
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_only_some_scores_depend_on_how_many_blocks_go(transformer, criterion):
+    """The scores of the others are kept for every number."""
+    few, many = (scored(criterion, transformer, drops=drops) for drops in (1, 3))
+    assert (few != many) == (criterion in DEPEND_ON_DROPS)
