@@ -181,19 +181,27 @@ def _quantised_layers(transformer: nn.Module, kept: Mapping[str, Sequence[int]])
 
 
 def _copied(layer: nn.Module) -> nn.Module:
-    """Copy of a quantised layer.
+    """Copy of a quantised layer, whose weights `copy.deepcopy` may not know how to copy."""
+    copies = {id(weight): _copied_weight(weight) for weight in layer.parameters()}
+    return copy.deepcopy(layer, {key: weight for key, weight in copies.items() if weight is not None})
 
-    quanto's weights cannot be cloned, and deepcopy would try to: their inner tensors are.
-    """
-    memo: dict[int, Any] = {}
-    for weight in layer.parameters():
-        if hasattr(weight, "__tensor_flatten__"):
-            names, context = weight.__tensor_flatten__()
-            inner = {name: getattr(weight, name).detach().clone() for name in names}
-            class_: Any = type(weight)
-            whole = class_.__tensor_unflatten__(inner, context, weight.size(), weight.stride())
-            memo[id(weight)] = nn.Parameter(whole, requires_grad=weight.requires_grad)
-    return copy.deepcopy(layer, memo)
+
+def _copied_weight(weight: nn.Parameter) -> nn.Parameter | None:
+    """Copy of a quantised weight, or None if its class says how it is copied."""
+    class_: Any = type(weight)
+    if hasattr(weight, "__tensor_flatten__"):
+        # quanto's cannot be cloned, but its inner tensors can.
+        names, context = weight.__tensor_flatten__()
+        inner = {name: getattr(weight, name).detach().clone() for name in names}
+        whole = class_.__tensor_unflatten__(inner, context, weight.size(), weight.stride())
+        return nn.Parameter(whole, requires_grad=weight.requires_grad)
+    if class_ is nn.Parameter or class_.__deepcopy__ is not nn.Parameter.__deepcopy__:
+        return None
+    # GGUF's has its type as an attribute, which Parameter leaves behind.
+    numbers = Tensor._make_subclass(Tensor, weight.detach()).clone()
+    twin: nn.Parameter = Tensor._make_subclass(class_, numbers, weight.requires_grad)
+    vars(twin).update(vars(weight))
+    return twin
 
 
 def _owner(name: str, layers: Mapping[str, nn.Module]) -> str | None:

@@ -255,39 +255,51 @@ def test_a_quantised_model_is_cut_and_stays_so(package: str, make: Callable[[], 
     torch.testing.assert_close(run(again), expected, rtol=1e-5, atol=1e-5)
 
 
-class Quantised8bit(nn.Linear):
-    """A layer as bitsandbytes' is: a class of its own, whose weight is in bytes next to a scale."""
+def nf4(linear: nn.Linear) -> nn.Linear:
+    import bitsandbytes
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        scale = linear.weight.detach().abs().amax() / 127
-        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.bias = nn.Parameter(linear.bias.detach().clone())
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+    size = linear.in_features, linear.out_features
+    layer = bitsandbytes.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
 
 
-def with_bytes(model: Any) -> Any:
+def gguf_q8(linear: nn.Linear) -> nn.Linear:
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    layer = GGUFLinear(linear.in_features, linear.out_features, bias=True, compute_dtype=torch.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    packed = gguf.quants.quantize(linear.weight.detach().numpy(), kind)
+    layer.weight = GGUFParameter(torch.from_numpy(packed), quant_type=kind)
+    layer.bias = linear.bias
+    return layer
+
+
+def with_layers(model: Any, quantise: Callable[[nn.Linear], nn.Linear]) -> Any:
+    """The model with quantised layers in its blocks, as diffusers builds them."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and "blocks." in name:
-            model.set_submodule(name, Quantised8bit(module))
+        # A group of GGUF's has 32 numbers.
+        if type(module) is nn.Linear and "blocks." in name and module.in_features % 32 == 0:
+            model.set_submodule(name, quantise(module))
     return model
 
 
-def test_layers_of_a_class_of_their_own_are_copied(transformer: FluxTransformer2DModel) -> None:
-    with_bytes(transformer)
+@pytest.mark.parametrize("quantise", [nf4, gguf_q8])
+def test_layers_of_a_class_of_their_own_are_copied(
+    transformer: FluxTransformer2DModel, quantise: Callable[[nn.Linear], nn.Linear]
+) -> None:
+    with_layers(transformer, quantise)
+    expected = run_without(transformer)
     smaller = cut(transformer, DROP)
     layer, own = smaller.transformer_blocks[0].attn.to_q, transformer.transformer_blocks[1].attn.to_q
-    assert type(layer) is Quantised8bit
-    assert torch.equal(layer.weight, own.weight)
+    assert (type(layer), type(layer.weight)) == (type(own), type(own.weight))
     assert layer.weight.data_ptr() != own.weight.data_ptr()
-    assert torch.equal(run(smaller), run_without(transformer))
+    assert torch.equal(run(smaller), expected)
 
 
 def test_a_cut_that_changes_quantised_weights_is_refused() -> None:
-    transformer = with_bytes(tiny.seeded(tiny.tiny_sd3))
+    transformer = with_layers(tiny.seeded(tiny.tiny_sd3), nf4)
     assert cut(transformer, {"block": [0]}).config.num_layers == 2
     with pytest.raises(UserError, match="changes weights of the SD3Transformer2DModel that are quantised; cut the"):
         cut(transformer, {"block": [2]})
