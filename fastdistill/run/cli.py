@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import shlex
 import sys
@@ -92,6 +93,7 @@ def _errors_in_a_line() -> Iterator[None]:
     # optional packages that nothing needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         _check_one_process()
         with _notices_in_a_line(), stopping_in_order():

@@ -37,7 +37,8 @@ def bar(console: Console, describe: str, total: int, *, start: int = 0) -> Itera
                 spoke = now
                 left = (now - began) / max(1e-6, done - start) * (total - done)
                 console.print(
-                    f"{describe}: {int(done)}/{total} {note}{',' if note else ''} {left:.0f} s left", highlight=False
+                    f"{describe}: {int(done)}/{total} {note}{',' if note else ''} {max(0.0, left):.0f} s left",
+                    highlight=False,
                 )
 
         yield advance
