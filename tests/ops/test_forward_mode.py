@@ -62,7 +62,7 @@ def assert_as_exact_as_eager(trial: Trial, actual: Tensor | None, eager: Tensor,
     assert error <= 2 * eager_error + 2 * torch.finfo(actual.dtype).eps * scale, f"{error:.3g}, eager {eager_error:.3g}"
 
 
-@trials(differentiable=True, dtypes=FLOATS, backends=FAST, fast=FAST)
+@trials(differentiable=True, dtypes=FLOATS, backends=FAST)
 def test_tangents_against_float64(trial: Trial) -> None:
     arguments, chosen = frozen(trial)
     with torch.no_grad():
@@ -226,6 +226,7 @@ def test_derivatives_under_transforms(name: str, transform: str, backend: str) -
     assert_derivative(KERNELS[transform], OPERATORS[name], backend)
 
 
+@pytest.mark.slow_but_first("transform")
 @pytest.mark.parametrize("transform", VECTORISED)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_derivatives_under_vmap(name: str, transform: str) -> None:
@@ -307,6 +308,7 @@ def test_a_tangent_of_what_has_no_gradient_is_refused() -> None:
     assert not jvp(lambda x: ops.block_statistics(x, x + 1).mse, (x,), (x,))[1].any()
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["modulate", "qk_norm_rope", "rope_attention"])
 def test_compiled_tangents(name: str) -> None:
     torch._dynamo.reset()
@@ -329,6 +331,7 @@ def test_compiled_tangents(name: str) -> None:
             torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tangent_of_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := ops.backend.why_not("rope_attention", "triton", "cpu", torch.float32):
         pytest.skip(reason)
