@@ -206,8 +206,6 @@ def quiet() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    # bitsandbytes warns at its import of a kernel that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # diffusers warns of a list of modules to keep in float32 that is empty.
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()

@@ -93,6 +93,7 @@ def _errors_in_a_line() -> Iterator[None]:
     # optional packages that nothing needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # bitsandbytes warns at its import, which diffusers does, of a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         _check_one_process()
