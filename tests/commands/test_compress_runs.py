@@ -62,6 +62,7 @@ def spent(monkeypatch):
     return done
 
 
+@pytest.mark.slow
 def test_other_demands_of_the_same_model_reuse_what_it_did(pipeline_folder, tmp_path, spent):
     Compression(config(pipeline_folder, tmp_path / "first")).run()
     first = dict(spent)

@@ -47,6 +47,7 @@ def drawn(pipeline, transformer):
     return latents.double()
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "spoilt",
     [
