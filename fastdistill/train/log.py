@@ -91,8 +91,12 @@ class Log:
 
 
 def _writer(folder: Path, start: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:  # installed, and not for this torch
+        raise UserError(
+            f"tensorboard cannot be imported ({error}): pip install tensorboard, or leave the option out"
+        ) from error
     return SummaryWriter(folder, purge_step=start + 1)  # hides what a killed run has written after its checkpoint
 
 
