@@ -13,6 +13,7 @@ import numpy as np
 from PIL.Image import Image
 from rich.console import Console
 
+from fastdistill.errors import UserError
 from fastdistill.run.files import read_lines, write_image, write_text
 from fastdistill.run.progress import bar
 
