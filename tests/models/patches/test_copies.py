@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -205,6 +206,27 @@ def test_a_file_loads_without_fastdistill(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "FluxTransformer2DModel"
+
+
+@pytest.mark.parametrize("order", ["hook-patch", "patch-hook"])
+@torch.no_grad()
+def test_a_copy_of_a_model_with_hooks_of_accelerate(order: str) -> None:
+    """Hooks of accelerate call what they find in their own module; diffusers' call the original's."""
+    model, inputs = seeded(tiny_flux), flux_inputs()
+    steps = {
+        "patch": lambda: patched(model, backend="native"),
+        "hook": lambda: [add_hook_to_module(block, ModelHook()) for block in model.transformer_blocks],
+    }
+    for step in order.split("-"):
+        steps[step]()
+    twin = copy.deepcopy(model)
+    changed(twin)
+    expected = stock_output(model, inputs, twin.state_dict())
+    unpatch(model)
+    assert is_patched(twin)
+    assert_same(run(twin, inputs), expected)
+    unpatch(twin)
+    assert run(twin, inputs).equal(expected)
 
 
 @torch.no_grad()

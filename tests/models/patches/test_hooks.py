@@ -313,6 +313,7 @@ def check(hook: Hook, family: str, order: str) -> None:
         for walk in (stock, fast):
             walk.do(letter)
             walk.calls.clear()
+        assert is_patched(fast.model) == (fast.report is not None)
         expected, actual = stock.outputs(), fast.outputs()
         where = f"{letter} at {done} of {order}"
         assert_same(actual, expected, where)
