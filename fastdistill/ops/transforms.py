@@ -30,20 +30,21 @@ if TYPE_CHECKING:
 Formula = Callable[..., tuple[Tensor, ...]]
 
 
-@torch.compiler.assume_constant_result
 def active() -> bool:
     """Whether a level of forward-mode differentiation or a transform of torch.func is active.
 
-    torch.compile bakes the answer in as a constant: it guards on both levels itself.
+    torch.compile guards on both.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def beyond_gradients() -> bool:
+    """Whether more is asked for than gradients: tangents, second derivatives or batches of vmap."""
+    return forward_ad._current_level >= 0 or _nested()
 
 
 @torch.compiler.assume_constant_result
-def beyond_gradients() -> bool:
-    """Whether more is asked for than gradients: tangents, second derivatives or batches of vmap."""
-    if forward_ad._current_level >= 0:
-        return True
+def _nested() -> bool:
     levels = get_interpreter_stack() or ()
     return len(levels) > 1 or any(level.key() != TransformType.Grad for level in levels)
 

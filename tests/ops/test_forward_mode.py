@@ -365,6 +365,16 @@ def test_attention_that_would_drop_the_tangent_is_refused() -> None:
     assert grad(lambda q: attend(q, q, q, "native").sum())(q).shape == q.shape
 
 
+def test_a_graph_compiled_without_tangents_drops_none() -> None:
+    torch._dynamo.reset()
+    x, v, m = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8)
+    compiled = torch.compile(lambda x: ops.modulate(x, m, m), backend="aot_eager", fullgraph=True)
+    compiled(x)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, v))).tangent
+    torch.testing.assert_close(tangent, jvp(lambda x: ops.modulate(x, m, m, backend="eager"), (x,), (v,))[1])
+
+
 def test_a_transform_that_is_over_leaves_no_trace() -> None:
     x = torch.randn(2, 8)
     jvp(lambda x: ops.modulate(x, x, x), (x,), (x,))
