@@ -288,10 +288,11 @@ def quality(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[st
 
 
 def faster(timed: Mapping[str, Any]) -> str:
-    """Speed-up with the middle half of the measurements: `1.18 times as fast (1.15 to 1.21)`."""
+    """Speed-up with its interval: `1.18 times as fast (1.15 to 1.21)`."""
     low, high = timed["times_faster_between"]
-    doubt = ", which is no sure difference" if low <= 1 <= high else ""
-    return f"{timed['times_faster']:.2f} times as fast ({low:.2f} to {high:.2f}){doubt}"
+    if low <= 1 <= high:
+        return f"no sure difference ({low:.2f} to {high:.2f} times as fast)"
+    return f"{timed['times_faster']:.2f} times as fast ({low:.2f} to {high:.2f})"
 
 
 def headline(record: Mapping[str, Any]) -> str:

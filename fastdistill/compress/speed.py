@@ -3,9 +3,10 @@ does, it does to both."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from fastdistill.models.families.family import Anatomy, Workload
 WARM_UP, ROUNDS, FEWEST_ROUNDS = 2, 15, 3
 SECONDS = 60.0
 """Time after which no further round begins, once there are enough."""
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +28,17 @@ class Speed:
     full: list[float]
     compressed: list[float]
 
-    @property
-    def ratios(self) -> list[float]:
-        """Speed of the smaller model in that of the full one, by round."""
-        return [full / compressed for full, compressed in zip(self.full, self.compressed, strict=True)]
-
     def as_json(self) -> dict[str, Any]:
-        """Medians, and the middle half of the ratios."""
-        low, middle, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        """Medians, their ratio, and its 95 % interval, by resampling whole rounds."""
+        rounds = list(zip(self.full, self.compressed, strict=True))
+        draw = random.Random(0)
+        resampled = sorted(_ratio(draw.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
         return {
             "full_ms": statistics.median(self.full),
             "compressed_ms": statistics.median(self.compressed),
-            "times_faster": middle,
-            "times_faster_between": [low, high],
-            "rounds": len(self.full),
+            "times_faster": _ratio(rounds),
+            "times_faster_between": [resampled[RESAMPLES // 40], resampled[-1 - RESAMPLES // 40]],
+            "rounds": len(rounds),
         }
 
 
@@ -61,6 +60,12 @@ def speed(full: Any, compressed: Any, anatomy: Anatomy, load: Workload) -> Speed
             if number >= WARM_UP:
                 times[which].append(taken)
     return Speed(full=times[0], compressed=times[1])
+
+
+def _ratio(rounds: Sequence[tuple[float, float]]) -> float:
+    """Median time of the full model in that of the smaller one."""
+    full, compressed = zip(*rounds, strict=True)
+    return statistics.median(full) / statistics.median(compressed)
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:

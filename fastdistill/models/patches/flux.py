@@ -22,7 +22,7 @@ from fastdistill.models.patches.attention import (
 from fastdistill.models.patches.blocks import GELU, residuals
 from fastdistill.models.patches.contract import Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import hooked, norms_stay, why_attention_stays, why_norms_stay
+from fastdistill.models.patches.reasons import hooked, norms_stay, stock, why_attention_stays, why_norms_stay
 from fastdistill.models.patches.streams import halves, joined, split
 
 PROCESSORS = ("FluxAttnProcessor",)
@@ -108,11 +108,11 @@ def double_block(
 
 def why_not_single_block(block: Any, /, *_: Any, **__: Any) -> str | None:
     norm, activation = block.norm, block.act_mlp
-    if reason := why_norms_stay(norm.norm):
-        return reason
-    if getattr(activation, "approximate", None) != "tanh" or hooked(norm, activation):
+    if not stock(norm, "AdaLayerNormZeroSingle") or not stock(activation, "GELU") or hooked(norm, activation):
         return "its norm or its activation is another or is hooked"
-    return None
+    if activation.approximate != "tanh":
+        return "its activation is another"
+    return why_norms_stay(norm.norm)
 
 
 def single_block(

@@ -23,7 +23,7 @@ from fastdistill.models.patches.attention import (
 from fastdistill.models.patches.blocks import residuals
 from fastdistill.models.patches.contract import Patch
 from fastdistill.models.patches.fusions import Fusions
-from fastdistill.models.patches.reasons import hooked, norms_stay, why_attention_stays
+from fastdistill.models.patches.reasons import hooked, norms_stay, stock, why_attention_stays
 from fastdistill.models.patches.streams import halves, joined, split
 
 # Not the processors with a key-value cache: they read keys of reference tokens out of the joint
@@ -114,9 +114,10 @@ def why_not_single_attention(
         attn, norms, attn.head_dim, image_rotary_emb, hidden_states, processors=SINGLE_PROCESSORS, unknown=unknown
     ):
         return reason
-    if type(attn.mlp_act_fn).__name__ != "Flux2SwiGLU" or hooked(attn.mlp_act_fn, attn.mlp_act_fn.gate_fn):
+    activation = attn.mlp_act_fn
+    if not stock(activation, "Flux2SwiGLU") or hooked(activation):
         return "its activation is another or is hooked"
-    return None
+    return why_not_swiglu(activation, hidden_states)
 
 
 def single_attention(
@@ -167,7 +168,8 @@ def single_block(
 
 
 def why_not_swiglu(module: Any, /, x: Tensor) -> str | None:
-    return "its gate is hooked" if hooked(module.gate_fn) else None
+    gate = module.gate_fn
+    return "its gate is another or is hooked" if not stock(gate, "SiLU") or hooked(gate) else None
 
 
 def swiglu(module: Any, fusions: Fusions, /, x: Tensor) -> Tensor:

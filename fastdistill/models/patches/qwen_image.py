@@ -42,6 +42,10 @@ def why_not_attention(
 ) -> str | None:
     if encoder_hidden_states is None or attention_mask is not None:
         return "its processor refuses the call"
+    tokens = hidden_states.shape[1], encoder_hidden_states.shape[1]
+    if image_rotary_emb is not None and tokens != tuple(table.shape[0] for table in image_rotary_emb):
+        # Tables of both streams are joined below, where a swap of the streams would go unseen.
+        return "a stream and its rotary tables differ in length"
     norms, head_size = [*added_norms(attn), *own_norms(attn)], attn.inner_dim // attn.heads
     return why_attention_stays(
         attn, norms, head_size, image_rotary_emb, hidden_states, processors=PROCESSORS, unknown=unknown

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fastdistill.models.patches.forwards import wrapped
 from fastdistill.ops.heads import MAX_HEAD_SIZE
 
+_LIBRARIES = ("torch.", "diffusers.")
+
 
 def norms_stay(*names: str) -> Callable[..., str | None]:
     """Returns the `why_not` of a module that depends on nothing but its layer norms `names`."""
@@ -48,8 +50,8 @@ def why_attention_stays(
         unknown: names of the call's keyword arguments that the fused form does not know.
     """
     processor = attn.processor
-    if type(processor).__name__ not in processors:
-        return f"its processor is {type(processor).__name__}"
+    if not stock(processor, *processors):
+        return f"its processor is {_spelled(type(processor))}"
     if getattr(processor, "_parallel_config", None) is not None:
         return "context parallelism splits its tokens"
     for norm in norms:
@@ -72,6 +74,15 @@ def why_attention_stays(
     return None
 
 
+def stock(part: object, *names: str) -> bool:
+    """Whether the class of `part` is the one of torch or diffusers that one of `names` means.
+
+    A class of that name from elsewhere, and a class derived from it, may compute something else.
+    """
+    cls = type(part)
+    return cls.__name__ in names and cls.__module__.startswith(_LIBRARIES)
+
+
 def hooked(*modules: nn.Module) -> bool:
     """Whether somebody wants to see, or to change, calls that a fused block does not make."""
     for module in modules:
@@ -87,15 +98,16 @@ def _plain_layer_norm(module: Any) -> bool:
 
     diffusers' `FP32LayerNorm` computes in float32, as the operators do anyway.
     """
-    return (
-        type(module).__name__ in ("LayerNorm", "FP32LayerNorm")
-        and isinstance(module, nn.LayerNorm)
-        and not module.elementwise_affine
-    )
+    return stock(module, "LayerNorm", "FP32LayerNorm") and not module.elementwise_affine
 
 
 def _plain_rms_norm(norm: Any, x: Tensor) -> bool:
-    if type(norm).__name__ != "RMSNorm" or hooked(norm) or norm.eps is None or getattr(norm, "bias", None) is not None:
+    if not stock(norm, "RMSNorm") or hooked(norm) or norm.eps is None or getattr(norm, "bias", None) is not None:
         return False
     weight = norm.weight
     return weight is not None and weight.device == x.device
+
+
+def _spelled(cls: type) -> str:
+    """Name of a class, with its module where the name alone could be that of a library's class."""
+    return cls.__name__ if cls.__module__.startswith(_LIBRARIES) else f"{cls.__module__}.{cls.__qualname__}"

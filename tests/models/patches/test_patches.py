@@ -382,7 +382,7 @@ STEPPING_ASIDE: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], set[st
         lambda: (seeded(tiny_sd3, qk_norm=None), sd3_inputs()),
         {"Attention: a query-key norm is no plain RMS norm, is hooked or is offloaded"},
     ),
-    "sd3-other-processor": (other_processor, {"Attention: its processor is OwnProcessor"}),
+    "sd3-other-processor": (other_processor, {f"Attention: its processor is {__name__}.OwnProcessor"}),
     "sd3-fused-projections": (fused_sd3, {"Attention: its processor is FusedJointAttnProcessor2_0"}),
     "sd3-chunked": (chunked_sd3, {"JointTransformerBlock: its feed-forward is chunked"}),
     "sd3-keywords": (
@@ -399,7 +399,10 @@ STEPPING_ASIDE: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], set[st
     "z-image-omni": (omni_z_image, {"ZImageTransformerBlock: clean and noisy tokens have modulations of their own"}),
     "flux2-activation": (
         hooked_activation,
-        {"Flux2SwiGLU: its gate is hooked", "Flux2ParallelSelfAttention: its activation is another or is hooked"},
+        {
+            "Flux2SwiGLU: its gate is another or is hooked",
+            "Flux2ParallelSelfAttention: its gate is another or is hooked",
+        },
     ),
 }
 
