@@ -20,32 +20,35 @@ def grid(images: Tensor, row_labels: Sequence[str], column_labels: Sequence[str]
     """Draw `images` (R, C, 3, H, W) in [-1, 1] as an RGB image.
 
     Labels may be empty. Long labels go on in further lines, those of rows in the width of two
-    images; what does not fit is cut. Small images are enlarged to `cell`
-    pixels without smoothing: every pixel that the model drew can be seen.
+    cells; what does not fit is cut. The shorter side of an image becomes `cell` pixels, and the
+    aspect ratio stays. Small images are enlarged without smoothing: every pixel that the model drew
+    can be seen.
     """
     rows, columns = images.shape[:2]
+    width, height = (round(side * cell / min(images.shape[-2:])) for side in (images.shape[-1], images.shape[-2]))
     if len(row_labels) not in (0, rows) or len(column_labels) not in (0, columns):
         raise ValueError(f"{rows} x {columns} images with {len(row_labels)} row and {len(column_labels)} column labels")
     font = ImageFont.load_default(FONT_SIZE)
-    beside = [lines(label, font, 2 * cell, cell // LINE) for label in row_labels]
-    above = [lines(label, font, cell, COLUMN_LINES) for label in column_labels]
+    beside = [lines(label, font, 2 * cell, height // LINE) for label in row_labels]
+    above = [lines(label, font, width, COLUMN_LINES) for label in column_labels]
     left = max((int(font.getlength(line)) for label in beside for line in label), default=-GAP) + 2 * GAP
     top = GAP + (LINE * max(map(len, above)) + GAP if above else 0)
-    canvas = Image.new("RGB", (left + columns * (cell + GAP), top + rows * (cell + GAP)), "white")
+    canvas = Image.new("RGB", (left + columns * (width + GAP), top + rows * (height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, label in enumerate(above):
         for number, line in enumerate(label):
-            draw.text((left + column * (cell + GAP), GAP + LINE * number), line, fill="black", font=font)
+            draw.text((left + column * (width + GAP), GAP + LINE * number), line, fill="black", font=font)
     for row, label in enumerate(beside):
-        first = top + row * (cell + GAP) + (cell - LINE * len(label)) // 2
+        first = top + row * (height + GAP) + (height - LINE * len(label)) // 2
         for number, line in enumerate(label):
             draw.text((GAP, first + LINE * number), line, fill="black", font=font)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
     for row in range(rows):
         for column in range(columns):
             image = Image.fromarray(pixels[row, column])
-            scaling = Image.Resampling.NEAREST if max(image.size) < cell else Image.Resampling.LANCZOS
-            canvas.paste(image.resize((cell, cell), scaling), (left + column * (cell + GAP), top + row * (cell + GAP)))
+            scaling = Image.Resampling.NEAREST if min(image.size) < cell else Image.Resampling.LANCZOS
+            place = left + column * (width + GAP), top + row * (height + GAP)
+            canvas.paste(image.resize((width, height), scaling), place)
     return canvas
 
 

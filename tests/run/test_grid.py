@@ -1,5 +1,6 @@
 """The labelled grid shows each image where its labels say."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import ImageFont
@@ -22,6 +23,26 @@ def test_small_images_are_enlarged_without_smoothing_and_large_ones_fit():
     small = grid(checkers.expand(1, 1, 3, 8, 8), [], [], cell=64)
     assert {pixel for _, pixel in small.getcolors()} == {(0, 0, 0), (255, 255, 255)}
     assert grid(torch.zeros(1, 1, 3, 256, 256), [], [], cell=64).size == small.size
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (24, 8), (300, 100), (100, 130)])
+def test_images_keep_their_aspect_ratio(height: int, width: int) -> None:
+    """A white square in a corner stays a square, in each cell and between labels."""
+    image = torch.full((3, height, width), -1.0)
+    image[:, : height // 4, : height // 4] = 1
+    rows, columns = ["word " * 99, "b"], ["1", "word " * 99, "3"]
+    canvas = np.asarray(grid(image.expand(2, 3, 3, height, width), rows, columns, cell=96)).astype(int)
+    across, down = (round(side * 96 / min(height, width)) for side in (width, height))
+    side = round(down / 4)
+    for row in range(2):
+        for column in range(3):
+            right = canvas.shape[1] - (2 - column) * (across + 4) - 4
+            bottom = canvas.shape[0] - (1 - row) * (down + 4) - 4
+            cell = canvas[bottom - down : bottom, right - across : right]
+            assert (cell[: side - 4, : side - 4] > 250).all()
+            assert (cell[side + 4 :] < 5).all()
+            assert (cell[:, side + 4 :] < 5).all()
+            assert (canvas[bottom, right - across : right] == 255).all(), "the gap"
 
 
 @pytest.mark.parametrize("label", ["word " * 1000, "x" * 3000, "\U0001f98a" * 2000])
