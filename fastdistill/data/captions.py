@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistill.errors import UserError
-from fastdistill.run.files import read_json, read_lines, read_text
+from fastdistill.run.files import MARK, checked_text, read_json, read_lines, read_text
 
 TEXTS = (".txt", ".caption")
 """Endings of files that hold the caption of one image, the first before the second."""
@@ -26,6 +28,10 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
 `_text` or `_caption`."""
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "image_file", "path")
 """Columns of a table that name an image; besides, whatever ends in `_file_name`."""
+TABLE_KINDS = ("JSON lines", "comma-separated", "JSON list", "JSON by name")
+"""Kinds of tables, the first before the others."""
+SEPARATOR = re.compile(r'"?sep=([^"])"?[,;\t]*', re.IGNORECASE)
+"""Line before the header by which Excel tells what separates the columns."""
 METADATA = "metadata"
 """Name of a table that has to be readable, whatever its ending."""
 
@@ -96,7 +102,7 @@ def find_captions(images: Sequence[Path], others: Sequence[Path]) -> Captions:
         if suffix in TEXTS and not owners:
             captions.without_image.append(path)
         elif owners:
-            known = _caption_of(read_json(path)) if suffix == ".json" else None
+            known = _caption_of_one(path) if suffix == ".json" else None
             if suffix == ".json" and known is None:
                 captions.unread.append(path)
                 continue
@@ -122,7 +128,12 @@ def _read_table(path: Path, names: Names, captions: Captions) -> bool:
     """
     must = path.stem.lower() == METADATA
     try:
-        rows = list(_rows(path))
+        kind, records = _records(path)
+        rows = [
+            (file, names[path.parent / file], record, _caption_of(record))
+            for record in records
+            for file in _files(record)
+        ]
         if must and not rows:
             raise UserError("no row has a column file_name")
     except (UserError, ValueError, csv.Error) as error:
@@ -130,96 +141,136 @@ def _read_table(path: Path, names: Names, captions: Captions) -> bool:
             raise UserError(f"{path} cannot be read as a table of captions ({error}); correct or remove it") from error
         captions.remarks.append(f"{path.name} is not read as a table of captions ({error})")
         return False
-    named = [(image, names[path.parent / image], text) for image, text in rows]
-    lost = [image for image, found, _ in named if not found]
-    if len(lost) == len(named) and not must:
+    lost = [file for file, found, _, _ in rows if not found]
+    if len(lost) == len(rows) and not must:
         return False
     if lost:
         captions.remarks.append(f"{path.name} names {len(lost)} files that are not there ({listed(lost)})")
-    if all(text is None for _, _, text in named):
-        captions.remarks.append(f"{path.name} has none of the columns {', '.join(CAPTION_COLUMNS)}")
-    order = (len(TEXTS) + 2, path.name)
-    for _, found, text in named:
+    without = {file: record for file, found, record, text in rows if found and text is None}
+    if without:
+        first, record = next(iter(without.items()))
+        what = f"{listed(list(without))} ({first} has {_instead(record)})"
+        captions.remarks.append(f"{path.name} has no caption of {what}")
+    order = (len(TEXTS) + 2 + TABLE_KINDS.index(kind), path.name)
+    for _, found, _, text in rows:
         for image in found:
             if text is not None:
                 captions.add(image, Caption(file=path, kind=path.name, order=order, known=text))
     return True
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Name of an image, as the table at `path` spells it with slashes, and its caption, if any."""
-    for record in _records(path):
-        files = [
-            value for name, value in _columns(record).items() if name in FILE_COLUMNS or name.endswith("_file_name")
-        ]
-        for value in files:
-            for file in value if isinstance(value, list) else [value]:
-                if isinstance(file, str) and file.strip():
-                    yield file.strip().replace("\\", "/"), _caption_of(record)
+def _files(record: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the images of a row, as the table spells them with slashes."""
+    for name, value in _columns(record).items():
+        if name in FILE_COLUMNS or name.endswith("_file_name"):
+            for held in value if isinstance(value, list) else [value]:
+                file = _spelled(held)
+                if file and file.strip():
+                    yield file.strip().replace("\\", "/")
 
 
-def _records(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of a table, each a mapping from columns to values."""
+def _records(path: Path) -> tuple[str, list[Mapping[str, Any]]]:
+    """Kind of a table and its rows, each a mapping from columns to values."""
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return _spreadsheet(read_text(path))
+        return "comma-separated", _spreadsheet(read_text(path))
     value = [_row(*row) for row in enumerate(read_lines(path), 1)] if suffix == ".jsonl" else read_json(path)
+    kind = "JSON lines" if suffix == ".jsonl" else "JSON list"
     if isinstance(value, dict):
         # From the name of an image to its caption, or to a record.
+        kind = "JSON by name"
         value = [
-            {"text": _with_tags(held) if isinstance(held, dict) else held, "file": name} for name, held in value.items()
+            {**(_with_tags(held) if isinstance(held, dict) else {"text": held}), "file": name}
+            for name, held in value.items()
         ]
     if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
         raise UserError("its rows are no JSON objects")
-    return value
+    return kind, value
 
 
 def _row(number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"row {number} is not JSON: {error}") from error
 
 
 def _spreadsheet(text: str) -> list[Mapping[str, Any]]:
-    header = text.partition("\n")[0]
+    lines = [*text.split("\n"), ""]
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    told = SEPARATOR.fullmatch(lines[first])
+    first += told is not None
     # Spreadsheets write semicolons where the comma is the decimal sign.
-    delimiter = max(",;\t", key=header.count)
-    rows: list[Mapping[str, Any]] = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
-    for number, row in enumerate(rows, 2):
+    delimiter = told[1] if told else max(",;\t", key=lines[first].count)
+    rows: list[Mapping[str, Any]] = list(csv.DictReader(io.StringIO("\n".join(lines[first:])), delimiter=delimiter))
+    for number, row in enumerate(rows, first + 2):
         if None in row:
             raise UserError(f"row {number} has more fields than the header; put captions with commas in quotes")
     return rows
 
 
-def _caption_of(record: Any) -> str | None:
-    """Caption in the first column of captions that a record has; of a list, the first."""
-    columns = _columns(record) if isinstance(record, dict) else {}
+def _caption_of_one(path: Path) -> str | None:
+    """Caption in a JSON file of one image, if it has one."""
+    record = read_json(path)
+    try:
+        return _caption_of(record) if isinstance(record, dict) else None
+    except UserError as error:
+        raise UserError(f"{path}: {error}; correct its caption") from error
+
+
+def _caption_of(record: Mapping[str, Any]) -> str | None:
+    """Caption in the first column of captions that has one.
+
+    Raises:
+        UserError: it holds characters that belong to no text.
+    """
+    return next((_one_line(text) for text in map(_spelled, _captions(record).values()) if text is not None), None)
+
+
+def _captions(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the columns of captions of a record, the one to use first; of a list, the first."""
+    columns = _columns(record)
     others = (name for name in columns if name.endswith(("_text", "_caption")))
-    values = (columns.get(name) for name in (*CAPTION_COLUMNS, *others))
-    texts = (value[0] if isinstance(value, list) and value else value for value in values)
-    return next((_one_line(text) for text in texts if isinstance(text, str)), None)
+    held = {name: columns[name] for name in (*CAPTION_COLUMNS, *others) if name in columns}
+    return {name: value[0] if isinstance(value, list) and value else value for name, value in held.items()}
 
 
-def _with_tags(record: Mapping[str, Any]) -> str | None:
-    """Caption of a record followed by its tags, as kohya's trainers join them."""
+def _instead(record: Mapping[str, Any]) -> str:
+    """Value in the first column of captions of a record without a caption, in words."""
+    for name, value in _captions(record).items():
+        return f"{json.dumps(value, default=str)[:40]} in {name}"
+    return f"none of the columns {', '.join(CAPTION_COLUMNS)}"
+
+
+def _spelled(value: Any) -> str | None:
+    """A text, or a number as a text, as a spreadsheet has it; None for all else."""
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+def _with_tags(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Captions of a record, of which the first is followed by its tags, as kohya's trainers join
+    them."""
     text, tags = _caption_of(record), _columns(record).get("tags")
     if isinstance(tags, list):
         tags = ", ".join(str(tag) for tag in tags)
-    return ", ".join(part for part in (text, tags) if part) if isinstance(tags, str) else text
+    if not isinstance(tags, str):
+        return _captions(record)
+    return {"text": ", ".join(part for part in (text, tags) if part)}
 
 
 def _columns(record: Mapping[Any, Any]) -> dict[str, Any]:
     """A record by the names of its columns, without regard to case."""
-    return {str(name).strip().lower(): value for name, value in record.items()}
+    return {str(name).replace(MARK, "").strip().lower(): value for name, value in record.items()}
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(checked_text(text).split())
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", name.replace(MARK, "")).casefold()
 
 
 def listed(names: Sequence[str], at_most: int = 3) -> str:

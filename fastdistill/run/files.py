@@ -7,6 +7,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ ENCODINGS = (
 )
 """Byte order marks, and the encoding of a text that begins with one."""
 MARK = "\ufeff"
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which stands for nothing, and which no encoding of Unicode has."""
 
 
 @contextmanager
@@ -64,9 +67,25 @@ def read_text(path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    try:
+        return checked_text(text).replace("\r\n", "\n").replace("\r", "\n")
+    except UserError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def checked_text(text: str) -> str:
+    """Return `text` without byte order marks.
+
+    JSON may hold, as escapes, characters that its file does not show.
+
+    Raises:
+        UserError: it holds characters that belong to no text.
+    """
     if "\0" in text:
-        raise UserError(f"{path} is not UTF-8 text: it holds NUL characters; save it as UTF-8")
-    return text.replace(MARK, "").replace("\r\n", "\n").replace("\r", "\n")
+        raise UserError("it holds NUL characters")
+    if HALF.search(text):
+        raise UserError("it holds halves of surrogate pairs")
+    return text.replace(MARK, "")
 
 
 def read_lines(path: Path) -> list[str]:

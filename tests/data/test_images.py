@@ -3,6 +3,7 @@ is told."""
 
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -110,23 +111,113 @@ def test_tables_name_images_in_many_ways(tmp_path: Path, name: str, text: str) -
 
 
 def test_the_order_of_several_captions_and_the_line_that_names_them(tmp_path: Path) -> None:
+    """The order is that of the table of the docs; layouts of one kind go by name."""
     draw(tmp_path / "a.png")
-    files = {
-        "a.png.txt": "first",
-        "a.txt": "second",
-        "a.caption": "third",
-        "a.json": '{"text": "fourth"}',
-        "metadata.jsonl": '{"file_name": "a.png", "text": "fifth"}',
+    files = {name: text for files in LAYOUTS.values() for name, text in files.items() if name.startswith("a.")}
+    tables = {
+        "metadata.jsonl": '{"file_name": "a.png", "text": "a fox"}',
+        "notes.jsonl": '{"file_name": "a.png", "text": "a cow"}',
+        "captions.csv": "file_name,text\na.png,a hen",
+        "captions.tsv": "file_name\ttext\na.png\ta bee",
+        "metadata.csv": "file_name,text\na.png,an ant",
+        "captions.json": '[{"image": "a.png", "text": "an eel"}]',
+        "b_list.json": '{"a": "an owl"}',
     }
+    files |= tables
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    for name, text in files.items():
+    wanted = ["a cat"] * 4 + ["a fox", "a cow", "a hen", "a bee", "an ant", "an eel", "an owl"]
+    for name, caption in zip(list(files), wanted, strict=True):
         found = read_folder(tmp_path, 9)
-        assert found.images[0].caption in text
-        assert (f"1 with captions that differ (a.png: {name} is used)" in str(found)) == (
-            text != files["metadata.jsonl"]
-        )
+        assert found.images[0].caption == caption, name
+        assert (f"1 with captions that differ (a.png: {name} is used)" in str(found)) == (name != "b_list.json")
         (tmp_path / name).unlink()
+
+
+HIDDEN = {
+    "JSON by name": ("captions.json", {"a.png": "\ufeffa red\ufeff wall"}),
+    "a name with a mark": ("captions.json", {"\ufeffa.png": "a red wall"}),
+    "JSON list": ("captions.json", [{"\ufefffile_name": "\ufeffa.png", "\ufefftext": "a red wall\ufeff"}]),
+    "list of captions": ("captions.json", [{"file_name": "a.png", "text": ["a \ufeffred wall"]}]),
+    "JSON lines": ("metadata.jsonl", {"file_name": "a.png", "text": "a r\ufeffed wall"}),
+    "tags": ("meta_cap.json", {"a.png": {"tags": ["\ufeffa red wall\ufeff"]}}),
+    "JSON file of one image": ("a.json", {"\ufeffcaption": "\ufeffa red wall"}),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_marks_in_the_escapes_of_json_are_removed(tmp_path: Path, case: str) -> None:
+    draw(tmp_path / "a.png")
+    name, value = HIDDEN[case]
+    (tmp_path / name).write_text(json.dumps(value))
+    assert "ufeff" in (tmp_path / name).read_text()
+    assert captions(tmp_path) == {"a.png": "a red wall"}
+
+
+def test_an_image_whose_own_name_has_a_mark(tmp_path: Path) -> None:
+    draw(tmp_path / "a\ufeff.png")
+    for name, text in [("b.csv", "file_name,text\na\ufeff.png,a cat\n"), ("c.json", '{"a\\ufeff.png": "a cat"}')]:
+        (tmp_path / name).write_text(text)
+        assert captions(tmp_path) == {"a\ufeff.png": "a cat"}
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(("character", "message"), [("\0", "NUL"), ("\ud83d", "surrogate")])
+def test_captions_of_no_text_are_refused(tmp_path: Path, character: str, message: str) -> None:
+    draw(tmp_path / "a.png")
+    text = f"a{character} cat"
+    for name, value in [("a.json", {"text": text}), ("metadata.jsonl", {"file_name": "a.png", "text": text})]:
+        (tmp_path / name).write_text(json.dumps(value))
+        with pytest.raises(UserError, match=rf"{name}.*{message}"):
+            read_folder(tmp_path, 9)
+        (tmp_path / name).unlink()
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": text}))
+    assert re.search(rf"captions\.json is not read.*{message}", str(read_folder(tmp_path, 9)))
+    # A pair of halves is one letter.
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": "a 🐈"}))
+    assert captions(tmp_path) == {"a.png": "a 🐈"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "caption"),
+    [
+        ("metadata.jsonl", '{"file_name": "7.png", "text": 1984}', "1984"),
+        ("metadata.jsonl", '{"file_name": 7, "text": [2.5, "other"]}', "2.5"),
+        ("metadata.jsonl", '{"file_name": "7.png", "text": null, "caption": "a cat"}', "a cat"),
+        ("metadata.jsonl", '{"file_name": "7.png", "text": NaN, "prompt": 0}', "0"),
+        ("any.json", '{"7": 3}', "3"),
+        ("any.json", '{"7": {"caption": 3, "tags": "a, b"}}', "3, a, b"),
+        ("7.json", '{"prompt": 9}', "9"),
+        ("metadata.csv", "sep=;\nfile_name;text\n7.png;a cat, sitting\n", "a cat, sitting"),
+        ("metadata.csv", "SEP=|\r\nfile_name|text\r\n7.png|a; b; c\r\n", "a; b; c"),
+        ("metadata.csv", '"sep=,"\nfile_name,text\n7.png,"a; b; c"\n', "a; b; c"),
+        ("metadata.csv", "sep=\t\nfile_name\ttext\n7.png\ta cat\n", "a cat"),
+        ("metadata.csv", "\n\nfile_name,text\n7.png,a cat\n", "a cat"),
+    ],
+)
+def test_numbers_and_lines_before_the_header(tmp_path: Path, name: str, text: str, caption: str) -> None:
+    draw(tmp_path / "7.png")
+    (tmp_path / name).write_text(text)
+    found = read_folder(tmp_path, 9)
+    assert [image.caption for image in found.images] == [caption]
+    assert str(found).endswith(f"with captions (1 from {name if name != '7.json' else '.json'})")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remark"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "text": true}', "(a.png has true in text)"),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": 3, "caption": null}', "(a.png has null in caption)"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": []}', "(a.png has [] in text)"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": {"en": "a cat"}}', '(a.png has {"en": "a cat"} in text)'),
+        ("any.json", '{"a.png": {"caption": false}}', "(a.png has false in caption)"),
+        ("any.json", '{"a.png": {"width": 8}}', "(a.png has none of the columns text, caption, prompt, description)"),
+    ],
+)
+def test_tables_without_a_caption_say_what_is_there(tmp_path: Path, name: str, text: str, remark: str) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / name).write_text(text)
+    assert str(read_folder(tmp_path, 9)).endswith(f"; {name} has no caption of a.png {remark}")
 
 
 def test_names_equal_to_the_letter_come_before_others(tmp_path: Path) -> None:
@@ -223,7 +314,7 @@ def test_tables_that_name_other_files_are_told_of(tmp_path: Path) -> None:
     (tmp_path / "metadata.parquet").write_text("PAR1")
     assert "metadata.parquet is not read; save it as metadata.jsonl" in str(read_folder(tmp_path, 9))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 3}')
-    assert "metadata.jsonl has none of the columns text, caption" in str(read_folder(tmp_path, 9))
+    assert "metadata.jsonl has no caption of a.png (a.png has none of the columns text" in str(read_folder(tmp_path, 9))
 
 
 def test_the_centre_is_kept_and_the_shorter_side_fits(tmp_path: Path) -> None:
@@ -280,7 +371,10 @@ def metadata(text: str, name: str = "metadata.csv") -> Callable[[Path], None]:
         (lambda folder: (folder / "a.json").write_text("{"), r"a\.json is not valid JSON"),
         (metadata("file_name,text\na.JPG,a cat, sitting\n"), r"metadata\.csv .*row 2 has more fields"),
         (metadata("name,text\na.JPG,a cat\n"), r"metadata\.csv .*no row has a column file_name"),
+        (metadata("sep=;\nfile_name;text\na.JPG;b;c\n"), r"metadata\.csv .*row 3 has more fields"),
+        (metadata("sep=;"), r"metadata\.csv .*no row has a column file_name"),
         (metadata("{", "metadata.jsonl"), r"metadata\.jsonl .*row 1 is not JSON"),
+        (metadata("[" * 100_000, "metadata.jsonl"), r"metadata\.jsonl .*row 1 is not JSON"),
         (metadata("3", "metadata.json"), r"metadata\.json .*its rows are no JSON objects"),
     ],
 )  # fmt: skip
