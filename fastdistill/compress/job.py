@@ -37,6 +37,7 @@ from fastdistill.errors import UserError
 from fastdistill.job import Job, dtype_of, train_config, training_bytes
 from fastdistill.models.blocks import block_ids, tied
 from fastdistill.models.families.family import BlockId
+from fastdistill.models.folder import weight_bytes
 from fastdistill.models.loading import EMBEDDED, embedded_folder
 from fastdistill.models.patch import patched
 from fastdistill.models.saving import save
@@ -151,12 +152,11 @@ class Compression(Job[CompressConfig]):
         parameters = sum(parameter.numel() for parameter in model.student.parameters())
         # The student as it is repaired and as it is saved, and what is saved with it.
         disk = parameters * (self.teacher.dtype.itemsize + self.save_dtype.itemsize)
-        components = (
-            part
-            for name, part in self.pipeline.components.items()
-            if name != "transformer" and isinstance(part, nn.Module)
-        )
-        disk += sum(parameter.nbytes for part in components for parameter in part.parameters())
+        for name, part in self.pipeline.components.items():
+            if name != "transformer" and isinstance(part, nn.Module):
+                # The file is copied, in whatever dtype its weights are.
+                stored = weight_bytes(self.source / name)
+                disk += sum(parameter.nbytes for parameter in part.parameters()) if stored is None else stored
         memory = 0
         if self.config.recovery.recovery_steps:
             model.student.float()
@@ -379,9 +379,8 @@ class Compression(Job[CompressConfig]):
     def disk(self) -> dict[str, int | None]:
         """Bytes of the folders of the full and the smaller pipeline; None for one that is no folder
         on this disk."""
-        whole = embedded_folder() if self.config.run.model == EMBEDDED else Path(self.config.run.model)
         return {
-            "full": folder_bytes(whole) if whole.is_dir() else None,
+            "full": folder_bytes(self.source) if self.source.is_dir() else None,
             "compressed": folder_bytes(self.output / "model"),
         }
 
@@ -396,6 +395,11 @@ class Compression(Job[CompressConfig]):
             meanings=CRITERIA.meanings,
         )
         self.finish(record, text, headline(record))
+
+    @property
+    def source(self) -> Path:
+        """Folder of the full pipeline, if it is one on this disk."""
+        return embedded_folder() if self.config.run.model == EMBEDDED else Path(self.config.run.model)
 
     @property
     def save_dtype(self) -> torch.dtype:

@@ -159,6 +159,14 @@ def weight_sets(part: Path) -> list[WeightSet]:
     )
 
 
+def weight_bytes(part: Path) -> int | None:
+    """Bytes of the first complete set of weights of `part`, or None if there is none on this
+    disk."""
+    sets = weight_sets(part) if part.is_dir() else []
+    complete = next((files for files in sets if not files.missing), None)
+    return None if complete is None else sum(path.stat().st_size for path in complete.paths)
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every model of the pipeline in `folder` has a complete set of weights."""
     try:

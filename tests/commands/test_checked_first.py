@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from fastdistill.compress import job as compress_job
 from fastdistill.errors import UserError
 from fastdistill.run import packages, resources
 from fastdistill.train.config import TrainConfig
@@ -82,6 +84,26 @@ def test_a_full_disk_is_named_in_mebibytes(command, pipeline_folder, tmp_path, m
         f" MiB, and the disk of {tmp_path} has 0 MiB free; free some space, or choose another --output" in ended.message
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_are_copied_count_as_they_are_stored(command, pipeline_folder, tmp_path, monkeypatch):
+    """In double precision, and with another variant next to it, which is not copied."""
+
+    def needed(output, needed_bytes):
+        raise UserError(f"bytes: {needed_bytes}")
+
+    monkeypatch.setattr(compress_job, "require_disk", needed)
+    copy = tmp_path / "copy"
+    shutil.copytree(pipeline_folder, copy)
+    (weights,) = (copy / "vae").glob("*.safetensors")
+    shutil.copyfile(weights, weights.with_suffix(".fp16.safetensors"))
+    before = weights.stat().st_size
+    save_file({name: tensor.double() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    amounts = [
+        int(command(*COMPRESS, "--model", model, "--output", tmp_path / "out").message.split("bytes: ")[1])
+        for model in (pipeline_folder, copy)
+    ]
+    assert amounts[1] - amounts[0] == weights.stat().st_size - before > 0
 
 
 def test_the_disk_of_the_cache_counts_too(command, pipeline_folder, tmp_path, monkeypatch):
