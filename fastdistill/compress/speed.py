@@ -65,7 +65,7 @@ def speed(full: Any, compressed: Any, anatomy: Anatomy, load: Workload) -> Speed
 def _ratio(rounds: Sequence[tuple[float, float]]) -> float:
     """Median time of the full model in that of the smaller one."""
     full, compressed = zip(*rounds, strict=True)
-    return statistics.median(full) / statistics.median(compressed)
+    return float(statistics.median(full) / statistics.median(compressed))
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
