@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fastdistill.errors import UserError
+from fastdistill.errors import UserError, notice
 from fastdistill.run.cli import run
 from fastdistill.run.options import Sampling, SamplingOptions, at_least, check_output, check_seeds
 
@@ -74,6 +74,11 @@ def main(config: EvaluateConfig) -> None:
         prompts=distinct * config.per_prompt, seeds=config.seeds, sampling=sampling, batch=config.batch
     )
 
+    if not config.reference and image_set.truth(loaded.pipeline) is None:
+        notice(
+            "quality is measured against --reference MODEL, or if the emoji FLUX draws captions of emoji alone; here "
+            "only size and time are"
+        )
     reference = None
     if config.reference:
         compared = load(config.reference, config.device).pipeline

@@ -163,22 +163,23 @@ class Job(ABC, Generic[ConfigT]):
             "images": Input(called=f"the images in {run.images}", items=self.image_digests),
         }
 
-    @cached_property
-    def origin(self) -> dict[str, Any]:
-        """Facts for `store.entry` on which everything depends that the full model does: the content
-        of its parts, the device, prompts, images with their captions, and sampling.
+    def facts(self, own: Mapping[str, Any], *, of_images: bool = True) -> dict[str, Any]:
+        """Facts for `store.entry` on which a result of the full model depends: the content of its
+        parts, the device, prompts, images with their captions, and sampling; and the result's own.
 
-        A result adds its own, such as amounts and seeds:
-
-            folder = self.store.entry("calibration", {**self.origin, **asdict(amount)})
+        Args:
+            own: amounts, seeds and the like. They stay apart: no name of theirs can take the place
+                of another fact.
+            of_images: whether the images of `--images` matter to the result.
         """
-        return {
+        origin = {
             "parts": self.parts,
             "device": self.pipeline.device.type,
             "prompts": list(self.prompts),
-            "images": self.image_digests,
+            "images": self.image_digests if of_images else None,
             "sampling": asdict(self.sampling),
         }
+        return {"origin": origin, "own": dict(own)}
 
     def _own_images(self, folder: Path) -> list[Captioned]:
         """Images of the user's `folder`, of which a line is printed."""
@@ -209,7 +210,6 @@ class Job(ABC, Generic[ConfigT]):
     def gallery_in(self, folder: Path, *, count: int, seed: int) -> Gallery:
         """A gallery of `count` images of each model in `folder`; those of the reference are in the
         store, where other runs find them."""
-        origin = {name: fact for name, fact in self.origin.items() if name != "images"}
         return Gallery(
             folder,
             self.prompts,
@@ -219,7 +219,7 @@ class Job(ABC, Generic[ConfigT]):
             seed=seed,
             batch=self.images_at_once,
             console=self.console,
-            shared=self.store.entry("measured", {**origin, "count": count, "seed": seed}),
+            shared=self.store.entry("measured", self.facts({"count": count, "seed": seed}, of_images=False)),
         )
 
     @property

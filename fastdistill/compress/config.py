@@ -19,6 +19,9 @@ from fastdistill.run.numbers import whole
 from fastdistill.run.options import JobConfig, Run, RunOptions, at_least, check_known, flag
 
 REPAIR_NAMES = (*REPAIRS, "none")
+EVALUATE_IMAGES = 64
+"""Images of each model to measure by default. With 200 a third of the time would go into measuring;
+intervals and the row of a perfect sampler say what 64 can tell."""
 
 if TYPE_CHECKING:
     CriterionName = str
@@ -129,9 +132,7 @@ class CompressConfig(JobConfig):
     """Largest cost of the transformer, as a fraction of the full one or with a unit: parameters (K,
     M, B), memory of its weights as saved (MiB, GiB, MB, GB), measured latency (us, ms, s) or
     operations (G, T) of one forward pass. Several make several models, as for --drop-blocks."""
-    # With 200 a third of the time would go into measuring; intervals and the row of a perfect sampler
-    # say what 64 can tell.
-    run: Run = field(default_factory=partial(RunOptions, evaluate_images=64))
+    run: Run = field(default_factory=partial(RunOptions, evaluate_images=EVALUATE_IMAGES))
     calibration: Annotated[CalibrationOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=CalibrationOptions)
     choice: Annotated[ChoiceOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ChoiceOptions)
     repair: Annotated[RepairOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=RepairOptions)

@@ -209,7 +209,7 @@ class Compression(Job[CompressConfig]):
         source = Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images)
         with self.clock("calibrate"):
             sampled = {name: value for name, value in asdict(self.amount).items() if name != "points"}
-            cache = self.store.entry("calibration", {**self.origin, **sampled})
+            cache = self.store.entry("calibration", self.facts(sampled))
             return calibrated(source, self.amount, cache=cache, console=self.console)
 
     def score(self, calibration: Calibration) -> Scores:
@@ -222,9 +222,8 @@ class Compression(Job[CompressConfig]):
         found: dict[str, list[float]] = {}
         with self.clock("score"):
             for name in self.criteria:
-                facts = {**self.calibration_facts, "criterion": name}
-                if name in DEPEND_ON_DROPS:
-                    facts["drops"] = self.request.drops
+                drops = self.request.drops if name in DEPEND_ON_DROPS else None
+                facts = self.facts({**asdict(self.amount), "criterion": name, "drops": drops})
                 found[name] = self.store.cached("scores", facts, partial(values, name))
         return {name: dict(zip(self.blocks, found[name], strict=True)) for name in found}
 
@@ -237,17 +236,12 @@ class Compression(Job[CompressConfig]):
         chosen = [] if self.request.blocks and options.criterion == "output" else [options.criterion]
         return list(dict.fromkeys([*usual, *chosen, *options.also_score]))
 
-    @property
-    def calibration_facts(self) -> dict[str, Any]:
-        """All that a measurement on the points of the calibration depends on."""
-        return {**self.origin, **asdict(self.amount)}
-
     def choose(self, calibration: Calibration, scores: Scores) -> Selection:
         options = self.config.choice
 
         if self.request.blocks:
             return choose(self.request, self.costs, Evidence(scores={}))
-        known = Ledger(self.store.entry("errors", self.calibration_facts) / "joint.jsonl")
+        known = Ledger(self.store.entry("errors", self.facts(asdict(self.amount))) / "joint.jsonl")
 
         def joint(positions: Sequence[int]) -> float:
             name = " ".join(map(str, sorted(positions)))
@@ -300,7 +294,7 @@ class Compression(Job[CompressConfig]):
         prompts = [self.prompts[index * len(self.prompts) // count] for index in range(count)]
         with self.clock("compare"):
             conditioning = encode_prompts(prompts, self.pipeline, self.family, self.sampling, batch)
-            facts = {**self.origin, "count": count, "steps": self.amount.steps, "seed": self.amount.seed}
+            facts = self.facts({"count": count, "steps": self.amount.steps, "seed": self.amount.seed})
             return HeldOut.of(calibration, conditioning, self.latent_shape, self.store.entry("held-out", facts))
 
     def refine(self, model: CutModel, calibration: Calibration, held_out: HeldOut, pace: Pace) -> Stages:
@@ -328,6 +322,12 @@ class Compression(Job[CompressConfig]):
             with pace.stage(RECOVER):
                 stages.take("recovered", "recovered", lambda: self.recover(model, calibration, held_out))
             self.hand_over(self.training_folder)
+            if stages.best.name != "recovered":
+                self.console.print(
+                    "training did not help here: a lower --learning-rate or more --recovery-steps may, and "
+                    "--recovery-steps 0 saves the time",
+                    soft_wrap=True,
+                )
         return stages
 
     def repair(self, model: CutModel, calibration: Calibration) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastdistill.compress.held_out import IMAGES, PASSES_OF_A_STEP, SHARE
-from fastdistill.evaluation.gallery import GRID_COLUMNS
 
 if TYPE_CHECKING:
     from fastdistill.compress.job import Compression
@@ -42,7 +41,8 @@ def work(job: Compression) -> dict[str, float]:
         choice += blocks * (config.choice.longest_run - 1) + 2 * config.choice.verify
     drops = job.request.drops or blocks / 3
     found = {
-        FIRST: GRID_COLUMNS * image,
+        # So few images at once are slower than the rest, and say nothing of its pace.
+        FIRST: 0.0,
         CALIBRATE: len(job.images) or job.amount.images * job.amount.steps * guided,
         CHOOSE: points * choice,
         FULL: len(job.gallery) * image + runs,

@@ -322,7 +322,7 @@ class FewStepStudent(Job[DistillConfig]):
             encoded = trajectories(
                 Source(pipeline=self.pipeline, prompts=self.prompts, sampling=self.sampling, images=self.images),
                 options,
-                cache=self.store.entry("images", {**self.origin, **asdict(options)}),
+                cache=self.store.entry("images", self.facts(asdict(options))),
                 tick=tick,
             )
         # The student is not sampled with the empty prompt.
@@ -343,13 +343,14 @@ class FewStepStudent(Job[DistillConfig]):
         )
         folder = data.teacher_cache or self.store.entry(
             "pairs",
-            {
-                **self.origin,
-                **asdict(options),
-                "guidance_range": self.config.options.guidance_range,
-                "shift": self.method.shift,
-                "seed": seed,
-            },
+            self.facts(
+                {
+                    **asdict(options),
+                    "guidance_range": self.config.options.guidance_range,
+                    "shift": self.method.shift,
+                    "seed": seed,
+                }
+            ),
         )
         encoders = {name: found for name, found in self.parts.items() if name.startswith(("text", "token"))}
         with bar(self.console, "let the teacher draw", options.count) as tick:

@@ -66,7 +66,7 @@ class RunOptions:
     size to sample at. Their captions are in .txt files of the same names, or in a metadata.jsonl or
     metadata.csv, or there are none; docs/images.md lists all that is read."""
     evaluate_images: int = 200
-    """Images of each model to measure; 0 skips the measurement."""
+    """Images of each model to measure, at least those of the grid; 0 skips the measurement."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the saved transformer's weights."""
     device: str | None = None

@@ -17,7 +17,8 @@ class Pace:
     those that are done.
 
     Args:
-        work: of each stage by its words, such as `{"calibrate": 11200, "score": 3000}`.
+        work: of each stage by its words, such as `{"calibrate": 11200, "score": 3000}`; 0 for one
+            that says nothing of the pace of others.
     """
 
     def __init__(self, work: Mapping[str, float], console: Console) -> None:
@@ -35,7 +36,7 @@ class Pace:
         began = time.monotonic()
         yield
         taken = time.monotonic() - began
-        if taken >= LEAST_SECONDS:
+        if taken >= LEAST_SECONDS and self.work[words]:
             self._seconds += taken
             self._done += self.work[words]
         self.left = self.left[1:]

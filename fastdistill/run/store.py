@@ -107,7 +107,8 @@ class Store:
                 total -= sizes[folder]
 
     def _place(self, kind: str, facts: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        known = {"kind": kind, "format": FORMAT, "packages": {name: _version(name) for name in COMPUTE}, **facts}
+        packages = {name: _version(name) for name in COMPUTE}
+        known = {"kind": kind, "format": FORMAT, "packages": packages, "facts": facts}
         known = json.loads(json.dumps(known, default=str))
         return self.folder / f"{kind}-{digest(known)}", known
 

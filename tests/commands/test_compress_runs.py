@@ -191,3 +191,20 @@ def test_a_size_that_is_impossible_is_told_before_any_work(pipeline_folder, tmp_
     with pytest.raises(UserError, match="dropping all 5 blocks"):
         Sweep(config(pipeline_folder, tmp_path / "out", ("1", "9"))).run()
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_images_of_the_user_and_of_the_model_are_told_apart(pipeline_folder, tmp_path):
+    """As many images of the one as of the other, in one store."""
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 255, 0)).save(tmp_path / "images" / f"{number}.png")
+
+    def errors(name, **run):
+        Compression(config(pipeline_folder, tmp_path / name, **run)).run()
+        return record_of(tmp_path / name)["scores"]["output"]
+
+    own = errors("own", images=tmp_path / "images")
+    drawn = errors("drawn")
+    assert drawn == errors("alone", cache="none")
+    assert own != drawn
+    assert errors("own-again", images=tmp_path / "images") == own

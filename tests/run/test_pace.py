@@ -40,6 +40,11 @@ def test_a_result_that_was_there_says_nothing_of_the_pace(clock):
     assert lines[2] == "stage 3 of 3: train · 20 s of about 4 min"
 
 
+def test_a_stage_without_work_says_nothing_of_the_pace(clock):
+    lines = run(clock, {"first": 0, "draw": 10, "train": 90}, {"first": 50, "draw": 20, "train": 180})
+    assert lines[1:] == ["stage 2 of 3: draw", "stage 3 of 3: train · 70 s of about 4 min"]
+
+
 def test_without_any_pace_nothing_is_promised(clock):
     assert run(clock, {"a": 1, "b": 1}, {"a": 0.2, "b": 9})[1] == "stage 2 of 2: b"
 

@@ -42,7 +42,7 @@ class Amount(TrajectoryOptions):
         super().__post_init__()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Calibration:
     """A network with what its blocks are scored on and a cut model is mended and recovered on.
 
@@ -64,6 +64,10 @@ class Calibration:
     batch: int
     seed: int
     console: Console
+
+    def __repr__(self) -> str:
+        kind, blocks, points, images = type(self.network).__name__, self.blocks, self.points, self.pool.latents
+        return f"<Calibration of a {kind} with {len(blocks)} blocks: {len(points)} points, {len(images)} images>"
 
     @cached_property
     def blocks(self) -> list[BlockId]:
