@@ -103,8 +103,12 @@ class Job(ABC, Generic[ConfigT]):
         if self.workspace.resumed:
             self.console.print(f"continuing the interrupted run in {self.output}")
         self.clock = self.workspace.clock
-        self.store.trim()
-        self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
+        try:
+            self.store.trim()
+            self.gallery = self.gallery_in(self.workspace.work, count=run.evaluate_images, seed=run.seed)
+        except BaseException:
+            self.workspace.withdraw()
+            raise
 
     @classmethod
     def check_config(cls, config: ConfigT) -> None:

@@ -39,7 +39,7 @@ from fastdistill.run.curves import draw_curves
 from fastdistill.run.files import digest
 from fastdistill.run.inputs import Input
 from fastdistill.run.progress import bar
-from fastdistill.run.resources import require_disk, require_memory, show
+from fastdistill.run.resources import require_disk, require_memory, require_writable, show
 from fastdistill.run.store import OFF
 from fastdistill.train.trainer import BatchSource, Trainer
 from fastdistill.train.watch import Evaluation, SampleGrid
@@ -76,6 +76,12 @@ class FewStepStudent(Job[DistillConfig]):
     @classmethod
     def plan(cls, config: DistillConfig) -> str:
         return plan(config)
+
+    @classmethod
+    def check_config(cls, config: DistillConfig) -> None:
+        super().check_config(config)
+        if config.data.teacher_cache is not None:
+            require_writable(config.data.teacher_cache, "--teacher-cache")
 
     def check(self) -> None:
         student = (

@@ -17,6 +17,7 @@ from torch import nn
 from fastdistill.errors import UserError, first_line, notice
 from fastdistill.models.families.flux import PATCH
 from fastdistill.models.folder import PARTS, PIPELINES
+from fastdistill.models.tokenizers import check_encoders
 from fastdistill.models.weights import is_plain
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def check_pipeline(pipeline: Any) -> None:
     missing = [part for part in PARTS if getattr(pipeline, part, None) is None]
     if missing:
         raise UserError(f"this {name} has no {', '.join(missing)}; load the whole pipeline")
+    check_encoders(pipeline)
     latents, channels = pipeline.vae.config.latent_channels, pipeline.transformer.config.in_channels
     if not any(class_.__name__ in PIPELINES for class_ in type(pipeline).__mro__):
         remedy = (

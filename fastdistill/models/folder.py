@@ -136,6 +136,11 @@ def variant_of(part: Path, dtype: torch.dtype) -> str | None:
     return next(known, min(complete, key=str))
 
 
+def missing_of(part: Path) -> list[str]:
+    """Files that plain weights of `part` lack."""
+    return [name for files in weight_sets(part) if files.variant is None for name in files.missing]
+
+
 def weight_sets(part: Path) -> list[WeightSet]:
     """Sets of weights of `part`, in the order in which stock libraries look for them: plain before
     variants, safetensors before other files, one file before several."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +17,20 @@ from torch import nn
 
 from fastdistill.errors import UserError, first_line, notice
 from fastdistill.models.checks import check_pipeline
-from fastdistill.models.folder import Part, holds_weights, is_complete, parts_of, read_index, variant_of
+from fastdistill.models.folder import Part, holds_weights, is_complete, missing_of, parts_of, read_index, variant_of
 from fastdistill.models.sampling import FILE, SamplingDefaults
-from fastdistill.models.weights import check_finite, check_loaded
+from fastdistill.models.tokenizers import ENCODERS, check_vocabulary
+from fastdistill.models.weights import check_finite, check_loaded, check_shapes
 from fastdistill.run.files import read_lines
 
 EMBEDDED = "emoji"
 PROMPTS_FILE = "prompts.txt"
 """Prompts of a pipeline's folder, one a line."""
+
+OTHER_SHAPE = re.compile(
+    r"(?P<name>\S+) expected shape torch\.Size\((?P<described>.*?)\), but got torch\.Size\((?P<there>.*?)\)"
+)
+"""Words of diffusers of a weight that has another shape than the config describes."""
 
 # For a model that brings no prompts.txt: subjects, styles, text, counting and places that a general
 # model should keep.
@@ -91,11 +98,16 @@ def load(model: str, device: str | None = None) -> Loaded:
     parts, dtype = parts_of(folder), dtype_on(device)
     variants = {part.name: variant_of(folder / part.name, dtype) for part in parts if holds_weights(folder / part.name)}
     for variant in sorted({variant for variant in variants.values() if variant}):
-        names = ", ".join(name for name, found in variants.items() if found == variant)
-        notice(f"{model} has the weights of {names} only as the variant {variant}, which is loaded")
+        names = [name for name, found in variants.items() if found == variant]
+        lost = [f"{name} lacks {file}" for name in names for file in missing_of(folder / name)]
+        reason = f"; {', '.join(lost)}" if lost else ""
+        notice(f"{model} has the weights of {', '.join(names)} only as the variant {variant}, which is loaded{reason}")
     quiet()
     from diffusers import DiffusionPipeline
 
+    for part in parts:
+        if part.name in ENCODERS:
+            check_vocabulary(folder, part)
     with _errors_of(model):
         models = {
             part.name: _load_part(folder, part, class_, variants[part.name], dtype)
@@ -159,10 +171,19 @@ def _model_class(part: Part) -> Any:
 
 def _load_part(folder: Path, part: Part, class_: Any, variant: str | None, dtype: torch.dtype) -> Any:
     """Model of `part`, which has every weight that its files hold, and no other."""
-    module, loading = class_.from_pretrained(
-        folder, subfolder=part.name, dtype=dtype, variant=variant, output_loading_info=True
-    )
-    check_loaded(module, loading, f"{folder}: {part.name}")
+    name = f"{folder}: {part.name}"
+    # diffusers takes weights of other shapes only where it needs the memory twice, and else names one.
+    lenient = {"ignore_mismatched_sizes": True} if part.library == "transformers" else {}
+    try:
+        module, loading = class_.from_pretrained(
+            folder, subfolder=part.name, dtype=dtype, variant=variant, output_loading_info=True, **lenient
+        )
+    except ValueError as error:
+        if found := OTHER_SHAPE.search(str(error)):
+            check_shapes([(found["name"], found["there"], found["described"])], name)
+        raise
+    check_shapes(loading["mismatched_keys"], name)
+    check_loaded(module, loading, name)
     return module
 
 
@@ -181,10 +202,13 @@ def _errors_of(model: str) -> Iterator[None]:
 def _check_device(device: str) -> None:
     """Raise `UserError` for a device that is not here, before gigabytes are read for it."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # The meta device is everywhere, and keeps no numbers.
+        usable = not torch.empty(0, device=device).is_meta
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
         here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise UserError(f"--device {device} cannot be used; this machine has {here}") from error
+        raise UserError(f"--device {device} cannot be used; this machine has {here}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -210,6 +234,8 @@ def quiet() -> None:
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # transformers reports weights that do not fit in a table; `check_loaded` says it in a line.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     # rms_norm under autocast: the fused path is not taken, the result is right.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 

@@ -57,16 +57,16 @@ class SamplingDefaults:
         path = folder / FILE
         if not path.exists():
             return cls()
-        content = read_json(path)
+        content, names = read_json(path), [field.name for field in dataclasses.fields(cls)]
+        wrong = [name for name in content if name not in names] if isinstance(content, dict) else ["no JSON object"]
+        if wrong:
+            raise UserError(
+                f"{path} holds {', '.join(wrong)}; it is a JSON object of {', '.join(names)}, or may be deleted"
+            )
         try:
             return cls(**content)
         except UserError as error:
             raise UserError(f"{path} cannot be used: {error}") from error
-        except TypeError as error:
-            names = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise UserError(
-                f"{path} cannot be read ({error}); it is a JSON object of {names}, or may be deleted"
-            ) from error
 
     def replaced(self, options: Any) -> SamplingDefaults:
         """Defaults with the values of equally named attributes of `options` that are not None."""

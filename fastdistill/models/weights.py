@@ -79,6 +79,21 @@ def check_loaded(module: nn.Module, loading: Mapping[str, Any], name: str) -> No
         )
 
 
+def check_shapes(mismatched: Iterable[tuple[str, Any, Any]], name: str) -> None:
+    """Raise `UserError`, naming the first, if weights of `name` have other shapes than config.json
+    describes.
+
+    Args:
+        mismatched: name, shape in the file and described shape of each such weight.
+    """
+    for key, *shapes in sorted(mismatched, key=lambda each: each[0]):
+        there, described = (f"({', '.join(re.findall('[0-9]+', str(shape)))})" for shape in shapes)
+        raise UserError(
+            f"{name}: its config.json and its weights are of different models ({key}: {described} and {there}); "
+            "get both from one model"
+        )
+
+
 def _owners(keys: Iterable[str]) -> str:
     """Blocks that `keys` belong to, or the keys themselves; a few of them, and the number of
     others."""

@@ -25,7 +25,7 @@ def require_writable(output: Path, option: str = "--output") -> None:
     folder = _existing(output)
     if not folder.is_dir():
         if folder == output:
-            return  # said by whoever wants a folder there
+            raise UserError(f"{option} {output} is a file; name a folder")
         raise UserError(f"{output} cannot be made, as {folder} is a file; choose another {option}")
     try:
         # Permissions do not tell: a disk may be read-only, and root passes every check.

@@ -48,6 +48,7 @@ class Workspace:
         self.trains_on: list[int] = []
         self.settings = json.loads(json.dumps(settings, default=str))
         self._lock: Lock | None = None
+        self._makes_output = False
         refuse_if_held(self.work)
         require_writable(output)
         self._check()
@@ -63,6 +64,7 @@ class Workspace:
                 the run that the folder holds began with other `inputs`.
         """
         current = {name: dict(found.items) for name, found in inputs.items()}
+        self._makes_output = not self.output.exists()
         self._lock = Lock(self.work)
         try:
             self._check()
@@ -87,11 +89,23 @@ class Workspace:
             if self.work.is_dir() and not any(self.work.iterdir()):
                 self.work.rmdir()
 
+    def withdraw(self) -> None:
+        """Release the folder as it was before `claim`, unless something was done in it since."""
+        begun = self.work.is_dir() and not self.resumed
+        if begun and {path.name for path in self.work.iterdir()} == {SETTINGS, LOCK}:
+            (self.work / SETTINGS).unlink()
+        self.release()
+        if self._makes_output and self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()
+
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Release the folder at the end of the block."""
+        """Release the folder at the end of the block; after an error, `withdraw` from it."""
         try:
             yield
+        except Exception:
+            self.withdraw()
+            raise
         finally:
             self.release()
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastdistill.compress import job as compress_job
 from fastdistill.errors import UserError
 from fastdistill.run import packages, resources
+from fastdistill.run.store import Store
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.trainer import Trainer
 from tests.train.rivals import Rivals, batches
@@ -38,6 +39,8 @@ ROOT = Path(__file__).parents[2]
         (["--images", "nowhere"], "there is no folder nowhere"),
         (["--output", "a_file/out"], "a_file/out cannot be made, as "),
         (["--cache", "a_file/cache"], "a_file/cache cannot be made, as "),
+        (["--cache", "a_file"], "--cache a_file is a file; name a folder"),
+        (["--output", "a_file"], "--output a_file is a file; name a folder"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(
@@ -51,6 +54,29 @@ def test_a_request_that_cannot_be_met_is_refused(
     assert message in ended.message
     assert "fastdistill[" not in ended.message
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("path", "message"), [("a_file", "a_file is a file; name a folder"), ("a_file/b", "a_file/b cannot be made, as ")]
+)
+def test_a_teacher_cache_that_cannot_be_made(command, pipeline_folder, tmp_path, monkeypatch, dry, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    words = ("distill", "--method", "reflow", "--steps", "1", "--model", pipeline_folder, *dry)
+    ended = command(*words, "--teacher-cache", path)
+    assert ended.code == 2
+    assert message in ended.message
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+def test_a_cache_that_breaks_leaves_the_output_folder_free(command, pipeline_folder, tmp_path, monkeypatch):
+    def full(self, kind, facts):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Store, "entry", full)
+    assert command(*COMPRESS, "--model", pipeline_folder, "--output", tmp_path / "out").code
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_hint_installs_what_is_not_on_the_index():

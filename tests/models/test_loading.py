@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fastdistill.errors import Notice, UserError
-from fastdistill.models.folder import variant_of
+from fastdistill.models.checks import check_pipeline
+from fastdistill.models.folder import Part, variant_of
 from fastdistill.models.loading import embedded_folder, load
 from fastdistill.models.patch import patched
 from fastdistill.models.sampling import SamplingDefaults, sample
+from fastdistill.models.tokenizers import check_vocabulary
 from tests.tiny import tiny_flux_pipeline
 
 CLASSES = {
@@ -76,6 +78,25 @@ def test_a_config_that_describes_other_weights(folder: Path, part: str, changes:
 
 
 @pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("transformer", {"num_attention_heads": 4}, r"context_embedder.bias: \(64\) and \(32\)"),
+        ("transformer", {"pooled_projection_dim": 24}, r"text_embedder.linear_1.weight: \(32, 24\) and \(32, 16\)"),
+        ("vae", {"latent_channels": 8}, r"decoder.conv_in.weight: \(8, 8, 3, 3\) and \(8, 16, 3, 3\)"),
+        ("text_encoder", {"vocab_size": 600}, r"token_embedding.weight: \(600, 16\) and \(514, 16\)"),
+        ("text_encoder_2", {"d_model": 64}, r"SelfAttention.k.weight: \(16, 64\) and \(16, 16\)"),
+    ],
+)
+def test_weights_of_other_shapes(
+    folder: Path, capsys: pytest.CaptureFixture[str], part: str, changes: dict[str, Any], message: str
+) -> None:
+    configure(folder / part, **changes)
+    with pytest.raises(UserError, match=f"{part}: its config.json and its weights are of different mod.*{message}"):
+        load(str(folder))
+    assert "MISMATCH" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
     ("part", "file"), [("transformer", "diffusion_pytorch_model.safetensors"), ("text_encoder_2", "model.safetensors")]
 )
 def test_tensors_that_no_config_describes(folder: Path, part: str, file: str) -> None:
@@ -85,6 +106,57 @@ def test_tensors_that_no_config_describes(folder: Path, part: str, file: str) ->
     save_file(weights | {name.replace(".0.", ".7.", 1): torch.ones(2)}, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{part}: config.json describes no .*7"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("files", [(), ("vocab.json",), ("merges.txt",)])
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_without_a_vocabulary(folder: Path, part: str, files: tuple[str, ...]) -> None:
+    (folder / part / "tokenizer.json").unlink()
+    for name in files:
+        (folder / part / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{part} has no vocabulary .*; get a complete copy"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "files"),
+    [
+        ("CLIPTokenizer", ("vocab.json", "merges.txt")),
+        ("CLIPTokenizerFast", ("tokenizer.json",)),
+        ("T5Tokenizer", ("spiece.model",)),
+        ("T5TokenizerFast", ("tokenizer.json",)),
+        ("PreTrainedTokenizerFast", ("tokenizer.json",)),
+        ("ByT5Tokenizer", ()),
+    ],
+)
+def test_every_form_of_a_vocabulary_is_enough(tmp_path: Path, class_name: str, files: tuple[str, ...]) -> None:
+    part = Part(name="tokenizer", library="transformers", class_name=class_name)
+    (tmp_path / "tokenizer").mkdir()
+    if files:
+        with pytest.raises(UserError, match="tokenizer has no vocabulary"):
+            check_vocabulary(tmp_path, part)
+    for name in files:
+        (tmp_path / "tokenizer" / name).touch()
+    check_vocabulary(tmp_path, part)
+
+
+@pytest.mark.parametrize(("number", "tokens"), [("", 514), ("_2", 30)])
+def test_a_tokenizer_of_another_text_encoder(number: str, tokens: int) -> None:
+    pipeline = tiny_flux_pipeline()
+    encoder = getattr(pipeline, f"text_encoder{number}")
+    encoder.resize_token_embeddings(tokens + 28)
+    check_pipeline(pipeline)
+    encoder.resize_token_embeddings(tokens - 1)
+    with pytest.raises(
+        UserError, match=f"tokenizer{number} has {tokens} tokens, .*encoder{number} knows {tokens - 1};"
+    ):
+        check_pipeline(pipeline)
+
+
+@pytest.mark.parametrize("device", ["meta", "meta:0", "mps", "nothing"])
+def test_a_device_that_cannot_compute(folder: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device} cannot be used; this machine has cpu"):
+        load(str(folder), device)
 
 
 def test_a_text_encoder_with_the_image_half_of_clip_loads(folder: Path) -> None:
@@ -117,6 +189,16 @@ def test_weights_that_exist_as_a_variant(folder: Path, part: str, options: dict[
             loaded = load(str(folder))
     state = getattr(loaded.pipeline, part).state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_a_plain_shard_that_is_missing_is_named(folder: Path) -> None:
+    save_again(folder, "transformer", max_shard_size="50KB")
+    FluxTransformer2DModel.from_pretrained(folder / "transformer").save_pretrained(folder / "half", variant="fp16")
+    shutil.copy(folder / "half" / "diffusion_pytorch_model.fp16.safetensors", folder / "transformer")
+    lost = sorted((folder / "transformer").glob("*-of-*"))[1]
+    lost.unlink()
+    with pytest.warns(Notice, match=f"only as the variant fp16, which is loaded; transformer lacks {lost.name}$"):
+        load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +247,8 @@ def test_an_incomplete_variant_is_named(tmp_path: Path, names: list[str], messag
         ('{"guidance_scale": NaN}', "--guidance-scale must be a finite number"),
         ('{"true_cfg_scale": 0.5}', "--true-cfg-scale must be at least 1, got 0.5"),
         ('{"true_cfg_scale": "1"}', "--true-cfg-scale must be a number, got '1'"),
-        ('{"heigth": 64}', "it is a JSON object of num_inference_steps"),
-        ("[64]", "it is a JSON object of num_inference_steps"),
+        ('{"heigth": 64}', "holds heigth; it is a JSON object of num_inference_steps"),
+        *((content, "holds no JSON object; it is a JSON object of") for content in ("[64]", "null", "3", '"x"', "[]")),
     ],
 )
 def test_defaults_of_the_wrong_type_are_named(tmp_path: Path, content: str, message: str) -> None:

@@ -118,5 +118,32 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, file: str) -> None
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match=f"--output {tmp_path / 'run'} is a file; name a folder"):
         Workspace(tmp_path / "run", {"steps": 1}, "result.json")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_claim_is_taken_back_unless_something_was_done(tmp_path: Path, there: bool) -> None:
+    output = tmp_path / "run"
+    if there:
+        output.mkdir()
+    for done in ((), ("seconds.json",)):
+        found = Workspace(output, {"steps": 1}, "result.json")
+        found.claim({})
+        for name in done:
+            (found.work / name).write_text("{}")
+        found.withdraw()
+        assert output.exists() == (there or bool(done))
+        assert Workspace(output, {"steps": 1}, "result.json").resumed == bool(done)
+    again = Workspace(output, {"steps": 1}, "result.json")
+    again.claim({})
+    again.withdraw()
+    assert Workspace(output, {"steps": 1}, "result.json").resumed
+
+
+def test_an_error_before_the_first_result_takes_the_claim_back(tmp_path: Path) -> None:
+    found = Workspace(tmp_path / "run", {"steps": 1}, "result.json")
+    found.claim({})
+    with pytest.raises(OSError, match="no space"), found.released():
+        raise OSError("no space")
+    assert not (tmp_path / "run").exists()
