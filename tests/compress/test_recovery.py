@@ -22,9 +22,10 @@ def transformer():
 
 
 def recovery(transformer, weights, drop=USELESS):
-    return Recovery(
-        cut_model(copy.deepcopy(transformer).requires_grad_(False), family_of(transformer), [drop]), weights
-    )
+    model = cut_model(copy.deepcopy(transformer).requires_grad_(False), family_of(transformer), [drop])
+    # As the trainer does: what is cut out of a frozen model is frozen.
+    model.student.requires_grad_(True)
+    return Recovery(model, weights)
 
 
 def batch(transformer, count=4):
