@@ -32,7 +32,7 @@ demo: $(VENV)/.installed  ## compress the embedded model into OUTPUT=runs/demo, 
 test: $(VENV)/.installed-dev  ## run every test that needs no GPU, on up to four cores
 	$(PYTEST)
 
-test-fast: $(VENV)/.installed-dev  ## run the tests that are not marked slow: two minutes on two cores
+test-fast: $(VENV)/.installed-dev  ## run the tests that are not marked slow: under three minutes on two cores
 	$(PYTEST) -m 'not slow'
 
 bench: $(VENV)/.installed-dev  ## time operators and models against stock, torch.compile and a plain copy
