@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops.backend import Backend, Request
-from fastdistill.ops.op import Case, Operator, describe
+from fastdistill.ops.op import Arguments, Case, Operator, Tangents, Tensors, describe
 from fastdistill.ops.rows import check_contiguous, check_rows, contiguous_rows
 
 Activation = Literal["gelu_tanh", "swiglu"]
@@ -106,13 +106,7 @@ class ActivationConcat(Operator):
         dy = backward_op(contiguous_rows(activated), *ctx.saved_tensors, ctx.gated) if ctx.needs_input_grad[0] else None
         return dy, dx if ctx.needs_input_grad[1] else None, None
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         y, x, gated = arguments
         dy, dx, _ = tangents
         width = y.shape[-1] // 2 if gated else y.shape[-1]

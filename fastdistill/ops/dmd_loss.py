@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.backend import Backend, Request
-from fastdistill.ops.op import Case, Operator, accumulator_of, check_floats, check_tensor, describe
+from fastdistill.ops.op import (
+    Arguments,
+    Case,
+    Operator,
+    Tangents,
+    Tensors,
+    accumulator_of,
+    check_floats,
+    check_tensor,
+    describe,
+)
 
 Prediction = Literal["velocity", "x0", "eps", "v"]
 Normaliser = Literal["sample", "batch", "none"]
@@ -256,13 +266,7 @@ class DmdLoss(Operator):
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(grads[0], *ctx.saved_tensors, ctx.guidance, ctx.finite), *(None,) * 14
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         _, _, cond, uncond, critic, _, _, mask, guidance, *_, finite = arguments
         loss, factors = results
         if tangents[0] is None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops.backend import Backend, Request
-from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.op import Arguments, Case, Operator, Tangents, Tensors, accumulator_of
 from fastdistill.ops.row_shapes import FLUX, RowShapes
 from fastdistill.ops.rows import check_like, check_rows
 
@@ -109,13 +109,7 @@ class FeatureKdLoss(Operator):
     def backward(self, ctx: Any, backward_op: Callable[..., Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(grads[0], *ctx.saved_tensors, ctx.kind), None, None
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         student, teacher, kind = arguments
         loss, stats = results
         if tangents[0] is None:

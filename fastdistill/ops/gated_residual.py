@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Backend, Request
-from fastdistill.ops.op import Case, Operator
+from fastdistill.ops.op import Arguments, Case, Operator, Tangents, Tensors
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_modulation, check_rows, contiguous_rows, over_rows
 
@@ -101,13 +101,7 @@ class GatedResidual(Operator):
         dy, dgate = backward_op(dx, y, gate, gate_grad)
         return dx, dy, dgate if gate_grad else None, None
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         x, y, gate, clip = arguments
         tangent, dy, dgate, _ = (t if t is None else contiguous_rows(t) for t in tangents)
         for branch, factor in ((dy, gate), (y, dgate)):

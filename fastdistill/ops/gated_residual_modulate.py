@@ -18,7 +18,7 @@ from fastdistill.ops import row_shapes
 from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.gated_residual import GATED_RESIDUAL, clip_limit, residual_sum
 from fastdistill.ops.modulate import MODULATE, modulated_tangent
-from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.op import Arguments, Case, Operator, Tangents, Tensors, accumulator_of
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_like, check_modulation, check_rows, check_same_modulation, contiguous_rows
 
@@ -125,13 +125,7 @@ class GatedResidualModulate(Operator):
         dx, dy, *modulation = results
         return dx, dy, *(modulation if modulation_grads else (None,) * 3), None, None
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         x, y, gate, scale, _, eps, clip = arguments
         h, _, stats = results
         dx, dy, dgate, dscale, dshift, *_ = tangents

@@ -28,7 +28,17 @@ from fastdistill.ops.heads import (
     rotated,
     unpacked,
 )
-from fastdistill.ops.op import Case, Operator, accumulator_of, check_tensor, describe, kind_of
+from fastdistill.ops.op import (
+    Arguments,
+    Case,
+    Operator,
+    Tangents,
+    Tensors,
+    accumulator_of,
+    check_tensor,
+    describe,
+    kind_of,
+)
 from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE
 from fastdistill.ops.rows import contiguous_rows
 
@@ -195,13 +205,7 @@ class JointQkNormRope(Operator):
         streams = (*text, *image)
         return *streams, *(results[6:] if weight_grads else (None,) * 4), *(None,) * 4
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         *_, cos, sin, eps, adjacent = arguments
         dcos, dsin = tangents[10:12]
         texts = unpacked(*arguments[:3])[0].shape[1]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdistill.ops import row_shapes, transforms
 from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.gated_residual import GATED_RESIDUAL
-from fastdistill.ops.op import Case, Operator, accumulator_of
+from fastdistill.ops.op import Arguments, Case, Operator, Tangents, Tensors, accumulator_of
 from fastdistill.ops.row_shapes import RowShapes
 from fastdistill.ops.rows import check_modulation, check_rows, check_same_modulation, contiguous_rows, over_rows
 
@@ -112,13 +112,7 @@ class Modulate(Operator):
         )
         return (dx, dscale, dshift, None) if modulation_grads else (dx, None, None, None)
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         x, scale, _, eps = arguments
         return (modulated_tangent(backend, x, scale, results[1], eps, *tangents[:3]),)
 

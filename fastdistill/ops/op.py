@@ -29,6 +29,12 @@ from fastdistill.ops import backend as backends
 from fastdistill.ops import transforms
 from fastdistill.ops.backend import NAMESPACE, Backend, Request
 
+Arguments = tuple[Any, ...]
+"""Arguments of a forward op."""
+Tensors = tuple[Tensor, ...]
+Tangents = tuple[Tensor | None, ...]
+"""Tangent of each argument, None where the argument is constant."""
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -104,13 +110,7 @@ class Operator(ABC):
         """One gradient or None for each argument of `schema`, computed by `backward_op`."""
         raise NotImplementedError(f"{self.name} has no backward op")
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         """Tangent of each tensor that the caller receives: the product of the Jacobian with
         `tangents`.
 

@@ -27,7 +27,7 @@ from fastdistill.ops.heads import (
     normed,
     rotated,
 )
-from fastdistill.ops.op import Case, Operator, accumulator_of, describe
+from fastdistill.ops.op import Arguments, Case, Operator, Tangents, Tensors, accumulator_of, describe
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
 # By dtype of the statistics. Dwarfs the mean square of any head, and its root is a power of two: the
@@ -169,13 +169,7 @@ class QkNormRope(Operator):
         dq, dk, *dweights = backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.adjacent, weight_grads)
         return dq, dk, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         q, k, q_weight, k_weight, cos, sin, eps, adjacent = arguments
         dq, dk, dq_weight, dk_weight, dcos, dsin, *_ = tangents
         forward_op = self.forward_op(backend)

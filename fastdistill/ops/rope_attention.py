@@ -19,7 +19,17 @@ from fastdistill.ops import transforms
 from fastdistill.ops.attention import attend, attention_names
 from fastdistill.ops.backend import Backend, Request
 from fastdistill.ops.heads import Pairing, check_heads, check_same_dtype, is_adjacent
-from fastdistill.ops.op import Case, Operator, accumulator_of, check_floats, check_tensor, describe
+from fastdistill.ops.op import (
+    Arguments,
+    Case,
+    Operator,
+    Tangents,
+    Tensors,
+    accumulator_of,
+    check_floats,
+    check_tensor,
+    describe,
+)
 from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE, HeadShapes, qk_norm_rope
 from fastdistill.ops.rows import check_contiguous, contiguous_rows
 
@@ -190,13 +200,7 @@ class RopeAttention(Operator):
         )
         return dq, dk, dv, *(dweights if weight_grads else (None, None)), *(None,) * 4
 
-    def jvp(
-        self,
-        backend: Backend,
-        arguments: tuple[Any, ...],
-        results: tuple[Tensor, ...],
-        tangents: tuple[Tensor | None, ...],
-    ) -> tuple[Tensor, ...]:
+    def jvp(self, backend: Backend, arguments: Arguments, results: Tensors, tangents: Tangents) -> Tensors:
         v, *rest = arguments[2:]
         dq, dk, dv, *drest = tangents
         q, k = rotated = QK_NORM_ROPE.forward_op(backend)(*arguments[:2], *rest)
