@@ -115,7 +115,7 @@ class Job(ABC, Generic[ConfigT]):
         """Refuse what is wrong whatever the model is, and tell of options that do nothing.
 
         Raises:
-            UserError: a package is missing, or a file or folder is missing or cannot be used.
+            UserError: a package is missing, or a folder to write to cannot be used.
         """
         run = config.run
         if config.training.optimizer == "adamw8bit":
@@ -125,12 +125,20 @@ class Job(ABC, Generic[ConfigT]):
         require_writable(run.output or Path("runs"))
         if run.cache is not None and str(run.cache) != OFF:
             require_writable(run.cache, "--cache")
-        if run.prompts:
-            read_prompts(run.prompts)
-        if run.images:
-            read_folder(run.images, 1)
         for name, reason in config.idle().items():
             notice(f"{flag(name)} does nothing {reason}")
+
+    @classmethod
+    def check_inputs(cls, config: ConfigT) -> None:
+        """Refuse prompts and images that a run would refuse when it reads them.
+
+        Raises:
+            UserError: a file or folder is missing or cannot be used.
+        """
+        if config.run.prompts:
+            read_prompts(config.run.prompts)
+        if config.run.images:
+            read_folder(config.run.images, 1)
 
     @classmethod
     @abstractmethod

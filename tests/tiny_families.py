@@ -254,3 +254,13 @@ def cross_attention_inputs(batch: int = 2) -> dict[str, Any]:
         "timestep": 1000 * times(batch),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])[:batch],
     }
+
+
+FUSED = {
+    "flux": (tiny_flux, flux_inputs),
+    "flux2": (tiny_flux2, flux2_inputs),
+    "sd3": (tiny_sd3, sd3_inputs),
+    "qwen_image": (tiny_qwen_image, qwen_image_inputs),
+    "z_image": (tiny_z_image, z_image_inputs),
+}
+"""Model and inputs of each family that has a fused form."""

@@ -66,6 +66,11 @@ class Sweep:
         Compression.check_config(config)
 
     @classmethod
+    def check_inputs(cls, config: CompressConfig) -> None:
+        """Refuse prompts and images that cannot be read (`Job.check_inputs`)."""
+        Compression.check_inputs(config)
+
+    @classmethod
     def plan(cls, config: CompressConfig) -> str:
         return "\n\n".join(plan(config.of_size(words, Path(), None)) for words in config.sizes)
 

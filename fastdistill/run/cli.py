@@ -56,6 +56,7 @@ def run_job(config_type: type[JobConfig], job: str, *, prog: str) -> None:
         job_class = resolve_name(job)
         if config.run.dry_run:
             job_class.check_config(config)
+            job_class.check_inputs(config)
             print(job_class.plan(config))
             return
         from rich.console import Console

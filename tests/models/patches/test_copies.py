@@ -23,29 +23,9 @@ import fastdistill
 from fastdistill.models.patch import is_patched, patched, unpatch
 from tests.distill.methods.test_methods import flux_method, flux_pairs, loss_of
 from tests.tiny import mixing_transformer
-from tests.tiny_families import (
-    flux2_inputs,
-    flux_inputs,
-    qwen_image_inputs,
-    run,
-    sd3_inputs,
-    seeded,
-    tiny_flux,
-    tiny_flux2,
-    tiny_qwen_image,
-    tiny_sd3,
-    tiny_z_image,
-    z_image_inputs,
-)
+from tests.tiny_families import FUSED, flux_inputs, run, seeded, tiny_flux
 from tests.toy import generator
 
-FAMILIES = {
-    "flux": (tiny_flux, flux_inputs),
-    "flux2": (tiny_flux2, flux2_inputs),
-    "sd3": (tiny_sd3, sd3_inputs),
-    "qwen_image": (tiny_qwen_image, qwen_image_inputs),
-    "z_image": (tiny_z_image, z_image_inputs),
-}
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "average": lambda model: AveragedModel(model).module,
@@ -84,11 +64,11 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("how", COPIES)
 @torch.no_grad()
 def test_a_copy_runs_its_own_weights(name: str, how: str) -> None:
-    make, make_inputs = FAMILIES[name]
+    make, make_inputs = FUSED[name]
     model, inputs = seeded(make), make_inputs()
     original = run(model, inputs)
     report = patched(model, backend="native")
@@ -177,11 +157,11 @@ def test_methods_copy_a_patched_student(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("how", FILES)
 @torch.no_grad()
 def test_a_file_holds_the_plain_model(name: str, how: str) -> None:
-    make, make_inputs = FAMILIES[name]
+    make, make_inputs = FUSED[name]
     model, inputs = seeded(make), make_inputs()
     stock = run(model, inputs)
     with patched(model):

@@ -15,8 +15,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdistill.models.patch import patched
-from tests.models.patches.test_copies import FAMILIES
-from tests.tiny_families import run, seeded
+from tests.tiny_families import FUSED, run, seeded
 
 Function = Callable[..., Tensor]
 
@@ -25,7 +24,7 @@ def along_the_stream(
     name: str, cast: Callable[[Any], Any] = lambda inputs: inputs
 ) -> tuple[Any, Function, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A model as a function of its latents, with a point and a direction."""
-    make, make_inputs = FAMILIES[name]
+    make, make_inputs = FUSED[name]
     model, inputs = seeded(make), cast(make_inputs())
     if name == "z_image":
         samples = tuple(inputs["x"])
@@ -51,7 +50,7 @@ def assert_same(actual: Tensor, expected: Tensor, relative: float = 2e-5) -> Non
     torch.testing.assert_close(actual, expected, rtol=0, atol=relative * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("how", [jvp, by_dual_numbers], ids=["func", "dual"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no-grad"])
@@ -69,7 +68,7 @@ def test_tangent_of_the_latents(name: str, how: Any, trained: bool, gradients: b
             assert_same(fast_tangent.detach(), tangent.detach())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 @torch.no_grad()
 def test_tangent_is_the_difference_quotient(name: str) -> None:
     # Z-Image rotates in float32 whatever its dtype: the step has to be a large one.
@@ -93,7 +92,7 @@ def in_float64(inputs: Any) -> Any:
 
 def losses(name: str) -> tuple[Any, Function, dict[str, Tensor]]:
     """A loss as a function of the parameters, which `functional_call` puts into the model."""
-    make, make_inputs = FAMILIES[name]
+    make, make_inputs = FUSED[name]
     model, inputs = seeded(make), make_inputs()
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -103,7 +102,7 @@ def losses(name: str) -> tuple[Any, Function, dict[str, Tensor]]:
     return model, loss, {key: 1.1 * p.detach() for key, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 def test_gradients_of_parameters_that_are_given(name: str) -> None:
     model, loss, parameters = losses(name)
     direction = {key: torch.randn_like(p) for key, p in parameters.items()}
@@ -121,7 +120,7 @@ def test_gradients_of_parameters_that_are_given(name: str) -> None:
     assert_same(fast_tangent, tangent, 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "z_image"])
+@pytest.mark.parametrize("name", [name for name in FUSED if name != "z_image"])
 def test_directions_in_a_batch(name: str) -> None:
     """Several directions at one point by `vmap` over `jvp`, as estimates of a trace take them."""
     model, function, (x,), _ = along_the_stream(name)

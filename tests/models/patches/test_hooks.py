@@ -30,28 +30,8 @@ from diffusers.hooks import HookRegistry, apply_layer_skip
 from torch import Tensor, nn
 
 from fastdistill.models.patch import Patches, is_patched, patched
-from tests.tiny_families import (
-    flux2_inputs,
-    flux_inputs,
-    qwen_image_inputs,
-    run,
-    sd3_inputs,
-    seeded,
-    tiny_flux,
-    tiny_flux2,
-    tiny_qwen_image,
-    tiny_sd3,
-    tiny_z_image,
-    z_image_inputs,
-)
+from tests.tiny_families import FUSED, run, seeded
 
-FAMILIES = {
-    "flux": (tiny_flux, flux_inputs),
-    "flux2": (tiny_flux2, flux2_inputs),
-    "sd3": (tiny_sd3, sd3_inputs),
-    "qwen_image": (tiny_qwen_image, qwen_image_inputs),
-    "z_image": (tiny_z_image, z_image_inputs),
-}
 SAMPLING = (900, 800, 500, 200)
 TIME = [0]
 """Timestep of the sampling's current step, for caches that ask."""
@@ -69,7 +49,7 @@ class Hook:
 
     set: Callable[[Any], Any]
     unset: Callable[[Any], Any] | None = None
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] = tuple(FUSED)
     changes: str = "values"
     """The effect to look for: on `values`, on `calls` of projections, or none."""
 
@@ -241,7 +221,7 @@ class Walk:
     """A model that is patched, hooked, run, unhooked and unpatched step by step."""
 
     def __init__(self, family: str, hook: Hook, fused: bool) -> None:
-        make, make_inputs = FAMILIES[family]
+        make, make_inputs = FUSED[family]
         self.model, self.hook, self.fused = seeded(make), hook, fused
         torch.manual_seed(1)
         self.inputs = make_inputs()
@@ -354,7 +334,7 @@ def test_weights_that_are_offloaded_to_disk_come_back(tmp_path: Path, order: str
 
 @functools.cache
 def patched_counts(family: str) -> Counter[str]:
-    with patched(FAMILIES[family][0]()) as report:
+    with patched(FUSED[family][0]()) as report:
         return report.counts
 
 
